@@ -1,0 +1,17 @@
+"""LoReFT (arXiv 2404.03592) as a PEFT method. Importing this package registers it with PEFT."""
+
+from .register import add_peft_type, register
+
+add_peft_type()  # before the modules below, whose classes name the type
+
+from .collator import DataCollatorForLoreft  # noqa: E402
+from .config import LoreftConfig  # noqa: E402
+from .interventions import Intervention  # noqa: E402
+from .model import LoreftModel  # noqa: E402
+from .positions import Positions  # noqa: E402
+
+register()
+
+__version__ = "0.1.0"
+
+__all__ = ["DataCollatorForLoreft", "Intervention", "LoreftConfig", "LoreftModel", "Positions"]

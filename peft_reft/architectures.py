@@ -1,0 +1,109 @@
+"""Find a model's blocks and their hidden size: a generic rule, and a table of exceptions that is data, not code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+# The rule: the blocks are the one `ModuleList` with as many entries as the text model has layers. Where a model has
+# several of that length, the row of its `model_type` says which (a name ending).
+BLOCK_LISTS: dict[str, str] = {
+    "t5": "encoder.block",
+    "bart": "encoder.layers",
+    "mbart": "encoder.layers",
+    "pegasus": "encoder.layers",
+    "marian": "encoder.layers",
+}
+
+# Names that the attention and the feed-forward module of a block go by; the first that a block has is taken. In BERT
+# and its like the feed-forward module is split, and `output` is the half that returns to the residual stream.
+COMPONENT_NAMES: dict[str, tuple[str, ...]] = {
+    "attention": ("self_attn", "attn", "self_attention", "attention", "temporal_block"),
+    "mlp": ("mlp", "feed_forward", "block_sparse_moe", "ffn", "fc2", "output"),
+}
+
+_SIZE_NAMES = ("hidden_size", "d_model", "n_embd", "dim")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module whose output is edited: its name, its layer, and the size d of the hidden state it returns."""
+
+    name: str
+    layer: int
+    d: int
+
+
+def find_targets(model: nn.Module, component: str) -> list[Target]:
+    """The blocks of `model`, or their attention or feed-forward modules, one a layer, in order.
+
+    Raises:
+        ValueError: no blocks are found, or more than one list of modules could be the blocks; the message lists them.
+    """
+    config = _text_config(model)
+    blocks = _block_list(model, config)
+    d = _hidden_size(model, config)
+    targets = []
+    for layer, (index, block) in enumerate(model.get_submodule(blocks).named_children()):
+        name = f"{blocks}.{index}"
+        if component != "block":
+            name = f"{name}.{_component(block, name, component)}"
+        targets.append(Target(name, layer, d))
+    return targets
+
+
+def output_size(model: nn.Module, name: str) -> int:
+    """Size of the last dimension of what module `name` returns: its own if it is linear, else the hidden size."""
+    module = model.get_submodule(name)
+    own = getattr(module, "out_features", None)
+    return own if isinstance(own, int) else _hidden_size(model, _text_config(model))
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _hidden_size(model: nn.Module, config: Any) -> int:
+    for name in _SIZE_NAMES:
+        if isinstance(size := getattr(config, name, None), int):
+            return size
+    raise ValueError(
+        f"The hidden size of {type(model).__name__} is unknown: its config has none of {', '.join(_SIZE_NAMES)}."
+    )
+
+
+def _block_list(model: nn.Module, config: Any) -> str:
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    n_layers = getattr(config, "num_hidden_layers", None)
+    candidates = [name for name, module in lists.items() if len(module) == n_layers]
+    # A list inside one of these (the experts of a block) is part of a block, not a list of blocks.
+    candidates = [c for c in candidates if not any(c.startswith(f"{other}.") for other in candidates)]
+    if len(candidates) > 1:
+        ending = BLOCK_LISTS.get(getattr(getattr(model, "config", None), "model_type", ""))
+        candidates = [c for c in candidates if ending and f".{c}".endswith(f".{ending}")] or candidates
+    if len(candidates) == 1:
+        return candidates[0]
+    found = ", ".join(f"{name} ({len(module)} x {type(module[0]).__name__})" for name, module in lists.items()) or "none"
+    problem = (
+        f"more than one list of modules could be the blocks: {', '.join(candidates)}"
+        if candidates
+        else f"no list of modules has as many entries as the config has layers ({n_layers})"
+    )
+    raise ValueError(
+        f"Cannot find the blocks of {type(model).__name__}: {problem}. Lists of modules found: {found}. "
+        "Name the modules to edit with `target_modules`."
+    )
+
+
+def _component(block: nn.Module, name: str, component: str) -> str:
+    children = dict(block.named_children())
+    for candidate in COMPONENT_NAMES[component]:
+        if candidate in children:
+            return candidate
+    raise ValueError(
+        f"component={component!r}: {name} ({type(block).__name__}) has no module of that kind by a known name "
+        f"({', '.join(COMPONENT_NAMES[component])}). It has: {', '.join(children)}. Use `target_modules`."
+    )

@@ -1,0 +1,76 @@
+"""`DataCollatorForLoreft`: wraps any collator and adds `intervention_positions` to its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import TaskType
+from torch import Tensor
+
+from .config import LoreftConfig
+from .positions import find_answers, resolve
+from .runtime import POSITIONS, check_batch
+
+
+class DataCollatorForLoreft:
+    """Adds the positions that LoReFT edits to the batches of another collator.
+
+    Optional where the model's forward sees the labels: it then derives the very same positions itself. Needed where
+    labels do not reach it (label smoothing, `compute_loss_func`). It also spares an accelerator one wait a step, and
+    shows wrong data before it reaches the model.
+
+    Args:
+        base_collator: any collator that returns a mapping with `input_ids` (batch, seq); `labels`, `attention_mask`
+            and `position_ids` are used where present.
+        config: the adapter's config.
+
+    Returns (when called):
+        The batch with `intervention_positions`: int64 (batch, n), columns of the tokens to edit, -1 where a slot is
+        empty. Slots stand in the order of the groups of `config.layout`; of a row with several answers (packed
+        documents, multi-turn chats) one answer after the other; each open-ended group (`p`, `g`) follows with one slot
+        a column.
+
+    Raises:
+        ValueError: no row has a token to edit, or a packed row starts in the middle of a document.
+
+    Example:
+        >>> import torch
+        >>> from peft_reft import DataCollatorForLoreft, LoreftConfig
+        >>> def collate(rows):
+        ...     return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+        >>> config = LoreftConfig(task_type="CAUSAL_LM", positions="f2+l2")
+        >>> collator = DataCollatorForLoreft(collate, config)
+        >>> row = {"input_ids": [5, 6, 7, 8, 9, 3], "labels": [-100, -100, -100, -100, -100, 3]}
+        >>> collator([row])["intervention_positions"]
+        tensor([[0, 1, 3, 4]])
+    """
+
+    def __init__(self, base_collator: Callable[..., Any], config: LoreftConfig) -> None:
+        self.base_collator = base_collator
+        self.config = config
+
+    def __call__(self, examples: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = self.base_collator(examples, *args, **kwargs)
+        batch[POSITIONS] = self._positions(batch)
+        return batch
+
+    def _positions(self, batch: Any) -> Tensor:
+        ids = batch["input_ids"]
+        mask, position_ids, labels = batch.get("attention_mask"), batch.get("position_ids"), batch.get("labels")
+        causal = self.config.task_type in (None, TaskType.CAUSAL_LM)
+        labels = labels if causal and labels is not None and labels.shape == ids.shape else None
+        position_ids = position_ids if position_ids is not None and position_ids.shape == ids.shape else None
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        answers = find_answers(real, labels, None if labels is None and mask is not None else position_ids)
+        slots = resolve(self.config.layout, answers)
+        if labels is not None:
+            check_batch(slots, real, labels, position_ids if mask is None else None)
+        return slots
+
+    def __getattr__(self, name: str) -> Any:
+        """Anything else is the wrapped collator's (trainers read and set options such as `padding_free` on it)."""
+        if name == "base_collator":  # not there yet while being unpickled
+            raise AttributeError(name)
+        return getattr(self.base_collator, name)

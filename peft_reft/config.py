@@ -1,0 +1,179 @@
+"""`LoreftConfig`: the fields, their checks, and how they are saved. Everything saved is a dataclass field."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import PeftConfig, PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+from .hub import write_model_card
+from .interventions import INTERVENTIONS
+from .layer_ranges import check_layers, resolve_layers
+from .positions import Layout, Positions, union
+
+COMPONENTS = ("block", "attention", "mlp")
+TIES = ("position", "group", "layer", "model")
+
+
+@dataclass
+class LoreftConfig(PeftConfig):
+    """Configuration of LoReFT (arXiv 2404.03592) and its family.
+
+    The defaults are the paper's setting for commonsense reasoning, its best-tested one.
+
+    Args:
+        r: Rank of the edited subspace, 1 to the hidden size.
+        positions: Which tokens are edited, e.g. `"f7+l7"`: the first 7 and the last 7 of the prompt. Groups: `fN`, `lN`
+            (first or last N prompt tokens), `p` (the prompt), `gN`, `g` (generated tokens), `all`. A mapping from
+            layers to specs gives each layer its own: `{"0-11": "f5", "12-": "l5"}`.
+        layers: Which blocks: `"all"`, a list of ints (negative ones count from the end), or `"0-7;16;-1"`.
+        component: Whose output is edited: `"block"` (the residual stream after the block), `"attention"` or `"mlp"`.
+        intervention: The formula: `"loreft"`, `"noreft"`, `"direft"`, `"nodireft"`, `"consreft"`, `"lobireft"`.
+        tie: The widest scope that shares one intervention: `"position"` (one for each position, the paper's untied
+            formula), `"group"` (one for each group of the spec: the authors' code with `share_weights=False`),
+            `"layer"` (the paper's tied), `"model"` (one for all layers).
+        dropout: Probability of dropping each element of the edit, while training.
+        init_weights: `True`: the model is unchanged at the start (`consreft` has no such start: it begins by zeroing
+            its subspace); `"paper"`: as the authors' code; `False`: random, for tests.
+        target_modules: Names of the modules to edit the output of, as for any PEFT method; instead of `layers` and
+            `component`. With a mapping in `positions`, layers are then counted among the modules that match.
+        exclude_modules: Names of modules to leave out.
+        modules_to_save: Modules besides the interventions that are trained and saved, such as a classifier head.
+        target_parameters: Not supported, must be left empty (PEFT and TRL read it).
+        trainable_token_indices: Token embeddings to train besides the interventions, as in PEFT's `LoraConfig`.
+
+    Raises:
+        ValueError: a field has a value that no model could use; the message names the field and the value. What
+            depends on the model (a layer or a rank out of range) raises when the adapter is added to it.
+
+    Example:
+        >>> from peft_reft import LoreftConfig
+        >>> config = LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f5+l5", layers=[2, 5, -1])
+        >>> config.peft_type.value
+        'LOREFT'
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of the edited subspace."})
+    positions: str | dict[str, str] = field(
+        default="f7+l7", metadata={"help": "Which tokens: a spec such as 'f7+l7', or a mapping from layers to specs."}
+    )
+    layers: str | int | list[int] = field(
+        default="all", metadata={"help": "Which blocks: 'all', a list of ints, or ranges such as '0-7;16;-1'."}
+    )
+    component: Literal["block", "attention", "mlp"] = field(
+        default="block", metadata={"help": "Whose output is edited: 'block', 'attention' or 'mlp'."}
+    )
+    intervention: str = field(default="loreft", metadata={"help": f"The formula, one of {', '.join(INTERVENTIONS)}."})
+    tie: Literal["position", "group", "layer", "model"] = field(
+        default="layer", metadata={"help": "The widest scope that shares one intervention."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the edit, while training."})
+    init_weights: bool | Literal["paper"] = field(
+        default=True, metadata={"help": "True (identity at the start), 'paper', or False (random, for tests)."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Module names or a regex, instead of `layers` and `component`."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Module names or a regex of modules to leave out."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules besides the interventions to train and save."}
+    )
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Not supported; leave empty."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Token embeddings to train besides the interventions."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("LOREFT")
+        if isinstance(self.layers, tuple | set | range):
+            self.layers = sorted(self.layers) if isinstance(self.layers, set) else list(self.layers)
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, list | tuple):
+                setattr(self, name, set(value))
+        if type(self.r) is not int or self.r < 1:
+            raise ValueError(f"r={self.r!r}: expected an int from 1 to the model's hidden size.")
+        self._check_choice("component", COMPONENTS)
+        self._check_choice("intervention", tuple(INTERVENTIONS))
+        self._check_choice("tie", TIES)
+        self._check_choice("init_weights", (True, False, "paper"))
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r}: expected a number from 0 to below 1.")
+        check_layers(self.layers, "layers")
+        self._check_positions()
+        if self.target_parameters:
+            raise ValueError(
+                f"target_parameters={self.target_parameters!r} is not supported: LoReFT edits the outputs of modules, "
+                "not parameters. Use `target_modules`, or `layers` and `component`."
+            )
+        if self.target_modules is not None and (self.layers != "all" or self.component != "block"):
+            raise ValueError(
+                f"target_modules={self.target_modules!r} names the modules itself; it cannot be combined with "
+                f"layers={self.layers!r} and component={self.component!r}. Give one or the other."
+            )
+
+    def _check_choice(self, name: str, allowed: tuple[Any, ...]) -> None:
+        value = getattr(self, name)
+        if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in allowed):
+            raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}.")
+
+    def _check_positions(self) -> None:
+        if isinstance(self.positions, dict):
+            if not self.positions:
+                raise ValueError("positions={}: a mapping from layers to specs needs at least one entry.")
+            for layers in self.positions:
+                check_layers(layers, "positions")
+        for spec in self.specs:
+            if self.tie == "position" and not spec.counted:
+                raise ValueError(
+                    f"tie='position' needs a count for every group, but positions has the open-ended {str(spec)!r}. "
+                    "Allowed with it: tie='group', 'layer' or 'model'."
+                )
+
+    @property
+    def specs(self) -> list[Positions]:
+        """The distinct position specs, parsed, in the order given."""
+        texts = self.positions.values() if isinstance(self.positions, dict) else [self.positions]
+        return list(dict.fromkeys(Positions.parse(text) for text in texts))
+
+    @property
+    def layout(self) -> Layout:
+        """The groups of all specs, each once: how the slots of `intervention_positions` are laid out."""
+        return union(self.specs)
+
+    def positions_by_layer(self, n_layers: int) -> dict[int, Positions]:
+        """The spec of each layer to edit, in a model of `n_layers` blocks.
+
+        Raises:
+            ValueError: a layer is out of range, has two specs, or is chosen by `layers` but has none.
+        """
+        chosen = resolve_layers(self.layers, n_layers, "layers")
+        if isinstance(self.positions, str):
+            return dict.fromkeys(chosen, Positions.parse(self.positions))
+        by_layer: dict[int, Positions] = {}
+        for layers, spec in self.positions.items():
+            for layer in resolve_layers(layers, n_layers, "positions"):
+                if layer in by_layer:
+                    raise ValueError(f"positions={self.positions!r} gives layer {layer} two specs.")
+                by_layer[layer] = Positions.parse(spec)
+        if self.layers == "all":
+            return dict(sorted(by_layer.items()))
+        if missing := [layer for layer in chosen if layer not in by_layer]:
+            raise ValueError(f"layers={self.layers!r} has {missing}, for which positions={self.positions!r} says nothing.")
+        return {layer: by_layer[layer] for layer in chosen}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types: sets, in whose order chance has a part, become sorted lists."""
+        return {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save `adapter_config.json`; beside saved weights, also complete the model card (see `peft_reft.hub`)."""
+        super().save_pretrained(save_directory, **kwargs)
+        if os.path.isfile(os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)):
+            write_model_card(save_directory, self)

@@ -1,0 +1,158 @@
+"""`LoreftLayer`: the child of a block that holds its adapters and edits its output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .interventions import Intervention
+from .positions import Arrangement, Layout, PositionIndex
+from .runtime import PositionState
+
+CHILD = "loreft"
+"""Name of the layer in its block. Keys read `...layers.3.loreft.loreft_weights.<adapter>.R`."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one adapter does at one layer, read from its config once, at injection."""
+
+    layout: Layout
+    """Groups of all the config's specs: how `intervention_positions` is laid out."""
+    groups: Layout
+    """Groups edited at this layer."""
+    by: Arrangement
+    dropout: float
+
+
+class LoreftLayer(nn.Module, BaseTunerLayer):
+    """Edits the output of the block it is a child of, at the positions that the model's `PositionState` has.
+
+    Args:
+        block: the module whose output is edited; a forward hook on it calls this layer.
+        state: positions of the running forward, shared by all layers of the model.
+    """
+
+    adapter_layer_names = ("loreft_weights",)
+    other_param_names = ("plans",)
+
+    def __init__(self, block: nn.Module, state: PositionState) -> None:
+        super().__init__()
+        self.loreft_weights = nn.ModuleDict()
+        self.plans: dict[str, LayerPlan] = {}
+        self.state = state
+        self._block = (block,)  # in a tuple, or it would be registered as a child of its own child
+        # `prepend`: transformers' recorder of hidden states is a hook too, and must see the edited ones.
+        self._handle = block.register_forward_hook(_edit_output, prepend=True)
+
+    def update_layer(self, adapter_name: str, intervention: Intervention, plan: LayerPlan) -> None:
+        """Add an adapter, or replace the one of that name."""
+        self.loreft_weights[adapter_name] = intervention
+        self.plans[adapter_name] = plan
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def forward(self, output: Any, adapter_names: Sequence[str] | None = None) -> Any:
+        """Edit a block's output.
+
+        Args:
+            output: hidden states (batch, seq, d) or (batch * seq, d), or a tuple that begins with them.
+            adapter_names: one adapter a row (`"__base__"` for none) instead of the active ones for all.
+
+        Returns:
+            The same structure with edited hidden states; the very same object where nothing is edited.
+        """
+        if self.disable_adapters:
+            return output
+        wanted = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
+        present = [name for name in wanted if name in self.plans]
+        if not present:
+            return output
+        hidden = output[0] if isinstance(output, tuple) else output
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        edited = flat
+        for name in present:  # each edit is computed from the block's own output, so the edits add
+            plan = self.plans[name]
+            index = self.state.index(plan.layout, plan.groups, plan.by)
+            if index is None:
+                continue
+            if flat.shape[0] != index.shape[0] * index.shape[1]:
+                raise ValueError(
+                    f"LoReFT was given positions for a batch of {index.shape[0]} x {index.shape[1]} tokens, but the "
+                    f"module it edits returned hidden states of shape {tuple(hidden.shape)}."
+                )
+            rows = None if adapter_names is None else self._rows(name, adapter_names, index, flat.device)
+            edited = self._edit(edited, flat, self.loreft_weights[name], plan, index, rows)
+        if edited is flat:
+            return output
+        edited = edited.view_as(hidden)
+        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+    def _edit(
+        self, edited: Tensor, flat: Tensor, weights: Any, plan: LayerPlan, index: PositionIndex, rows: Tensor | None
+    ) -> Tensor:
+        """Add one adapter's edit of `flat` (batch * seq, d) to `edited`; `rows` (batch * seq,) bool limits it."""
+        if index.mask is not None:
+            masks = index.mask if plan.by == "group" else index.mask.unsqueeze(0)
+            for which, mask in enumerate(masks):
+                edit = weights.select(flat, which) if plan.by == "group" else weights.edit(flat)
+                mask = mask if rows is None else mask & rows.unsqueeze(-1)
+                edited = edited + torch.where(mask, self._drop(edit, plan), 0).to(flat.dtype)
+            return edited
+        assert index.rows is not None and index.valid is not None
+        valid = index.valid if rows is None else index.valid & rows[index.rows].unsqueeze(-1)
+        h = flat.index_select(0, index.rows.flatten()).view(*index.rows.shape, -1)
+        edit = torch.where(valid, self._drop(weights.edit(h), plan), 0).to(flat.dtype)
+        return edited.index_add(0, index.rows.flatten(), edit.flatten(0, -2))
+
+    def _drop(self, edit: Tensor, plan: LayerPlan) -> Tensor:
+        return F.dropout(edit, plan.dropout, self.training) if plan.dropout else edit
+
+    def _rows(self, name: str, adapter_names: Sequence[str], index: PositionIndex, device: torch.device) -> Tensor:
+        """(batch * seq,) bool: tokens of the rows that want adapter `name`."""
+        if len(adapter_names) != index.shape[0]:
+            raise ValueError(
+                f"adapter_names has {len(adapter_names)} entries for a batch of {index.shape[0]} rows; give one a row."
+            )
+        wanted = torch.tensor([row == name for row in adapter_names], device=device)
+        return wanted.repeat_interleave(index.shape[1])
+
+    def remove(self) -> None:
+        """Take the hook off the block, and this layer out of it."""
+        self._handle.remove()
+        delattr(self._block[0], CHILD)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # A block has no `weight`. Only the device is taken from its parameters: 4-bit weights are of type uint8.
+        if device is None:
+            own = {id(parameter) for parameter in self.parameters()}
+            others = (p for p in self._block[0].parameters() if id(p) not in own)
+            device = next((parameter.device for parameter in others), None)
+        weights = self.loreft_weights[adapter_name] if adapter_name in self.loreft_weights else None
+        if device is None or device.type == "meta" or weights is None:
+            return
+        if not any(parameter.is_meta for parameter in weights.parameters()):
+            weights.to(device)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(MERGE_REASON)
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""
+
+
+MERGE_REASON = (
+    "LoReFT cannot be merged into the base model: it edits hidden states at a few token positions, and a weight matrix "
+    "treats every position alike. Keep the adapter beside the model: it costs nothing while decoding. "
+    "`unload()` gives the base model back without it."
+)
+
+
+def _edit_output(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Forward hook of a block. A module-level function, so that the model can be copied and pickled."""
+    return getattr(block, CHILD)(output)

@@ -1,0 +1,213 @@
+"""`LoreftModel`: put LoReFT into a model, and take it out again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from peft import TaskType
+from peft.tuners.tuners_utils import BaseTuner, _get_tuner_state_dict_key_prefixes, check_target_module_exists
+from torch import Tensor, nn
+
+from .architectures import Target, find_targets, output_size
+from .config import LoreftConfig
+from .interventions import INTERVENTIONS, Intervention, orthonormalise
+from .layer import CHILD, MERGE_REASON, LayerPlan, LoreftLayer
+from .positions import Positions
+from .runtime import attach, detach
+
+
+class LoreftModel(BaseTuner):
+    """A model whose hidden states LoReFT edits at a few positions and layers (arXiv 2404.03592).
+
+    Made by `peft.get_peft_model(model, LoreftConfig(...))` rather than by hand. Blocks are not replaced: each edited
+    module gains one child, `loreft`, and a forward hook. Names and weights of the base model stay as they are.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from peft_reft import LoreftConfig
+        >>> sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+        >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes))
+        >>> model = get_peft_model(base, LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f1+l1"))
+        >>> model.print_trainable_parameters()  # 2 layers x (2 x 4 x 32 + 4)
+        trainable params: 520 || all params: 27,432 || trainable%: 1.8956
+    """
+
+    prefix = "loreft_"
+    tuner_layer_cls = LoreftLayer
+    target_module_mapping: dict[str, list[str]] = {}  # blocks are found by rule, see architectures.py
+
+    def _prepare_adapter_config(self, peft_config: LoreftConfig, model_config: dict[str, Any]) -> LoreftConfig:
+        """Decide what is edited where, before anything is changed: all that can be wrong raises here."""
+        self._probe = copy.copy(peft_config)
+        if peft_config.target_modules is None:
+            targets = find_targets(self.model, peft_config.component)
+            self._probe.target_modules = {target.name for target in targets}
+        else:
+            names = [
+                name
+                for name, _ in self.model.named_modules()
+                if name and f".{CHILD}." not in f".{name}." and check_target_module_exists(peft_config, name)
+            ]
+            targets = [Target(name, layer, output_size(self.model, name)) for layer, name in enumerate(names)]
+        specs = peft_config.positions_by_layer(len(targets)) if targets else {}
+        self._targets: dict[str, tuple[Target, Positions]] = {}
+        for target in targets:
+            if target.layer in specs:
+                if peft_config.r > target.d:
+                    raise ValueError(
+                        f"r={peft_config.r} is larger than the hidden size {target.d} of {target.name}: "
+                        f"allowed are 1 to {target.d}."
+                    )
+                self._targets[target.name] = (target, specs[target.layer])
+        if peft_config.tie == "model" and len(sizes := {target.d for target, _ in self._targets.values()}) > 1:
+            raise ValueError(f"tie='model' needs one hidden size, but the targets have {sorted(sizes)}.")
+        self._shared: Intervention | None = None
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: LoreftConfig, key: str) -> Any:  # type: ignore[override]
+        # `exclude_modules` and `modules_to_save` are PEFT's to judge, on the names we chose.
+        return key in self._targets and check_target_module_exists(self._probe, key)
+
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        """PEFT's check concerns weights that LoRA would bypass; the outputs of any module can be edited."""
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        task = self.peft_config[adapter_name].task_type
+        can_generate = getattr(model, "can_generate", lambda: False)() and not model.config.is_encoder_decoder
+        self._state = attach(model, task == TaskType.CAUSAL_LM or (task is None and can_generate))
+        if state_dict is not None:  # PEFT finds modules by the part of a key before the prefix: that is our child
+            state_dict = {key.replace(f".{CHILD}.{self.prefix}", f".{self.prefix}"): t for key, t in state_dict.items()}
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        finally:
+            if not any(isinstance(module, LoreftLayer) for module in model.modules()):
+                detach(model)
+
+    def _create_and_replace(
+        self,
+        peft_config: LoreftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        chosen, spec = self._targets[current_key]
+        by = peft_config.tie if peft_config.tie in ("group", "position") else "all"
+        count = {
+            "all": None,
+            "group": len(spec.groups),
+            "position": sum(group.count or 0 for group in spec.groups),
+        }[by]
+        intervention = self._shared
+        if intervention is None:
+            formula = INTERVENTIONS[peft_config.intervention]
+            intervention = formula(chosen.d, peft_config.r, count, peft_config.init_weights)
+        if peft_config.tie == "model":
+            self._shared = intervention
+        layer = getattr(target, CHILD, None)
+        if layer is None:
+            layer = LoreftLayer(target, self._state)
+            target.add_module(CHILD, layer)
+        layer.update_layer(
+            adapter_name, intervention, LayerPlan(peft_config.layout, spec.groups, by, peft_config.dropout)
+        )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's way to hand `adapter_names`, one a row, to every layer of a forward."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names chooses adapters row by row, which works in inference mode only.")
+        if unknown := sorted({*adapter_names} - {*self.peft_config, "__base__"}):
+            raise ValueError(f"adapter_names has {unknown}; there are {sorted(self.peft_config)} and '__base__'.")
+        beams = kwargs.get("num_beams") or 1
+        hook = partial(_set_adapter_names, adapter_names=[name for name in adapter_names for _ in range(beams)])
+        layers = [module for module in self.modules() if isinstance(module, LoreftLayer)]
+        handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(MERGE_REASON)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        for module in list(model.modules()):
+            if isinstance(module, LoreftLayer):
+                module.remove()
+        detach(model)
+        return model
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: LoreftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """R as it computes, W and b; with `tie="model"` once, under the first layer's name."""
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if config.tie == "model":
+            first_of_each = {key.rpartition(".")[2]: key for key in reversed(found)}
+            found = {key: found[key] for key in found if key in first_of_each.values()}
+        return {
+            key: orthonormalise(value.float())[0] if key.endswith(".R") and not value.is_meta else value
+            for key, value in found.items()
+        }
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: LoreftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Names of the model for names of the file. Raises ValueError if a tensor is missing or has no place."""
+        own = [
+            name
+            for prefix in sorted(_get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name))
+            for name in model.state_dict()
+            if name.startswith(f"{prefix}.")
+        ]
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        if config.tie == "model":
+            shared = {name.rpartition(".")[2]: t for name, t in remapped.items() if f".{CHILD}.{cls.prefix}" in name}
+            remapped |= {name: shared[last] for name in own if (last := name.rpartition(".")[2]) in shared}
+        missing = [cls._remove_adapter_name_from_key(name, adapter_name) for name in own if name not in remapped]
+        unknown = [name for name in remapped if f".{CHILD}.{cls.prefix}" in name and name not in own]
+        if missing or unknown:
+            raise ValueError(
+                "The adapter file does not fit its config and this model."
+                + (f" Missing: {', '.join(missing)}." if missing else "")
+                + (f" In the file, but with no place in the model: {', '.join(unknown)}." if unknown else "")
+            )
+        return remapped
+
+
+def _set_adapter_names(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": adapter_names}
+

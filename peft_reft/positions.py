@@ -1,0 +1,387 @@
+"""Where in time LoReFT acts: parse a position spec and resolve it to token indices.
+
+A spec is a union of groups joined by ``+``:
+
+=======  ===============================  =======  ======
+group    tokens                           prefill  decode
+=======  ===============================  =======  ======
+``fN``   first N of the prompt            yes      no
+``lN``   last N of the prompt             yes      no
+``p``    the whole prompt                 yes      no
+``gN``   first N generated                no       yes
+``g``    all generated                    no       yes
+``all``  ``p+g``                          yes      yes
+=======  ===============================  =======  ======
+
+Everything here is index arithmetic on tensors: no loops over rows, and one host read at most (to learn how many
+answers a row holds), which a caller who knows that number avoids.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Arrangement = Literal["all", "group", "position"]
+
+NO_POSITION = -1
+"""Marks a slot that no token fills; PEFT and transformers use -100 for labels, positions start at 0."""
+
+_TOKEN = re.compile(r"(?P<kind>[flg])(?P<count>[0-9]+)|(?P<open>all|[pg])")
+_GRAMMAR = "fN, lN (first or last N prompt tokens), p (the prompt), gN, g (generated tokens), all (p+g); N >= 1"
+
+
+@dataclass(frozen=True)
+class Group:
+    """One term of a spec. `kind` is one of ``f l p g``; `count` is None for an open-ended group (``p``, ``g``)."""
+
+    kind: str
+    count: int | None
+
+    def __str__(self) -> str:
+        return f"{self.kind}{'' if self.count is None else self.count}"
+
+
+Layout = tuple[Group, ...]
+
+
+def slots_per_answer(layout: Layout) -> int:
+    """Number of slots that the counted groups of `layout` take for each answer."""
+    return sum(group.count for group in layout if group.count is not None)
+
+
+@dataclass(frozen=True)
+class Positions:
+    """A parsed position spec.
+
+    Example:
+        >>> from peft_reft import Positions
+        >>> spec = Positions.parse("f7+l7")
+        >>> [str(group) for group in spec.groups]
+        ['f7', 'l7']
+        >>> str(Positions.parse("all"))
+        'p+g'
+        >>> print(spec.describe())
+        the first 7 and the last 7 tokens of the prompt
+    """
+
+    groups: Layout
+
+    @staticmethod
+    def parse(spec: str) -> Positions:
+        """Parse `spec`. Raises ValueError that shows the spec and points at the term that is wrong."""
+        if not isinstance(spec, str):
+            raise ValueError(f"positions must be a string such as 'f7+l7', got {spec!r}. Allowed: {_GRAMMAR}.")
+        return _parse(spec)
+
+    @property
+    def counted(self) -> bool:
+        """Whether every group has a count, so that the number of slots is known before the batch is."""
+        return all(group.count is not None for group in self.groups)
+
+    @property
+    def while_decoding(self) -> bool:
+        """Whether any generated token is edited."""
+        return any(group.kind == "g" for group in self.groups)
+
+    @property
+    def needs_prompt_end(self) -> bool:
+        """Whether the end of the prompt matters: everything but ``fN`` alone moves with it."""
+        return any(group.kind != "f" for group in self.groups)
+
+    def describe(self) -> str:
+        """The spec in words, for a model card."""
+        first = [f"the first {g.count}" for g in self.groups if g.kind == "f"]
+        last = [f"the last {g.count}" for g in self.groups if g.kind == "l"]
+        parts = [f"{' and '.join(first + last)} tokens of the prompt"] if first or last else []
+        parts += ["all tokens of the prompt" for g in self.groups if g.kind == "p"]
+        generated = [g for g in self.groups if g.kind == "g"]
+        parts += [f"{'all' if g.count is None else f'the first {g.count}'} generated tokens" for g in generated]
+        return " and ".join(parts)
+
+    def __str__(self) -> str:
+        return "+".join(map(str, self.groups))
+
+
+@lru_cache(maxsize=256)
+def _parse(spec: str) -> Positions:
+    groups: list[Group] = []
+    start = 0
+    for term in spec.split("+"):
+        stripped = term.strip()
+        at = start + len(term) - len(term.lstrip())
+        match = _TOKEN.fullmatch(stripped)
+        if match is None:
+            raise _spec_error(spec, at, stripped, f"is not a group. Allowed: {_GRAMMAR}")
+        if match["open"] == "all":
+            new = [Group("p", None), Group("g", None)]
+        elif match["open"]:
+            new = [Group(match["open"], None)]
+        else:
+            new = [Group(match["kind"], int(match["count"]))]
+            if new[0].count == 0:
+                raise _spec_error(spec, at, stripped, "selects no token; leave it out, or give a count of 1 or more")
+        for group in new:
+            for other in groups:
+                kinds = {group.kind, other.kind}
+                if len(kinds) == 1 or ("p" in kinds and kinds & {"f", "l"}):
+                    raise _spec_error(spec, at, stripped, f"overlaps '{other}': a token is edited once")
+            groups.append(group)
+        start += len(term) + 1
+    return Positions(tuple(groups))
+
+
+def _spec_error(spec: str, at: int, term: str, problem: str) -> ValueError:
+    return ValueError(f"positions={spec!r}: {term!r} {problem}.\n    {spec}\n    {' ' * at}{'^' * max(1, len(term))}")
+
+
+def union(specs: Iterable[Positions]) -> Layout:
+    """The distinct groups of several specs in order of first appearance: the slot layout of one batch tensor."""
+    return tuple(dict.fromkeys(group for spec in specs for group in spec.groups))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers of a batch: where each begins and which document it belongs to. Shapes (batch, K), all ranks.
+
+    A *rank* counts the real tokens of a row from 1; 0 means "before the first". Padding has no rank of its own, so
+    nothing below ever lands on it, whichever side it is on. An *answer* is a supervised span of labels; a document
+    without one has a single answer that begins after its last token.
+    """
+
+    rank: Tensor
+    """(batch, seq): rank of each real token; a padding token repeats the rank before it."""
+    real: Tensor
+    """(batch, seq) bool."""
+    generated: Tensor
+    """(batch, seq) bool: tokens from the first supervised one of their document on."""
+    ends: Tensor
+    """Rank of the last token before the answer."""
+    starts: Tensor
+    """Rank before the first token of the answer's document."""
+    lower: Tensor
+    """Rank that the answer's `l` slots may not reach back to: the start of the answer before it, or `starts`."""
+    first: Tensor
+    """bool: whether this is the first answer of its document."""
+    document_ends: Tensor
+    """Rank of the last token of the answer's document."""
+
+
+def find_answers(
+    real: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None, count: int | None = None
+) -> Answers:
+    """Find prompts and answers in a batch.
+
+    Args:
+        real: (batch, seq) bool, False on padding.
+        labels: (batch, seq) int64, -100 where unsupervised, or None: every real token then belongs to a prompt.
+        position_ids: (batch, seq) int64, or None; a real token with position 0 begins a new document (packing).
+        count: most answers in a row, if the caller knows it (1 for a prompt alone); else it is read from the batch.
+
+    Returns:
+        Answers, K = `count`.
+    """
+    rank = real.cumsum(1)
+    begins = real & (rank == 1)
+    if position_ids is not None:
+        begins = begins | (real & (position_ids == 0))
+    document = begins.cumsum(1)  # 1-based number of the token's document; 0 before the first
+    base = torch.where(begins, rank - 1, 0).cummax(1).values  # rank before the document's first token
+    n_documents = real.shape[1] + 1
+
+    def per_document(values: Tensor) -> Tensor:
+        """Sum `values` (batch, seq) over each document and give every token its document's sum."""
+        sums = values.new_zeros(values.shape[0], n_documents, dtype=torch.long)
+        return sums.scatter_add(1, document, values.long()).gather(1, document)
+
+    supervised = torch.zeros_like(real) if labels is None else real & (labels != -100)
+    seen = supervised.cumsum(1)  # supervised tokens so far in the row
+    seen_before = torch.where(begins, seen - supervised.long(), 0).cummax(1).values  # ... in earlier documents
+    generated = real & (seen > seen_before)
+
+    column = torch.arange(real.shape[1], device=real.device).expand_as(rank)
+    previous = torch.where(real, column, -1).cummax(1).values.roll(1, 1)  # column of the real token before this one
+    previous[:, 0] = -1
+    follows_supervised = supervised.gather(1, previous.clamp_min(0)) & (previous >= 0) & ~begins
+    begins_answer = supervised & ~follows_supervised
+    length = per_document(real)
+    unanswered = begins & (per_document(supervised) == 0)
+    event = begins_answer | unanswered
+    end_of_prompt = torch.where(unanswered, base + length, rank - 1)
+
+    order = event.cumsum(1)
+    if count is None:
+        count = max(1, int(order[:, -1].amax()))  # the one host read
+    wanted = torch.arange(1, count + 1, device=real.device).expand(real.shape[0], count)
+    at = torch.searchsorted(order, wanted.contiguous())
+    exists = at < real.shape[1]
+    at = at.clamp_max(real.shape[1] - 1)
+
+    def take(values: Tensor) -> Tensor:
+        return torch.where(exists, values.gather(1, at), 0)
+
+    ends, starts = take(end_of_prompt), take(base)
+    same_document = starts[:, 1:] == starts[:, :-1]
+    no_earlier = torch.ones_like(exists[:, :1])
+    first = exists & torch.cat([no_earlier, ~same_document], 1)
+    earlier_end = torch.cat([ends[:, :1], ends[:, :-1]], 1)
+    return Answers(
+        rank=rank,
+        real=real,
+        generated=generated,
+        ends=ends,
+        starts=starts,
+        lower=torch.where(first, starts, torch.maximum(starts, earlier_end)),
+        first=first,
+        document_ends=take(base + length),
+    )
+
+
+def resolve(layout: Layout, answers: Answers) -> Tensor:
+    """Token columns for `layout`: (batch, K * slots + open * seq) int64, -1 where a slot is empty.
+
+    The counted groups come first, answer by answer, each answer's slots in the order of `layout`. Every open-ended
+    group follows with one slot per column of the row, holding that column or -1.
+
+    A prompt of L < p + s tokens has p cut to min(p, L // 2) and s to min(s, (L + 1) // 2), the paper's rule
+    (arXiv 2404.03592, section 3): prefix and suffix never meet and the last token always counts. An ``lN`` slot is filled
+    from the right, so that the last slot is always the last token. From a document's second answer on there is no
+    prefix, and the suffix stops where the answer before it begins: a token is edited once.
+    """
+    counts = {group.kind: group.count for group in layout if group.count is not None}
+    length = answers.ends - answers.starts
+    short = length < sum(counts.get(kind) or 0 for kind in "fl")
+    pieces = []
+    for group in layout:
+        if group.count is None:
+            continue
+        slot = torch.arange(group.count, device=length.device)
+        if group.kind == "f":
+            kept = torch.where(short, length.div(2, rounding_mode="floor"), group.count).clamp_max(group.count)
+            rank = answers.starts.unsqueeze(-1) + 1 + slot
+            valid = (slot < kept.unsqueeze(-1)) & answers.first.unsqueeze(-1)
+        elif group.kind == "l":
+            kept = torch.where(short, (length + 1).div(2, rounding_mode="floor"), group.count).clamp_max(group.count)
+            rank = answers.ends.unsqueeze(-1) - (group.count - 1) + slot
+            valid = (slot >= group.count - kept.unsqueeze(-1)) & (rank > answers.lower.unsqueeze(-1))
+        else:
+            rank = answers.ends.unsqueeze(-1) + 1 + slot
+            valid = (rank <= answers.document_ends.unsqueeze(-1)) & answers.first.unsqueeze(-1)
+        pieces.append(torch.where(valid, rank, 0))
+    regions = []
+    column = torch.arange(answers.real.shape[1], device=length.device)
+    for group in layout:
+        if group.count is None:
+            mask = answers.generated if group.kind == "g" else answers.real & ~answers.generated
+            regions.append(torch.where(mask, column, NO_POSITION))
+    if pieces:
+        ranks = torch.cat(pieces, -1).flatten(1)
+        columns = torch.searchsorted(answers.rank, ranks.contiguous())  # first column of that rank is the real token
+        regions.insert(0, torch.where(ranks > 0, columns, NO_POSITION))
+    return torch.cat(regions, 1)
+
+
+@dataclass(frozen=True)
+class PositionIndex:
+    """What a layer needs to edit a batch of hidden states flattened to (batch * seq, d).
+
+    Either a gather (`rows`) or a mask (`mask`), never both. With an arrangement by group or position there is a
+    leading dimension G, one entry for each intervention.
+    """
+
+    rows: Tensor | None
+    """(n,) or (G, n) int64 into batch * seq; an empty slot repeats some row whose edit `valid` then drops."""
+    valid: Tensor | None
+    """(n, 1) or (G, n, 1) bool."""
+    mask: Tensor | None
+    """(batch * seq, 1) or (G, batch * seq, 1) bool."""
+    shape: tuple[int, int]
+    """(batch, seq) of the batch these belong to."""
+
+
+def arrange(slots: Tensor, seq: int, layout: Layout, groups: Layout, by: Arrangement) -> PositionIndex:
+    """Pick `groups` out of a slot tensor laid out by `layout` and order it the way a layer's weights are tied.
+
+    Args:
+        slots: (batch, n) int64 token columns, -1 = none, laid out as `resolve` does.
+        seq: number of columns of the batch.
+        layout: groups that `slots` was laid out by.
+        groups: groups that this layer edits, a subset of `layout`.
+        by: `"all"` one intervention for every position, `"group"` one for each group, `"position"` one for each slot.
+
+    Raises:
+        ValueError: the number of slots does not fit the layout, and this layer must tell groups apart.
+    """
+    batch = slots.shape[0]
+    if not all(group.count for group in groups):
+        return PositionIndex(None, None, _masks(slots, seq, layout, groups, by), (batch, seq))
+    if by == "all" and groups == layout:
+        columns = slots.unsqueeze(0)  # a flat list needs no layout: a user's own stays valid
+    else:
+        by_answer = _by_answer(slots, seq, layout)
+        picked = [_select(by_answer, layout, group) for group in groups]
+        if by == "position":
+            columns = torch.cat(picked, -1).permute(2, 0, 1).flatten(2)
+        elif by == "group":
+            widest = max(group.shape[-1] for group in picked)
+            pad = [torch.nn.functional.pad(g, (0, widest - g.shape[-1]), value=NO_POSITION) for g in picked]
+            columns = torch.stack(pad).flatten(2)
+        else:
+            columns = torch.cat(picked, -1).flatten(1).unsqueeze(0)
+    valid = columns >= 0
+    row = torch.arange(batch, device=slots.device).unsqueeze(-1) * seq
+    stand_in = columns.amax((0, 2)).clamp_min(0).unsqueeze(-1)  # a real token of the row wherever it has any
+    rows = (torch.where(valid, columns, stand_in) + row).flatten(1)
+    valid = valid.flatten(1).unsqueeze(-1)
+    if by == "all":
+        rows, valid = rows[0], valid[0]
+    return PositionIndex(rows, valid, None, (batch, seq))
+
+
+def _by_answer(slots: Tensor, seq: int, layout: Layout) -> Tensor:
+    """The counted part of `slots` as (batch, K, slots per answer)."""
+    width, open_groups = slots_per_answer(layout), sum(group.count is None for group in layout)
+    counted = slots.shape[1] - open_groups * seq
+    if counted < 0 or (width and counted % width) or (not width and counted):
+        raise ValueError(
+            f"intervention_positions has {slots.shape[1]} slots a row, which does not fit the groups "
+            f"{'+'.join(map(str, layout))}: expected a multiple of {width}"
+            + (f" plus {open_groups} x {seq} (one slot a column for each open-ended group)" if open_groups else "")
+            + ", in the order of the groups, one answer after the other, -1 where a slot is empty."
+        )
+    return slots[:, :counted].unflatten(1, (-1, width)) if width else slots[:, :0].unsqueeze(1)
+
+
+def _select(by_answer: Tensor, layout: Layout, group: Group) -> Tensor:
+    """Slots of one counted `group`: (batch, K, group.count)."""
+    before = slots_per_answer(layout[: layout.index(group)])
+    return by_answer[..., before : before + (group.count or 0)]
+
+
+def _masks(slots: Tensor, seq: int, layout: Layout, groups: Layout, by: Arrangement) -> Tensor:
+    if by == "all" and groups == layout:
+        regions = [slots]
+    else:
+        by_answer = _by_answer(slots, seq, layout)
+        counted = by_answer.shape[1] * by_answer.shape[2]
+        open_groups = [group for group in layout if group.count is None]
+        regions = []
+        for group in groups:
+            if group.count is None:
+                at = counted + open_groups.index(group) * seq
+                regions.append(slots[:, at : at + seq])
+            else:
+                regions.append(_select(by_answer, layout, group).flatten(1))
+    masks = []
+    for region in regions:
+        hit = torch.zeros(slots.shape[0], seq + 1, dtype=torch.bool, device=slots.device)
+        hit = hit.scatter(1, torch.where(region >= 0, region, seq), True)[:, :seq]  # column `seq` takes the empty ones
+        masks.append(hit.flatten().unsqueeze(-1))
+    stacked = torch.stack(masks)
+    return stacked if by == "group" else stacked.any(0)
