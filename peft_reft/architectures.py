@@ -62,7 +62,7 @@ def output_size(model: nn.Module, name: str) -> int:
 
 
 def _text_config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -76,7 +76,9 @@ def _hidden_size(model: nn.Module, config: Any) -> int:
 
 
 def _block_list(model: nn.Module, config: Any) -> str:
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    lists = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) if len(module)
+    }
     n_layers = getattr(config, "num_hidden_layers", None)
     candidates = [name for name, module in lists.items() if len(module) == n_layers]
     # A list inside one of these (the experts of a block) is part of a block, not a list of blocks.
@@ -86,14 +88,14 @@ def _block_list(model: nn.Module, config: Any) -> str:
         candidates = [c for c in candidates if ending and f".{c}".endswith(f".{ending}")] or candidates
     if len(candidates) == 1:
         return candidates[0]
-    found = ", ".join(f"{name} ({len(module)} x {type(module[0]).__name__})" for name, module in lists.items()) or "none"
+    found = ", ".join(f"{name} ({len(blocks)} x {type(blocks[0]).__name__})" for name, blocks in lists.items())
     problem = (
         f"more than one list of modules could be the blocks: {', '.join(candidates)}"
         if candidates
         else f"no list of modules has as many entries as the config has layers ({n_layers})"
     )
     raise ValueError(
-        f"Cannot find the blocks of {type(model).__name__}: {problem}. Lists of modules found: {found}. "
+        f"Cannot find the blocks of {type(model).__name__}: {problem}. Lists of modules found: {found or 'none'}. "
         "Name the modules to edit with `target_modules`."
     )
 

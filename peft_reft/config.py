@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 
 from .hub import write_model_card
 from .interventions import INTERVENTIONS
@@ -26,9 +27,9 @@ class LoreftConfig(PeftConfig):
 
     Args:
         r: Rank of the edited subspace, 1 to the hidden size.
-        positions: Which tokens are edited, e.g. `"f7+l7"`: the first 7 and the last 7 of the prompt. Groups: `fN`, `lN`
-            (first or last N prompt tokens), `p` (the prompt), `gN`, `g` (generated tokens), `all`. A mapping from
-            layers to specs gives each layer its own: `{"0-11": "f5", "12-": "l5"}`.
+        positions: Which tokens are edited, e.g. `"f7+l7"`: the first 7 and the last 7 of the prompt. Groups: `fN`,
+            `lN` (first or last N prompt tokens), `p` (the prompt), `gN`, `g` (generated tokens), `all`. A mapping
+            from layers to specs gives each layer its own: `{"0-11": "f5", "12-": "l5"}`.
         layers: Which blocks: `"all"`, a list of ints (negative ones count from the end), or `"0-7;16;-1"`.
         component: Whose output is edited: `"block"` (the residual stream after the block), `"attention"` or `"mlp"`.
         intervention: The formula: `"loreft"`, `"noreft"`, `"direft"`, `"nodireft"`, `"consreft"`, `"lobireft"`.
@@ -74,10 +75,10 @@ class LoreftConfig(PeftConfig):
     init_weights: bool | Literal["paper"] = field(
         default=True, metadata={"help": "True (identity at the start), 'paper', or False (random, for tests)."}
     )
-    target_modules: list[str] | str | None = field(
+    target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Module names or a regex, instead of `layers` and `component`."}
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Module names or a regex of modules to leave out."}
     )
     modules_to_save: list[str] | None = field(
@@ -165,8 +166,25 @@ class LoreftConfig(PeftConfig):
         if self.layers == "all":
             return dict(sorted(by_layer.items()))
         if missing := [layer for layer in chosen if layer not in by_layer]:
-            raise ValueError(f"layers={self.layers!r} has {missing}, for which positions={self.positions!r} says nothing.")
+            raise ValueError(
+                f"layers={self.layers!r} has {missing}, but positions={self.positions!r} has no spec there."
+            )
         return {layer: by_layer[layer] for layer in chosen}
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> LoreftConfig:
+        """Load from a folder or the Hub. Raises ValueError, naming the file, if weights beside it are cut short."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        weights = os.path.join(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if os.path.isfile(weights):
+            try:  # the reader's own error names no file
+                with safe_open(weights, framework="pt"):
+                    pass
+            except SafetensorError as error:
+                raise ValueError(f"{weights} is damaged or cut short ({error}). Copy it again.") from error
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types: sets, in whose order chance has a part, become sorted lists."""

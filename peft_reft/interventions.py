@@ -100,6 +100,12 @@ class Intervention(nn.Module, ABC):
     Computation is in float32 with autocast off, whatever the type of parameters and input.
     """
 
+    R: nn.Parameter
+    W: nn.Parameter
+    W1: nn.Parameter
+    W2: nn.Parameter
+    b: nn.Parameter
+
     parameter_names: ClassVar[tuple[str, ...]]
     """Names, as in the formula; `R` stands for a matrix with orthonormal rows, a lower-case name for a vector."""
 
@@ -168,7 +174,7 @@ class Intervention(nn.Module, ABC):
 
     def rotation(self) -> Tensor:
         """R, (..., r, d) float32 with orthonormal rows to 1e-5, differentiable in the parameter."""
-        stored: Tensor = self.R  # type: ignore[assignment]
+        stored = self.R
         pull_back = (
             stored.requires_grad
             and torch.is_grad_enabled()

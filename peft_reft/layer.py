@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,7 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters:
             return output
-        wanted = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
+        wanted: Iterable[str] = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
         present = [name for name in wanted if name in self.plans]
         if not present:
             return output
@@ -133,9 +133,9 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
             own = {id(parameter) for parameter in self.parameters()}
             others = (p for p in self._block[0].parameters() if id(p) not in own)
             device = next((parameter.device for parameter in others), None)
-        weights = self.loreft_weights[adapter_name] if adapter_name in self.loreft_weights else None
-        if device is None or device.type == "meta" or weights is None:
+        if device is None or device.type == "meta" or adapter_name not in self.loreft_weights:
             return
+        weights = self.loreft_weights[adapter_name]
         if not any(parameter.is_meta for parameter in weights.parameters()):
             weights.to(device)
 
@@ -147,8 +147,8 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
 
 
 MERGE_REASON = (
-    "LoReFT cannot be merged into the base model: it edits hidden states at a few token positions, and a weight matrix "
-    "treats every position alike. Keep the adapter beside the model: it costs nothing while decoding. "
+    "LoReFT cannot be merged into the base model: it edits hidden states at a few token positions, and a weight "
+    "matrix treats every position alike. Keep the adapter beside the model: it costs nothing while decoding. "
     "`unload()` gives the base model back without it."
 )
 

@@ -60,7 +60,9 @@ def _parse(spec: str | int | Sequence[int], field: str) -> list[tuple[int, int]]
 def _parse_range(part: str, spec: str, field: str) -> tuple[int, int]:
     match = _RANGE.fullmatch(part.strip())
     if match is None:
-        raise ValueError(f"{field}={spec!r}: {part.strip()!r} is not a layer or a range such as '3', '-1', '0-7', '12-'.")
+        raise ValueError(
+            f"{field}={spec!r}: {part.strip()!r} is no layer and no range like '3', '-1', '0-7' or '12-'."
+        )
     first = int(match["first"])
     if match["dash"] is None:
         return first, first

@@ -70,9 +70,10 @@ class LoreftModel(BaseTuner):
         self._shared: Intervention | None = None
         return peft_config
 
-    def _check_target_module_exists(self, peft_config: LoreftConfig, key: str) -> Any:  # type: ignore[override]
+    def _check_target_module_exists(self, peft_config: LoreftConfig, key: str) -> Any:
         # `exclude_modules` and `modules_to_save` are PEFT's to judge, on the names we chose.
-        return key in self._targets and check_target_module_exists(self._probe, key)
+        found = check_target_module_exists(self._probe, key)
+        return key in self._targets if found else found
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
         """PEFT's check concerns weights that LoRA would bypass; the outputs of any module can be edited."""
@@ -86,10 +87,12 @@ class LoreftModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         task = self.peft_config[adapter_name].task_type
-        can_generate = getattr(model, "can_generate", lambda: False)() and not model.config.is_encoder_decoder
+        base: Any = model
+        can_generate = hasattr(base, "can_generate") and base.can_generate() and not base.config.is_encoder_decoder
         self._state = attach(model, task == TaskType.CAUSAL_LM or (task is None and can_generate))
         if state_dict is not None:  # PEFT finds modules by the part of a key before the prefix: that is our child
-            state_dict = {key.replace(f".{CHILD}.{self.prefix}", f".{self.prefix}"): t for key, t in state_dict.items()}
+            below = f".{CHILD}.{self.prefix}"
+            state_dict = {key.replace(below, f".{self.prefix}"): value for key, value in state_dict.items()}
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         finally:
@@ -210,4 +213,3 @@ def _set_adapter_names(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, {**kwargs, "adapter_names": adapter_names}
-

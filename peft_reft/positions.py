@@ -250,9 +250,9 @@ def resolve(layout: Layout, answers: Answers) -> Tensor:
     group follows with one slot per column of the row, holding that column or -1.
 
     A prompt of L < p + s tokens has p cut to min(p, L // 2) and s to min(s, (L + 1) // 2), the paper's rule
-    (arXiv 2404.03592, section 3): prefix and suffix never meet and the last token always counts. An ``lN`` slot is filled
-    from the right, so that the last slot is always the last token. From a document's second answer on there is no
-    prefix, and the suffix stops where the answer before it begins: a token is edited once.
+    (arXiv 2404.03592, section 3): prefix and suffix never meet and the last token always counts. ``lN`` slots are
+    filled from the right, so that the last slot is always the last token. From a document's second answer on there
+    is no prefix, and the suffix stops where the answer before it begins: a token is edited once.
     """
     counts = {group.kind: group.count for group in layout if group.count is not None}
     length = answers.ends - answers.starts

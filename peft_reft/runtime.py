@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .positions import (
     NO_POSITION,
@@ -148,7 +149,8 @@ class _Derived:
             return None
         column = torch.arange(self.shape[1], device=self.device).expand(self.shape)
         none = torch.full((self.shape[0], slots_per_answer(layout)), NO_POSITION, device=self.device)
-        regions = [column if g.kind == "g" else torch.full_like(column, NO_POSITION) for g in layout if g.count is None]
+        empty = torch.full_like(column, NO_POSITION)
+        regions = [column if group.kind == "g" else empty for group in layout if group.count is None]
         return torch.cat([none, *regions], 1)
 
 
@@ -208,7 +210,7 @@ class Generation:
     """Tokens in the cache."""
     rolls_back: bool
     """Whether rejected candidates are taken out of the cache again (assisted decoding)."""
-    _resolved: dict[Layout, Tensor] = field(default_factory=dict)
+    _resolved: dict[Layout, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
 
     def advance(self, cache: Any, tokens: int) -> int:
         """Column at which the coming forward of `tokens` tokens starts."""
@@ -218,19 +220,33 @@ class Generation:
         self.seen = start + tokens
         return start
 
-    def slots(self, layout: Layout) -> Tensor:
-        """As `resolve`, for the prompt, with the columns that generated tokens will have in the `gN` slots."""
-        if layout not in self._resolved:
-            if self.explicit is not None:
-                self._resolved[layout] = self.explicit.to(self.real.device)
-            else:
-                slots = resolve(layout, find_answers(self.real, count=1)).clone()
-                at, length = 0, self.real.shape[1]
-                for group in layout:
-                    if group.kind == "g" and group.count:
-                        slots[:, at : at + group.count] = length + torch.arange(group.count, device=slots.device)
-                    at += group.count or 0
-                self._resolved[layout] = slots
+    def slots(self, layout: Layout) -> tuple[Tensor, list[Tensor]]:
+        """Columns to edit: the counted slots (rows, n), and a region (rows, prompt length) for each open-ended group.
+
+        The slots of a `gN` group hold the columns that its tokens will have.
+        """
+        if layout in self._resolved:
+            return self._resolved[layout]
+        length, width = self.real.shape[1], slots_per_answer(layout)
+        open_groups = sum(group.count is None for group in layout)
+        if self.explicit is None:
+            whole = resolve(layout, find_answers(self.real, count=1))
+            at = 0
+            for group in layout:
+                if group.kind == "g" and group.count:
+                    whole[:, at : at + group.count] = length + torch.arange(group.count, device=whole.device)
+                at += group.count or 0
+        else:
+            whole = self.explicit.to(self.real.device)
+        counted = whole.shape[1] - open_groups * length
+        if counted >= 0 and (counted % width == 0 if width else counted == 0):
+            regions = list(whole[:, counted:].split(length, 1)) if open_groups else []
+        else:  # a caller's flat list of columns
+            counted, regions = (
+                whole.shape[1],
+                [torch.full_like(self.real, NO_POSITION, dtype=torch.long)] * open_groups,
+            )
+        self._resolved[layout] = whole[:, :counted], regions
         return self._resolved[layout]
 
 
@@ -246,33 +262,22 @@ class _Step:
         batch, seq = self.shape
         length = self.generation.real.shape[1]
         decoded = [group for group in layout if group.kind == "g"]
-        if self.start >= length:
-            if all(group.count and self.start >= length + group.count for group in decoded):
-                return None  # every decode step of a spec without generated tokens ends here
-        whole = self.generation.slots(layout)
-        open_groups = [group for group in layout if group.count is None]
-        counted = whole.shape[1] - (len(open_groups) * length if self._laid_out(whole, layout) else 0)
-        local = whole[:, :counted] - self.start
-        pieces = [torch.where((whole[:, :counted] >= 0) & (local >= 0) & (local < seq), local, NO_POSITION)]
-        column = torch.arange(seq, device=whole.device)
-        for nth, group in enumerate(open_groups):
-            if group.kind == "g":
-                piece = torch.where(column + self.start >= length, column, NO_POSITION).expand(len(whole), -1)
-            else:
-                piece = whole.new_full((len(whole), seq), NO_POSITION)
-                if counted < whole.shape[1] and self.start < length:
-                    of_prompt = whole[:, counted + nth * length :][:, self.start : min(length, self.start + seq)]
-                    piece[:, : of_prompt.shape[1]] = torch.where(of_prompt >= 0, column[: of_prompt.shape[1]], NO_POSITION)
-            pieces.append(piece)
+        if self.start >= length and all(group.count and self.start >= length + group.count for group in decoded):
+            return None  # every decode step of a spec without generated tokens ends here
+        counted, regions = self.generation.slots(layout)
+        column = torch.arange(seq, device=counted.device)
+        pieces = [
+            torch.where((counted >= self.start) & (counted < self.start + seq), counted - self.start, NO_POSITION)
+        ]
+        for group, region in zip([group for group in layout if group.count is None], regions):
+            here = F.pad(
+                region[:, self.start : self.start + seq], (0, max(0, self.start + seq - max(length, self.start)))
+            )
+            generated = (column + self.start >= length) & (group.kind == "g")
+            inside = (here >= 0) & (column + self.start < length)
+            pieces.append(torch.where(inside | generated, column, NO_POSITION))
         slots = torch.cat(pieces, 1)
         return slots.repeat_interleave(batch // len(slots), 0) if len(slots) != batch else slots
-
-    def _laid_out(self, whole: Tensor, layout: Layout) -> bool:
-        """Whether `whole` has a region for each open-ended group, as all but a user's flat list do."""
-        open_groups = sum(group.count is None for group in layout)
-        counted = whole.shape[1] - open_groups * self.generation.real.shape[1]
-        width = slots_per_answer(layout)
-        return bool(open_groups) and counted >= 0 and (counted % width == 0 if width else counted == 0)
 
 
 def attach(model: nn.Module, labels_mark_prompts: bool) -> PositionState:
@@ -337,15 +342,18 @@ def _after_forward(model: nn.Module, args: tuple[Any, ...], output: Any) -> None
 def check_positions(positions: Any, shape: tuple[int, int]) -> Tensor:
     """`positions`, if it can be `intervention_positions` for a batch of `shape`; else ValueError."""
     if not isinstance(positions, Tensor) or positions.ndim != 2 or positions.is_floating_point():
-        got = f"{positions.dtype} {tuple(positions.shape)}" if isinstance(positions, Tensor) else type(positions).__name__
+        is_tensor = isinstance(positions, Tensor)
+        got = f"{positions.dtype} {tuple(positions.shape)}" if is_tensor else type(positions).__name__
         raise ValueError(f"{POSITIONS} must be an integer tensor of shape (batch, n), -1 for none; got {got}.")
     if positions.shape[0] != shape[0]:
         raise ValueError(f"{POSITIONS} has {positions.shape[0]} rows for a batch of {shape[0]}.")
-    if positions.device.type == "cpu" and positions.numel() and not -1 <= positions.min() <= positions.max() < shape[1]:
-        raise ValueError(
-            f"{POSITIONS} has columns from {int(positions.min())} to {int(positions.max())}; allowed are 0 to "
-            f"{shape[1] - 1} in a batch of {shape[1]} tokens a row, and -1 for none."
-        )
+    if positions.device.type == "cpu" and positions.numel():  # elsewhere the look would make the host wait
+        low, high = int(positions.min()), int(positions.max())
+        if low < NO_POSITION or high >= shape[1]:
+            raise ValueError(
+                f"{POSITIONS} has columns from {low} to {high}; allowed are 0 to {shape[1] - 1} in a batch of "
+                f"{shape[1]} tokens a row, and -1 for none."
+            )
     return positions.long()
 
 
@@ -357,7 +365,10 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
         return original(model, *args, **kwargs)
     generation = _note_prompts(model, args, kwargs, explicit)
     outer = model.__dict__.get("prepare_inputs_for_generation")  # a draft model may be this model itself
-    model.__dict__["prepare_inputs_for_generation"] = partial(_prepare_inputs, model, generation)
+    prepare = partial(_prepare_inputs, model, generation)
+    # `generate` reads from the signature what the model can take (`inputs_embeds`).
+    prepare.__signature__ = inspect.signature(model.prepare_inputs_for_generation)  # type: ignore[attr-defined]
+    model.__dict__["prepare_inputs_for_generation"] = prepare
     try:
         return original(model, *args, **kwargs)
     finally:
@@ -389,7 +400,7 @@ def _note_prompts(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], exp
     else:
         real = _infer_mask(model, tokens, kwargs)
         if past >= real.shape[1]:  # only what is new was passed, behind a cache
-            real = torch.nn.functional.pad(real, (past, 0), value=True)
+            real = F.pad(real, (past, 0), value=True)
     if explicit is not None:
         explicit = check_positions(explicit, (real.shape[0], real.shape[1]))
     settings = kwargs.get("generation_config") or model.generation_config

@@ -34,7 +34,9 @@ CAUSAL = {
     "gpt2": (
         "GPT2LMHeadModel",
         "GPT2Config",
-        dict(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=LAYERS, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2),
+        dict(
+            vocab_size=VOCAB, n_embd=HIDDEN, n_layer=LAYERS, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2
+        ),
     ),
     "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", _SIZES),
     "opt": ("OPTForCausalLM", "OPTConfig", dict(_SIZES, ffn_dim=48, word_embed_proj_dim=HIDDEN)),

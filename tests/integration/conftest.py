@@ -1,0 +1,88 @@
+"""A tiny tokenizer and tiny data sets, built in code: no network."""
+
+import datasets
+import pytest
+from conftest import VOCAB
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+datasets.disable_progress_bars()
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]
+WORDS = ["system", "user", "assistant", *"abcdefghijklmnopqrstuvwxyz", *"0123456789"]
+assert len(SPECIAL + WORDS) <= VOCAB
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant ' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer():
+    """One token a word; ids 0, 1, 2 are pad, bos, eos as in the tiny models; ChatML."""
+    backend = Tokenizer(WordLevel({word: n for n, word in enumerate(SPECIAL + WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
+        model_max_length=256,
+    )
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+# (prompt, completion): long and short, one prompt (a single token) shorter than f2+l2.
+PAIRS = [
+    ("a b c d e f", "1 2 3"),
+    ("g h i", "4 5"),
+    ("j", "6 7 8 9"),
+    ("k l m n o p q r s", "0"),
+    ("t u v w", "1 3 5"),
+    ("x y", "2 4"),
+    ("a c e g i k m", "6 8 0"),
+    ("b d f h j", "7"),
+]
+
+
+@pytest.fixture
+def pairs():
+    """Prompt-completion, plain text; 8 rows."""
+    return datasets.Dataset.from_list([{"prompt": p, "completion": f" {c}"} for p, c in PAIRS])
+
+
+@pytest.fixture
+def chat_pairs():
+    """Prompt-completion, conversational; 8 rows."""
+    return datasets.Dataset.from_list(
+        [
+            {"prompt": [{"role": "user", "content": p}], "completion": [{"role": "assistant", "content": c}]}
+            for p, c in PAIRS
+        ]
+    )
+
+
+@pytest.fixture
+def chats():
+    """Conversations of two and three turns; 8 rows."""
+
+    def turns(*pairs):
+        return [m for p, c in pairs for m in ({"role": "user", "content": p}, {"role": "assistant", "content": c})]
+
+    rows = [turns(PAIRS[n], PAIRS[(n + 3) % 8], *([PAIRS[(n + 5) % 8]] if n % 2 else [])) for n in range(8)]
+    return datasets.Dataset.from_list([{"messages": row} for row in rows])
+
+
+@pytest.fixture
+def texts():
+    """Language modelling: a column `text`; 8 rows."""
+    return datasets.Dataset.from_list([{"text": f"{p} {c}"} for p, c in PAIRS])

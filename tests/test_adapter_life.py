@@ -1,0 +1,256 @@
+"""Adapters come, change, and go without a trace, by PEFT's calls and by transformers' own."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import VOCAB, build, randomise
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+
+from peft_reft import LoreftConfig
+from peft_reft.runtime import ATTRIBUTE
+
+# What PEFT says, with reason, of things that these tests do on purpose.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Adapter second was active which is now deleted:UserWarning"),
+]
+
+IDS = torch.randint(3, VOCAB, (3, 10), generator=torch.Generator().manual_seed(5))
+
+
+def config(**kwargs):
+    return LoreftConfig(**{"task_type": "CAUSAL_LM", "r": 4, "positions": "f2+l2", **kwargs})
+
+
+def adapted(base=None, seed=1, **kwargs):
+    model = get_peft_model(base or build("llama"), config(**kwargs)).eval()
+    randomise(model, seed=seed)
+    return model
+
+
+@torch.no_grad()
+def logits(model, **kwargs):
+    return model(input_ids=IDS, **kwargs).logits
+
+
+def traces(model):
+    """Everything that injection may leave on a model."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+    return {
+        "modules": [name for name, _ in model.named_modules()],
+        "parameters": [name for name, _ in model.named_parameters()],
+        "hooks": {name: [len(getattr(m, hook)) for hook in hooks] for name, m in model.named_modules()},
+        "attributes": {name: sorted(m.__dict__) for name, m in model.named_modules()},
+        "generate": model.generate.__func__ is type(model).generate,
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_disable_is_exact_and_enable_brings_it_back(family):
+    base = build(family)
+    expected = logits(base)
+    model = adapted(base)
+    edited = logits(model)
+    assert not torch.equal(edited, expected)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model), edited)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "bert"])
+def test_unload_leaves_no_trace(family):
+    base = build(family)
+    before, expected = (traces(base) if family != "bert" else None), logits(base)
+    weights = {name: value.clone() for name, value in base.state_dict().items()}
+    model = get_peft_model(base, config(task_type="SEQ_CLS" if family == "bert" else "CAUSAL_LM"))
+    randomise(model)
+    logits(model)
+    if family != "bert":
+        model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=2, pad_token_id=0)
+    unloaded = model.unload()
+    assert unloaded is base
+    assert torch.equal(logits(base), expected)
+    assert base.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in base.state_dict().items())
+    assert ATTRIBUTE not in base.__dict__
+    if before:
+        assert traces(base) == before
+
+
+def test_merging_raises_with_the_reason_and_loses_nothing():
+    model = adapted()
+    before = logits(model)
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(ValueError, match=r"cannot be merged.*token positions.*unload"):
+            merge()
+    assert torch.equal(logits(model), before)
+
+
+def test_add_set_delete():
+    model = adapted()
+    first = logits(model)
+    model.add_adapter("second", config(r=2, positions="l1", layers=[0, 2], intervention="direft"))
+    assert torch.equal(logits(model), first)
+    model.set_adapter("second")
+    randomise(model, seed=2)
+    second = logits(model)
+    assert not torch.equal(first, second)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable and all(".second." in name for name in trainable)
+    model.delete_adapter("second")
+    assert not any("second" in name for name, _ in model.named_parameters())
+    assert model.active_adapters == ["default"]
+    with pytest.raises(ValueError, match="nobody"):
+        model.set_adapter("nobody")
+
+
+def test_edits_of_several_active_adapters_add_up():
+    """Each is computed from the block's own output, so the order does not matter."""
+    model = adapted(layers=[1])
+    model.add_adapter("second", config(r=2, positions="f1+l3", layers=[1], intervention="nodireft"))
+    randomise(model)
+    outputs = {}
+    block = model.get_base_model().model.layers[1]
+    block.register_forward_hook(lambda module, args, output: outputs.update(now=output))
+    for names in (["default"], ["second"], ["default", "second"], ["second", "default"]):
+        model.base_model.set_adapter(names)
+        logits(model)
+        outputs["+".join(names)] = outputs["now"]
+    with model.disable_adapter():
+        logits(model)
+    total = outputs["default"] + outputs["second"] - outputs["now"]
+    torch.testing.assert_close(outputs["default+second"], total)
+    torch.testing.assert_close(outputs["second+default"], total)
+
+
+def test_adapter_names_choose_row_by_row():
+    model = adapted()
+    model.add_adapter("second", config(r=2, positions="f1+l3", layers=[0, 1]))
+    randomise(model)
+    mixed = logits(model, adapter_names=["second", "__base__", "default"])
+    with model.disable_adapter():
+        torch.testing.assert_close(mixed[1], logits(model)[1])
+    torch.testing.assert_close(mixed[2], logits(model)[2])
+    model.set_adapter("second")
+    torch.testing.assert_close(mixed[0], logits(model)[0])
+    with pytest.raises(ValueError, match="nobody"):
+        logits(model, adapter_names=["nobody"] * 3)
+    with pytest.raises(ValueError, match="one a row"):
+        logits(model, adapter_names=["default"] * 2)
+    alone = {}
+    mask = torch.ones_like(IDS)
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        alone[name] = model.generate(input_ids=IDS, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    both = model.generate(
+        input_ids=IDS,
+        attention_mask=mask,
+        max_new_tokens=4,
+        do_sample=False,
+        adapter_names=["second", "default", "second"],
+    )
+    assert both.tolist() == [alone["second"][0].tolist(), alone["default"][1].tolist(), alone["second"][2].tolist()]
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("tie", ["layer", "model"])
+def test_copies_compute_the_same_and_stand_alone(duplicate, tie):
+    model = adapted(tie=tie)
+    before = logits(model)
+    twin = duplicate(model)
+    assert torch.equal(logits(twin), before)
+    mask = torch.ones_like(IDS)
+    ours = model.generate(input_ids=IDS, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    assert torch.equal(twin.generate(input_ids=IDS, attention_mask=mask, max_new_tokens=3, do_sample=False), ours)
+    randomise(twin, seed=5)
+    assert torch.equal(logits(model), before) and not torch.equal(logits(twin), before)
+    assert torch.equal(twin.unload()(input_ids=IDS).logits, build("llama")(input_ids=IDS).logits)
+    assert torch.equal(logits(model), before)
+
+
+def test_transformers_own_calls(tmp_path):
+    base = build("llama")
+    expected = logits(base)
+    base.add_adapter(config(), adapter_name="one")
+    randomise(base)
+    one = logits(base)
+    assert not torch.equal(one, expected)
+    base.disable_adapters()
+    assert torch.equal(logits(base), expected)
+    base.enable_adapters()
+    assert torch.equal(logits(base), one)
+    base.add_adapter(config(r=2, positions="l1"), adapter_name="two")
+    base.set_adapter("two")
+    randomise(base, seed=3)
+    assert not torch.equal(logits(base), one)
+    base.set_adapter("one")
+    one = logits(base)
+    base.save_pretrained(tmp_path)
+    fresh = build("llama")
+    fresh.load_adapter(str(tmp_path))
+    assert torch.equal(logits(fresh), one)
+    out = fresh.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=3, do_sample=False)
+    assert out.shape == (3, 13)
+    wrapped = PeftModel.from_pretrained(build("llama"), tmp_path).eval()
+    assert torch.equal(logits(wrapped), one)
+
+
+def test_inject_adapter_in_model():
+    base = inject_adapter_in_model(config(), build("llama"))
+    randomise(base)
+    assert not torch.equal(logits(base), logits(build("llama")))
+
+
+@pytest.mark.parametrize("first", ["lora", "loreft"])
+def test_beside_lora(first):
+    """Both on one base, in either order of injection: LoRA inside the blocks, LoReFT on their outputs."""
+    configs = {"lora": LoraConfig(init_lora_weights=False, target_modules=["q_proj", "v_proj"]), "loreft": config()}
+    base = build("llama")
+    expected = logits(base)
+    order = ["lora", "loreft"] if first == "lora" else ["loreft", "lora"]
+    for name in order:
+        base.add_adapter(configs[name], adapter_name=name)
+    randomise(base)
+    base.set_adapter(["lora", "loreft"])
+    both = logits(base)
+    for layer in base.modules():
+        if type(layer).__name__ == "LoreftLayer":
+            layer.enable_adapters(False)
+    lora_only = logits(base)
+    assert not torch.equal(both, lora_only) and not torch.equal(lora_only, expected)
+
+
+def test_a_new_adapter_on_an_unloaded_base():
+    base = build("llama")
+    for seed in (1, 2):
+        model = adapted(base, seed=seed)
+        logits(model)
+        base = model.unload()
+    assert torch.equal(logits(base), logits(build("llama")))
+
+
+def test_a_failed_second_adapter_leaves_the_first_as_it_was():
+    model = adapted()
+    before = logits(model)
+    with pytest.raises(ValueError, match="r=99"):
+        model.add_adapter("second", config(r=99))
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(logits(model), before)
+
+
+def test_evaluation_after_an_optimiser_that_writes_behind_torchs_back():
+    """bitsandbytes and DeepSpeed update parameters through raw pointers; nothing cached may survive that."""
+    model = adapted()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)  # frozen, as loaded for inference
+    stale = logits(model)
+    model.train()
+    for name, parameter in model.named_parameters():
+        if name.endswith(".W"):
+            parameter.data.add_(1.0)  # `.data` does not count as a change
+    model.eval()
+    assert not torch.equal(logits(model), stale)

@@ -1,0 +1,355 @@
+"""Every family: inject, train, count, and find blocks; what is wrong with a model raises."""
+
+import pytest
+import torch
+from conftest import CAUSAL, HIDDEN, LAYERS, SEQ_CLS, VOCAB, build, randomise
+from peft import TaskType, get_peft_model
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
+
+from peft_reft import LoreftConfig
+
+R = 4
+
+
+def batch(task="CAUSAL_LM"):
+    ids = torch.randint(3, VOCAB, (3, 12))
+    if task == "SEQ_CLS":
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 2])}
+    labels = ids.clone()
+    labels[:, :7] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def one_step(model, inputs):
+    """Gradients of one step, and the parameters before it."""
+    model.train()
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in trainable.items()}
+    optimizer = torch.optim.AdamW(trainable.values(), lr=1e-2)
+    model(**inputs).loss.backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
+    optimizer.step()
+    return before, with_gradient
+
+
+@pytest.mark.parametrize("component", ["block", "attention", "mlp"])
+@pytest.mark.parametrize("family", CAUSAL)
+def test_causal_models_train_exactly_the_papers_parameters(family, component):
+    model = get_peft_model(build(family), LoreftConfig(task_type="CAUSAL_LM", r=R, component=component))
+    trainable, _ = model.get_nb_trainable_parameters()
+    assert trainable == LAYERS * (2 * R * HIDDEN + R)
+    before, with_gradient = one_step(model, batch())
+    assert with_gradient == set(before)
+    still = [name for name, p in model.named_parameters() if name in before and torch.equal(p, before[name])]
+    assert still == []
+
+
+@pytest.mark.parametrize("family", SEQ_CLS)
+def test_classifiers_train_their_head_too(family):
+    model = get_peft_model(build(family), LoreftConfig(task_type="SEQ_CLS", r=R, positions="f1"))
+    before, with_gradient = one_step(model, batch("SEQ_CLS"))
+    assert with_gradient == set(before)
+    head = [name for name in before if "modules_to_save" in name]
+    own = [name for name in before if "loreft_weights" in name]
+    assert head and len(own) == 3 * LAYERS and len(head) + len(own) == len(before)
+    assert sum(before[name].numel() for name in own) == LAYERS * (2 * R * HIDDEN + R)
+    assert all(not torch.equal(dict(model.named_parameters())[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("family", [*CAUSAL, *SEQ_CLS])
+def test_identity_at_the_start(family):
+    task = "SEQ_CLS" if family in SEQ_CLS else "CAUSAL_LM"
+    base = build(family)
+    inputs = batch(task)
+    expected = base(**inputs).logits
+    model = get_peft_model(base, LoreftConfig(task_type=task, r=R, init_weights=True)).eval()
+    torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("component", ["block", "attention", "mlp"])
+@pytest.mark.parametrize("family", CAUSAL)
+def test_the_edit_lands_on_the_output_of_that_module_at_those_tokens(family, component):
+    """Against a second copy of the model in which plain hooks, written here, do the edit."""
+    config = LoreftConfig(task_type="CAUSAL_LM", r=R, positions="f2+l1", layers=[1], component=component)
+    model = get_peft_model(build(family), config).eval()
+    randomise(model)
+    name = next(n for n, m in model.get_base_model().named_modules() if n.endswith(".loreft")).removesuffix(".loreft")
+    R_, W, b = (
+        p.detach() for p in model.get_submodule(f"base_model.model.{name}.loreft.loreft_weights.default").parameters()
+    )
+    ids = torch.randint(3, VOCAB, (2, 9))
+
+    def hook(module, args, output):
+        h = output[0] if isinstance(output, tuple) else output
+        view = h.view(2, 9, -1).clone()
+        for column in (0, 1, 8):
+            token = view[:, column]
+            view[:, column] = token + (token @ W.T + b - token @ R_.T) @ R_
+        view = view.view_as(h)
+        return (view, *output[1:]) if isinstance(output, tuple) else view
+
+    plain = build(family)
+    plain.get_submodule(name).register_forward_hook(hook)
+    torch.testing.assert_close(model(input_ids=ids).logits, plain(input_ids=ids).logits, atol=2e-5, rtol=1e-4)
+
+
+def test_hidden_states_show_what_the_next_block_gets():
+    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R, init_weights=False)).eval()
+    seen = []
+    blocks = model.get_base_model().model.layers
+    for block in blocks:
+        block.register_forward_pre_hook(lambda module, args, kwargs: seen.append(args[0]), with_kwargs=True)
+    out = model(input_ids=batch()["input_ids"], output_hidden_states=True)
+    for layer in range(LAYERS):
+        assert torch.equal(out.hidden_states[layer], seen[layer])
+
+
+@pytest.mark.parametrize(
+    "layers, expected",
+    [("all", [0, 1, 2]), ([0, -1], [0, 2]), ("1-", [1, 2]), ("0;2", [0, 2]), (-1, [2]), ("-2--1", [1, 2])],
+)
+def test_layers(layers, expected):
+    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", layers=layers))
+    edited = [i for i, block in enumerate(model.get_base_model().model.layers) if hasattr(block, "loreft")]
+    assert edited == expected
+
+
+def test_target_modules_and_exclude_modules():
+    config = LoreftConfig(
+        task_type="CAUSAL_LM", r=R, target_modules=["self_attn.o_proj"], exclude_modules=["layers.1.self_attn.o_proj"]
+    )
+    model = get_peft_model(build("llama"), config)
+    edited = [name for name, _ in model.get_base_model().named_modules() if name.endswith(".loreft")]
+    assert edited == [f"model.layers.{i}.self_attn.o_proj.loreft" for i in (0, 2)]
+    config = LoreftConfig(task_type="CAUSAL_LM", r=R, exclude_modules=["layers.1"])
+    model = get_peft_model(build("llama"), config)
+    edited = [name for name, _ in model.get_base_model().named_modules() if name.endswith(".loreft")]
+    assert edited == [f"model.layers.{i}.loreft" for i in (0, 2)]
+
+
+def test_a_linear_target_has_the_size_of_its_output():
+    config = LoreftConfig(task_type="CAUSAL_LM", r=R, target_modules=r"model\.layers\.\d\.mlp\.up_proj")
+    model = get_peft_model(build("llama"), config)
+    assert model.get_base_model().model.layers[0].mlp.up_proj.loreft.loreft_weights.default.R.shape == (R, 48)
+
+
+@pytest.mark.parametrize(
+    "tie, shape, modules",
+    [
+        ("layer", (R, HIDDEN), 3),
+        ("group", (2, R, HIDDEN), 3),
+        ("position", (5, R, HIDDEN), 3),
+        ("model", (R, HIDDEN), 1),
+    ],
+)
+def test_ties(tie, shape, modules):
+    """`tie` decides which tokens share weights: the edit of each token is the formula with its own weights."""
+    config = LoreftConfig(task_type="CAUSAL_LM", r=R, positions="f3+l2", tie=tie, init_weights=False)
+    model = get_peft_model(build("llama"), config).eval()
+    randomise(model)
+    layers = [block.loreft for block in model.get_base_model().model.layers]
+    weights = [layer.loreft_weights["default"] for layer in layers]
+    assert weights[0].R.shape == shape
+    assert len({id(w) for w in weights}) == modules
+    assert model.get_nb_trainable_parameters()[0] == modules * weights[0].R[..., 0, 0].numel() * (2 * R * HIDDEN + R)
+    inputs, outputs = [], []
+    block = model.get_base_model().model.layers[1]
+    h = torch.randn(2, 9, HIDDEN)
+    block.forward = lambda hidden_states, *args, **kwargs: inputs.append(h) or h.clone()
+    block.register_forward_hook(lambda module, args, output: outputs.append(output))
+    model(input_ids=torch.randint(3, VOCAB, (2, 9)))
+    expected = h.clone()
+    for slot, column in enumerate([0, 1, 2, 7, 8]):
+        which = {"group": (0 if slot < 3 else 1,), "position": (slot,)}.get(tie, ())
+        r, w, b = (getattr(weights[1], name)[which] for name in ("R", "W", "b"))
+        token = h[:, column]
+        expected[:, column] = token + (token @ w.T + b - token @ r.T) @ r
+    torch.testing.assert_close(outputs[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_dropout_falls_on_the_edit_alone_and_in_training_alone(dropout):
+    config = LoreftConfig(task_type="CAUSAL_LM", r=R, dropout=dropout, layers=[-1], component="block")
+    model = get_peft_model(build("llama"), config)
+    randomise(model)
+    inputs = batch()
+    model.train()
+    assert torch.equal(model(**inputs).logits, model(**inputs).logits) == (dropout == 0)
+    model.eval()
+    assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+    with model.disable_adapter():
+        base = model(**inputs, output_hidden_states=True).hidden_states
+    model.train()
+    edited = model(**inputs, output_hidden_states=True).hidden_states
+    untouched = ~torch.isin(torch.arange(12), torch.tensor([*range(3), *range(3, 7)]))
+    assert torch.equal(edited[-1][:, untouched], base[-1][:, untouched])
+
+
+@pytest.mark.parametrize(
+    "task, expected", [(None, True), (TaskType.CAUSAL_LM, True), (TaskType.FEATURE_EXTRACTION, False)]
+)
+def test_labels_mark_prompts_in_causal_language_models_only(task, expected):
+    model = get_peft_model(
+        build("llama"), LoreftConfig(task_type=task, r=R, positions="l1", init_weights=False)
+    ).eval()
+    randomise(model)
+    inputs = batch()
+    with_labels = model.base_model(**inputs).logits
+    without = model.base_model(input_ids=inputs["input_ids"]).logits
+    assert torch.equal(with_labels, without) != expected
+
+
+def test_bf16_base_keeps_its_type_and_the_edit_is_computed_in_fp32():
+    model = get_peft_model(build("llama").bfloat16(), LoreftConfig(task_type="CAUSAL_LM", r=R)).eval()
+    randomise(model)
+    assert {p.dtype for n, p in model.named_parameters() if "loreft" in n} == {torch.float32}
+    out = model(input_ids=batch()["input_ids"], output_hidden_states=True)
+    assert {h.dtype for h in out.hidden_states} == {torch.bfloat16}
+    layer = model.get_base_model().model.layers[0].loreft
+    h = torch.randn(5, HIDDEN).bfloat16()
+    edit = layer.loreft_weights["default"].edit(h)
+    assert edit.dtype == torch.float32
+    assert torch.equal(edit, layer.loreft_weights["default"].edit(h.float()))
+
+
+def test_inputs_may_be_positional():
+    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R, init_weights=False)).eval()
+    ids, mask = batch()["input_ids"], torch.ones(3, 12, dtype=torch.long)
+    mask[:, :4] = 0
+    assert torch.equal(model.base_model(ids, mask).logits, model(input_ids=ids, attention_mask=mask).logits)
+
+
+def error(base, **kwargs):
+    names = {name for name, _ in base.named_modules()}
+    attributes = set(base.__dict__)
+    with pytest.raises(ValueError) as caught:
+        get_peft_model(base, LoreftConfig(**{"task_type": "CAUSAL_LM", **kwargs}))
+    assert {name for name, _ in base.named_modules()} == names, "a failed injection must leave nothing behind"
+    assert set(base.__dict__) == attributes
+    return str(caught.value)
+
+
+def test_layer_out_of_range():
+    message = error(build("llama"), layers=[0, 3])
+    assert "layers=[0, 3]" in message and "3 layers" in message and "0 to 2" in message
+
+
+def test_rank_above_the_hidden_size():
+    message = error(build("llama"), r=33)
+    assert "r=33" in message and "32" in message and "model.layers.0" in message
+
+
+def test_mapping_that_names_a_layer_twice_or_leaves_one_out():
+    assert "layer 1 two specs" in error(build("llama"), positions={"0-1": "f1", "1-2": "l1"})
+    assert "[2]" in error(build("llama"), positions={"0-1": "f1"}, layers=[0, 2])
+
+
+def test_no_blocks_found_lists_the_candidates():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = build("llama").config
+            self.stages = nn.ModuleList(nn.Linear(4, 4) for _ in range(5))
+
+        def forward(self, x):
+            return x
+
+    message = error(Odd(), task_type=None)
+    assert "stages (5 x Linear)" in message and "target_modules" in message
+
+
+def test_targets_that_match_nothing():
+    assert "nothing_like_this" in error(build("llama"), target_modules=["nothing_like_this"])
+
+
+def test_unknown_component_of_a_block():
+    vision = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32
+        )
+    )
+    block = next(m for n, m in vision.named_modules() if n.endswith("layers.0"))
+    block.strange = block._modules.pop("mlp")
+    message = error(vision, task_type=None, component="mlp")
+    assert "component='mlp'" in message and "strange" in message
+
+
+def test_of_encoder_and_decoder_the_encoder_is_edited():
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=2, num_heads=2)
+    )
+    model = get_peft_model(t5, LoreftConfig(task_type="SEQ_2_SEQ_LM", r=R))
+    edited = [name for name, _ in model.get_base_model().named_modules() if name.endswith(".loreft")]
+    assert edited == ["encoder.block.0.loreft", "encoder.block.1.loreft"]
+
+
+def test_a_part_of_the_model_called_by_itself_says_that_positions_are_unknown():
+    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R))
+    with pytest.raises(RuntimeError, match="Call the model itself"):
+        model.get_base_model().model(input_ids=batch()["input_ids"])
+
+
+def test_training_without_labels_raises_unless_only_the_beginning_matters():
+    inputs = {"input_ids": batch()["input_ids"]}
+    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R)).train()
+    with pytest.raises(ValueError, match="DataCollatorForLoreft"):
+        model(**inputs)
+    with torch.no_grad():
+        model(**inputs)
+    model(**inputs, intervention_positions=torch.zeros(3, 1, dtype=torch.long))
+    get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R, positions="f2")).train()(**inputs)
+
+
+def test_training_data_without_a_prompt_raises():
+    ids = batch()["input_ids"]
+    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R)).train()
+    with pytest.raises(ValueError, match=r"nothing would train.*completion"):
+        model(input_ids=ids, labels=ids)
+    labels = ids.clone()
+    labels[0, :4] = -100
+    model(input_ids=ids, labels=labels)  # one row of the batch is enough
+    get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R, positions="all")).train()(
+        input_ids=ids, labels=ids
+    )
+
+
+def test_rows_that_start_mid_document_raise():
+    ids = batch()["input_ids"]
+    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R)).train()
+    labels = ids.clone()
+    labels[:, 2:7] = -100
+    with pytest.raises(ValueError, match="middle of a document"):
+        model(input_ids=ids, labels=labels)
+    labels[:, :7] = -100
+    with pytest.raises(ValueError, match="middle of a document"):
+        model(input_ids=ids, labels=labels, position_ids=torch.arange(5, 17).expand(3, -1))
+
+
+@pytest.mark.parametrize(
+    "positions, words",
+    [
+        (torch.zeros(2, 4, dtype=torch.long), "2 rows for a batch of 3"),
+        (torch.zeros(3, 4), "integer tensor"),
+        (torch.full((3, 1), 12), "0 to 11"),
+        (torch.full((3, 1), -2), "-1 for none"),
+        ([[0]] * 3, "list"),
+    ],
+)
+def test_bad_explicit_positions(positions, words):
+    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R)).eval()
+    with pytest.raises(ValueError, match=words):
+        model(input_ids=batch()["input_ids"], intervention_positions=positions)
+
+
+def test_explicit_positions_that_do_not_fit_untied_groups():
+    config = LoreftConfig(task_type="CAUSAL_LM", r=R, positions="f2+l2", tie="group")
+    model = get_peft_model(build("llama"), config).eval()
+    with pytest.raises(ValueError, match="expected a multiple of 4"):
+        model(input_ids=batch()["input_ids"], intervention_positions=torch.zeros(3, 3, dtype=torch.long))
+
+
+def test_a_four_dimensional_mask_raises():
+    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R)).eval()
+    with pytest.raises(ValueError, match="attention mask of shape"):
+        model(input_ids=batch()["input_ids"], attention_mask=torch.zeros(3, 1, 12, 12))

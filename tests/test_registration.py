@@ -1,0 +1,82 @@
+"""`import peft_reft` makes PEFT know the method, however often and in whatever order. Runs without TRL."""
+
+import copy
+import importlib
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+from peft import PeftConfig, PeftType, get_peft_config
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+import peft_reft
+from peft_reft import LoreftConfig, LoreftModel
+
+
+def test_the_member_is_a_member_like_any_other():
+    member = PeftType.LOREFT
+    assert member is PeftType("LOREFT") is PeftType["LOREFT"] is PeftType.__members__["LOREFT"]
+    assert list(PeftType).count(member) == 1 and list(PeftType)[-1] is member
+    assert member == "LOREFT" and member.value == "LOREFT" and member.name == "LOREFT"
+    assert str(member) == str(PeftType.LORA).replace("LORA", "LOREFT")
+    assert repr(member) == repr(PeftType.LORA).replace("LORA", "LOREFT")
+    assert json.dumps({"peft_type": member}) == '{"peft_type": "LOREFT"}'
+    assert hash(member) == hash("LOREFT") and {member: 1}[PeftType("LOREFT")] == 1
+    assert copy.deepcopy(member) is member and copy.copy(member) is member
+    assert isinstance(member, PeftType) and len(PeftType) == len(set(PeftType))
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickle(protocol):
+    assert pickle.loads(pickle.dumps(PeftType.LOREFT, protocol)) is PeftType.LOREFT
+    config = LoreftConfig(r=3, positions={"0": "f1", "1-": "l2"}, target_modules=None)
+    assert pickle.loads(pickle.dumps(config, protocol)) == config
+
+
+def test_peft_finds_the_classes():
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LOREFT] is LoreftConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LOREFT] is LoreftModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.LOREFT] == "loreft_"
+    assert get_peft_config({"peft_type": "LOREFT", "r": 2}) == LoreftConfig(r=2)
+
+
+def test_importing_again_and_reloading():
+    before = len(PeftType)
+    importlib.reload(peft_reft)
+    importlib.reload(sys.modules["peft_reft.register"]).add_peft_type()
+    assert len(PeftType) == before
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LOREFT] is peft_reft.LoreftConfig
+
+
+def test_a_saved_config_is_found_by_pefts_own_loader(tmp_path):
+    config = LoreftConfig(task_type="CAUSAL_LM", r=5, positions="f1+l3")
+    config.save_pretrained(str(tmp_path))
+    loaded = PeftConfig.from_pretrained(str(tmp_path))
+    assert type(loaded) is LoreftConfig and loaded == config
+
+
+def test_public_names():
+    assert sorted(peft_reft.__all__) == [
+        "DataCollatorForLoreft",
+        "Intervention",
+        "LoreftConfig",
+        "LoreftModel",
+        "Positions",
+    ]
+    assert all(hasattr(peft_reft, name) for name in peft_reft.__all__)
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_import_is_silent_and_needs_no_trainer():
+    # Warnings are errors for what this package runs; peft itself is imported before.
+    done = run(
+        "import peft, sys, warnings; warnings.simplefilter('error'); import peft_reft;"
+        "print([name for name in ('trl', 'matplotlib', 'datasets') if name in sys.modules])"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]" and done.stderr == ""
