@@ -1,10 +1,11 @@
 """Which start is better, `init_weights=True` (identity) or `"paper"` (random)? TREC on a decoder and on an encoder.
 
-    python benchmarks/init_weights.py --data FOLDER_WITH_TREC --smollm2 FOLDER --minilm FOLDER --out docs/init_weights.json
+    python benchmarks/init_weights.py --data FOLDER_WITH_TREC --smollm2 FOLDER --minilm FOLDER \\
+        --out docs/init_weights.json
     python benchmarks/init_weights.py --table docs/init_weights.json
 
-For each task and start: one seed at three learning rates, then three seeds at the best of them (by test accuracy of the
-sweep's seed; both starts are treated alike). The data is TREC question types (Li & Roth 2002): `train.txt` and
+For each task and start: one seed at three learning rates, then three seeds at the best of them (by test accuracy of
+the sweep's seed; both starts are treated alike). The data is TREC question types (Li & Roth 2002): `train.txt` and
 `test.txt` with lines of `label text`.
 """
 
@@ -111,9 +112,9 @@ def table(results: dict) -> str:
         mean = sum(values) / len(values)
         return f"{mean:.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
+    rates = " | ".join(f"lr {lr:g}" for lr in LEARNING_RATES)
     lines = [
-        f"| task | start | {' | '.join(f'lr {lr:g}' for lr in LEARNING_RATES)} | best lr, mean of {len(SEEDS)} seeds (range) "
-        "| loss, first 5 steps | loss, last 20 steps |",
+        f"| task | start | {rates} | best lr: mean of {len(SEEDS)} seeds (range) | loss, first 5 steps | last 20 steps |",
         "|---|---|" + "---|" * (len(LEARNING_RATES) + 3),
     ]
     for task, runs in results.items():
@@ -140,22 +141,22 @@ def main() -> None:
         return
     torch.set_num_threads(args.threads)
     results: dict[str, list] = json.loads(args.out.read_text()) if args.out.exists() else {}
-    for title, task in reversed(TASKS.items()):
+    for title, task in TASKS.items():
         done = results.setdefault(title, [])
-
-        def measure(init_weights, lr, seed):
-            if not any((r["init_weights"], r["lr"], r["seed"]) == (init_weights, lr, seed) for r in done):
-                name = f"{title}, {init_weights!r}, lr {lr:g}, seed {seed}"
-                done.append(run(task, getattr(args, task["model"]), args.data, init_weights, lr, seed, name))
-                args.out.write_text(json.dumps(results, indent=1))
-
         for init_weights in (True, "paper"):
+
+            def measure(lr, seed, title=title, task=task, done=done, init_weights=init_weights):
+                if not any((r["init_weights"], r["lr"], r["seed"]) == (init_weights, lr, seed) for r in done):
+                    name = f"{title}, {init_weights!r}, lr {lr:g}, seed {seed}"
+                    done.append(run(task, getattr(args, task["model"]), args.data, init_weights, lr, seed, name))
+                    args.out.write_text(json.dumps(results, indent=1))
+
             for lr in LEARNING_RATES:
-                measure(init_weights, lr, SEEDS[0])
+                measure(lr, SEEDS[0])
             sweep = [r for r in done if r["init_weights"] == init_weights and r["seed"] == SEEDS[0]]
             best = max(sweep, key=lambda r: r["accuracy"])["lr"]
             for seed in SEEDS[1:]:
-                measure(init_weights, best, seed)
+                measure(best, seed)
     print(table(results))
 
 

@@ -98,6 +98,15 @@ class Intervention(nn.Module, ABC):
             code; False: random, for tests.
 
     Computation is in float32 with autocast off, whatever the type of parameters and input.
+
+    Example:
+        >>> import torch
+        >>> from peft_reft.interventions import INTERVENTIONS
+        >>> loreft = INTERVENTIONS["loreft"](d=16, r=2, init_weights="paper")
+        >>> h = torch.randn(5, 16)
+        >>> by_hand = (h @ loreft.W.T + loreft.b - h @ loreft.R.T) @ loreft.R
+        >>> torch.allclose(loreft.edit(h), by_hand, atol=1e-6)
+        True
     """
 
     R: nn.Parameter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -69,7 +69,7 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters:
             return output
-        wanted: Iterable[str] = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
+        wanted = cast(Iterable[str], self.active_adapters) if adapter_names is None else dict.fromkeys(adapter_names)
         present = [name for name in wanted if name in self.plans]
         if not present:
             return output

@@ -35,7 +35,7 @@ class LoreftModel(BaseTuner):
         >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes))
         >>> model = get_peft_model(base, LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f1+l1"))
         >>> model.print_trainable_parameters()  # 2 layers x (2 x 4 x 32 + 4)
-        trainable params: 520 || all params: 27,432 || trainable%: 1.8956
+        trainable params: 520 || all params: 27,560 || trainable%: 1.8868
     """
 
     prefix = "loreft_"

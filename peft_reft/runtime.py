@@ -8,7 +8,8 @@ The first layer that asks has them computed; all others share the result. A hook
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -62,6 +63,20 @@ class PositionState:
     def end(self) -> None:
         self._source = None
         self._computed = {}
+
+    @contextmanager
+    def recomputing(self, moment: tuple[_Source | None, dict[Any, Any]]) -> Iterator[None]:
+        """The state as it was at `moment`, for a part of that forward that activation checkpointing runs again."""
+        now = self.moment
+        self._source, self._computed = moment
+        try:
+            yield
+        finally:
+            self._source, self._computed = now
+
+    @property
+    def moment(self) -> tuple[_Source | None, dict[Any, Any]]:
+        return self._source, self._computed
 
     def index(self, layout: Layout, groups: Layout, by: Arrangement) -> PositionIndex | None:
         """Positions of `groups` for the running forward, or None if it edits none; computed once."""
@@ -280,6 +295,47 @@ class _Step:
         return slots.repeat_interleave(batch // len(slots), 0) if len(slots) != batch else slots
 
 
+_CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
+"""Attributes that hold a module's checkpoint function: transformers' models; torch's CheckpointWrapper."""
+
+
+class _WithPositions:
+    """A checkpoint function that runs again, in the backward, with the positions of the forward it belongs to.
+
+    Whether hooks are run again depends on who checkpoints what (transformers up to 5.20 does, later ones do not), and
+    several forwards may come before one backward (DPO): without this, hooks would find the positions of none or, worse,
+    of another.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any], state: PositionState) -> None:
+        self.checkpoint = checkpoint
+        self.state = state
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        moment = self.state.moment
+
+        def run(*inputs: Any, **named: Any) -> Any:
+            with self.state.recomputing(moment):
+                return function(*inputs, **named)
+
+        return self.checkpoint(run, *args, **kwargs)
+
+
+def _wrap_checkpoint_functions(model: nn.Module, state: PositionState) -> None:
+    for module in model.modules():
+        for name in _CHECKPOINT_FUNCTIONS:
+            function = vars(module).get(name)
+            if function is not None and not isinstance(function, _WithPositions):
+                vars(module)[name] = _WithPositions(function, state)
+
+
+def _unwrap_checkpoint_functions(model: nn.Module) -> None:
+    for module in model.modules():
+        for name in _CHECKPOINT_FUNCTIONS:
+            if isinstance(function := vars(module).get(name), _WithPositions):
+                vars(module)[name] = function.checkpoint
+
+
 def attach(model: nn.Module, labels_mark_prompts: bool) -> PositionState:
     """Give `model` its state and hooks, and wrap its `generate`; if it has them already, return the state."""
     if (state := model.__dict__.get(ATTRIBUTE)) is not None:
@@ -301,6 +357,7 @@ def detach(model: nn.Module) -> None:
         handle.remove()
     model.__dict__.pop(ATTRIBUTE, None)
     model.__dict__.pop("generate", None)
+    _unwrap_checkpoint_functions(model)
 
 
 def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -311,6 +368,8 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     if tokens is None:  # not a text model's forward: layers that ask for positions say so
         state.end()
         return args, kwargs
+    if model.training and torch.is_grad_enabled():
+        _wrap_checkpoint_functions(model, state)
     shape = (tokens.shape[0], tokens.shape[1])
     if isinstance(positions, _Step):
         positions.shape = shape

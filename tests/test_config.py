@@ -217,6 +217,19 @@ def test_a_mapping_by_ints_means_the_same_after_loading(positions, tmp_path):
     assert loaded.positions_by_layer(2) == config.positions_by_layer(2)
 
 
+@pytest.mark.parametrize(
+    "fields", [{"positions": {(0, 1): "f5"}}, {"layers": frozenset({0, 1})}, {"layers": {0: "f5"}}], ids=str
+)
+def test_what_is_accepted_can_be_saved_and_loaded(fields, tmp_path):
+    """Values of other types than the fields': refused at once, or understood for good; not lost after training."""
+    try:
+        config = LoreftConfig(**fields)
+    except ValueError:
+        return
+    config.save_pretrained(tmp_path)
+    assert LoreftConfig.from_pretrained(str(tmp_path)).positions_by_layer(2) == config.positions_by_layer(2)
+
+
 @pytest.mark.parametrize("loader", [LoreftConfig, PeftConfig])
 def test_fields_of_a_newer_version_are_dropped_with_a_warning(loader, tmp_path):
     LoreftConfig(r=3).save_pretrained(tmp_path)

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
 
 from peft_reft import LoreftConfig
+from peft_reft.runtime import _WithPositions
 
 R = 4
 
@@ -353,3 +354,27 @@ def test_a_four_dimensional_mask_raises():
     model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R)).eval()
     with pytest.raises(ValueError, match="attention mask of shape"):
         model(input_ids=batch()["input_ids"], attention_mask=torch.zeros(3, 1, 12, 12))
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")  # transformers 5.23's new name for it
+@pytest.mark.parametrize("checkpointing", [{"use_reentrant": False}, {"use_reentrant": True}], ids=str)
+def test_gradient_checkpointing_changes_no_gradient(checkpointing):
+    """Two forwards with different prompts before one backward (as in DPO): each is recomputed with its own."""
+
+    def run(checkpointing):
+        model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R)).train()
+        randomise(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
+            model.enable_input_require_grads()
+        torch.manual_seed(0)
+        first, second = batch(), batch()
+        second["labels"][:, :10] = -100
+        (model(**first).loss + 2 * model(**second).loss).backward()
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        model = model.unload()
+        assert not any(isinstance(f, _WithPositions) for m in model.modules() for f in vars(m).values())
+        return gradients
+
+    for plain, recomputed in zip(run(None), run(checkpointing)):
+        torch.testing.assert_close(recomputed, plain, atol=1e-6, rtol=1e-5)

@@ -1,5 +1,7 @@
 """A tiny tokenizer and tiny data sets, built in code: no network."""
 
+import gc
+
 import datasets
 import pytest
 from conftest import VOCAB
@@ -20,6 +22,15 @@ CHATML = (
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant ' }}{% endif %}"
 )
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _imports_are_no_garbage():
+    """Every `train` collects garbage (accelerate), most of the time of a tiny one: leave out all that stays anyway."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -1,0 +1,494 @@
+"""TRL's `SFTTrainer`, unchanged, with a `LoreftConfig`."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import HIDDEN, LAYERS, build, randomise
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.trainer_pt_utils import LabelSmoother
+from trl import SFTConfig, SFTTrainer
+
+from peft_reft import DataCollatorForLoreft, LoreftConfig
+
+pytestmark = [
+    # transformers 5.23, about TRL 1.16's own default
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+R = 4
+
+
+class Watch(TrainerCallback):
+    """Keeps the gradients of every step; stops training after step `stop`."""
+
+    def __init__(self, stop=None):
+        self.gradients, self.stop = [], stop
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.gradients.append({name: None if p.grad is None else p.grad.clone() for name, p in trainable.items()})
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = control.should_training_stop or state.global_step == self.stop
+
+
+@pytest.fixture
+def make(tokenizer, tmp_path):
+    """make(data, loreft=dict(...), **SFTConfig fields): an SFTTrainer whose adapter edits enough to see."""
+
+    def make(data, base=None, loreft=None, collate=False, edits=True, watch=None, trainer=None, **kwargs):
+        config = LoreftConfig(task_type="CAUSAL_LM", **dict(dict(r=R, positions="f2+l2"), **(loreft or {})))
+        settings = dict(
+            output_dir=str(tmp_path / "out"),
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            disable_tqdm=True,
+            logging_steps=1,
+            save_strategy="no",
+            max_steps=3,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            max_grad_norm=0.0,  # gradients as they are
+        )
+        sft = SFTTrainer(
+            build("llama") if base is None else base,
+            args=SFTConfig(**{**settings, **kwargs}),
+            train_dataset=data,
+            processing_class=tokenizer,
+            peft_config=config,
+            callbacks=[watch or Watch()],
+            **(trainer or {}),
+        )
+        if edits:
+            randomise(sft.model)
+        if collate:
+            sft.data_collator = DataCollatorForLoreft(sft.data_collator, config)
+        return sft
+
+    return make
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def adapter(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(actual, expected):
+    """To the last bit."""
+    assert actual.keys() == expected.keys() and actual
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+
+
+def assert_close(actual, expected, rtol=1e-4):
+    assert actual.keys() == expected.keys() and actual
+    for name in expected:
+        torch.testing.assert_close(
+            actual[name], expected[name], rtol=rtol, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def run(trainer):
+    """(losses, gradients of every step, final adapter) of training."""
+    trainer.train()
+    (watch,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, Watch))
+    return losses(trainer), watch.gradients, adapter(trainer.model)
+
+
+def moved(trainer):
+    """Names of the trainable parameters that training changes."""
+    before = adapter(trainer.model)
+    trainer.train()
+    return {name for name, p in adapter(trainer.model).items() if not torch.equal(p, before[name])}
+
+
+def batch_of(trainer):
+    """The first batch, as the trainer feeds it."""
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def logits_of(model):
+    ids = torch.arange(3, 43).view(4, 10)
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+# Training
+
+
+def test_only_the_adapter_trains_and_all_of_it_moves_from_its_first_step(make, pairs):
+    trainer = make(pairs, edits=False, max_steps=1)
+    assert trainer.args.activation_checkpointing  # TRL's default
+    trainable = adapter(trainer.model)
+    assert len(trainable) == 3 * LAYERS and all(".loreft.loreft_weights.default." in name for name in trainable)
+    assert sum(p.numel() for p in trainable.values()) == LAYERS * (2 * R * HIDDEN + R)
+    base = {name: p.clone() for name, p in trainer.model.named_parameters() if name not in trainable}
+    assert moved(trainer) == set(trainable)
+    assert_same({name: p for name, p in trainer.model.named_parameters() if name in base}, base)
+
+
+CHECKPOINTING = {
+    "TRL's default": {},
+    "reentrant": dict(activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True}),
+    "not reentrant": dict(activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": False}),
+}
+
+
+@pytest.mark.parametrize("positions", ["f2+l2", "all", {"0": "f2", "1-": "l3"}], ids=str)
+def test_checkpointing_changes_nothing(make, pairs, positions):
+    loreft = dict(positions=positions)
+    plain = run(make(pairs, loreft=loreft, activation_checkpointing=False, max_steps=2))
+    for name, settings in CHECKPOINTING.items():
+        trainer = make(pairs, loreft=loreft, max_steps=2, **settings)
+        assert trainer.args.activation_checkpointing, name
+        checkpointed = run(trainer)
+        torch.testing.assert_close(checkpointed[0], plain[0], rtol=1e-6, atol=0)
+        for mine, expected in zip(checkpointed[1], plain[1], strict=True):
+            assert_close(mine, expected, rtol=1e-5)
+            assert all(g.abs().max() > 0 for g in mine.values()), name
+
+
+def test_training_learns(make, pairs):
+    """The head is frozen and small, which bounds the loss from below; the answers are learnt all the same."""
+    trainer = make(
+        pairs,
+        edits=False,
+        max_steps=15,
+        per_device_train_batch_size=8,
+        learning_rate=5e-2,
+        lr_scheduler_type="constant",
+    )
+    trainer.train()
+    accuracy = [entry["mean_token_accuracy"] for entry in trainer.state.log_history if "loss" in entry]
+    assert accuracy[0] < 0.1 and accuracy[-1] > 0.3
+    assert all(later < earlier for earlier, later in zip(losses(trainer), losses(trainer)[1:]))
+
+
+@pytest.mark.parametrize("positions", ["f2+l2", "l1+g2", "all", {"0-1": "f2", "2-": "l3"}], ids=str)
+def test_the_collator_changes_no_bit(make, pairs, positions):
+    loreft = dict(positions=positions)
+    plain = run(make(pairs, loreft=loreft, max_steps=4))
+    trainer = make(pairs, loreft=loreft, max_steps=4, collate=True)
+    assert "intervention_positions" in batch_of(trainer)
+    collated = run(trainer)
+    assert len(plain[0]) == 4 and collated[0] == plain[0]
+    assert_same(collated[2], plain[2])
+
+
+def test_the_loss_is_that_of_the_edited_prompt(make, pairs):
+    """What TRL reports is the loss of the model called by hand, and other positions have another loss."""
+    trainer = make(pairs, max_steps=1, activation_checkpointing=False)
+    batch = batch_of(trainer)
+    with torch.no_grad():
+        by_hand = trainer.model(**batch).loss.item()
+        shifted = DataCollatorForLoreft(lambda rows: dict(batch), trainer.model.peft_config["default"])(None)
+        positions = shifted.pop("intervention_positions")
+        elsewhere = trainer.model(**shifted, intervention_positions=(positions - 1).clamp_min(-1)).loss.item()
+        with trainer.model.disable_adapter():
+            without = trainer.model(**batch).loss.item()
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(by_hand, rel=1e-5)
+    assert min(abs(by_hand - elsewhere), abs(by_hand - without), abs(elsewhere - without)) > 1e-3
+
+
+@pytest.mark.parametrize("collate", [False, True])
+def test_gradient_accumulation(make, pairs, collate):
+    whole = run(make(pairs, collate=collate, per_device_train_batch_size=8))
+    parts = make(pairs, collate=collate, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    accumulated = run(parts)
+    assert parts.state.global_step == 3
+    torch.testing.assert_close(accumulated[0], whole[0], rtol=1e-5, atol=0)
+    for mine, expected in zip(accumulated[1], whole[1], strict=True):
+        assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bf16_base(make, pairs, autocast, tmp_path):
+    trainer = make(pairs, base=build("llama").to(torch.bfloat16), bf16=autocast)
+    assert {p.dtype for p in adapter(trainer.model).values()} == {torch.float32}
+    assert moved(trainer) == set(adapter(trainer.model))
+    assert all(0 < loss < 10 for loss in losses(trainer))
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = PeftModel.from_pretrained(build("llama").to(torch.bfloat16), tmp_path / "saved")
+    assert torch.equal(logits_of(loaded), logits_of(trainer.model))
+    for name, p in loaded.named_parameters():
+        if name.endswith(".R"):
+            torch.testing.assert_close(p @ p.T, torch.eye(R), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "loreft", [dict(dropout=0.3), dict(tie="position"), dict(tie="model"), dict(intervention="direft")], ids=str
+)
+def test_other_settings_train(make, pairs, loreft):
+    trainer = make(pairs, loreft=loreft, max_steps=1)
+    assert moved(trainer) == set(adapter(trainer.model))
+
+
+# Kinds of data
+
+
+def test_conversations_of_one_turn(make, chat_pairs, tokenizer):
+    """The edited tokens are those that frame the user's words."""
+    plain = run(make(chat_pairs))
+    trainer = make(chat_pairs, collate=True)
+    batch = batch_of(trainer)
+    edited = batch["input_ids"].gather(1, batch["intervention_positions"])
+    frame = tokenizer.convert_tokens_to_ids(["<|im_start|>", "user", "<|im_start|>", "assistant"])
+    assert edited.tolist() == [frame] * 4
+    assert run(trainer)[0] == plain[0]
+
+
+def test_chats_of_several_turns(make, chats):
+    """`l` stands before every answer of the assistant, `f` at the start of the chat alone."""
+    plain = run(make(chats, assistant_only_loss=True))
+    trainer = make(chats, assistant_only_loss=True, collate=True)
+    assert run(trainer)[0] == plain[0]
+    batch = batch_of(trainer)
+    at = batch["intervention_positions"].unflatten(1, (-1, 4))
+    answers = (batch["labels"][:, 1:] != -100) & (batch["labels"][:, :-1] == -100)
+    assert set(answers.sum(1).tolist()) == {2, 3}
+    for row in range(len(at)):
+        begins = answers[row].nonzero().flatten() + 1
+        filled = at[row][: len(begins)]
+        assert filled[0, :2].tolist() == [0, 1] and (filled[1:, :2] == -1).all()
+        assert torch.equal(filled[:, 2:], torch.stack([begins - 2, begins - 1], 1))
+        assert (at[row][len(begins) :] == -1).all()
+
+
+@pytest.mark.parametrize("collate", [False, True])
+@pytest.mark.parametrize(
+    ("data", "settings"),
+    [
+        ("texts", {}),
+        ("texts", dict(activation_checkpointing=False)),
+        ("pairs", dict(completion_only_loss=False)),
+        ("chats", {}),
+    ],
+    ids=str,
+)
+def test_language_modelling_data_is_refused(make, request, data, settings, collate):
+    trainer = make(request.getfixturevalue(data), collate=collate, **settings)
+    with pytest.raises(ValueError, match="nothing would train") as error:
+        trainer.train()
+    assert "completion_only_loss=True" in str(error.value) and "assistant_only_loss=True" in str(error.value)
+
+
+def test_language_modelling_data_trains_where_generated_tokens_are_edited(make, texts):
+    trainer = make(texts, loreft=dict(positions="all"))
+    assert moved(trainer) == set(adapter(trainer.model))
+
+
+@pytest.mark.parametrize("settings", [dict(packing=True), dict(padding_free=True, max_length=None)], ids=str)
+@pytest.mark.parametrize("collate", [False, True])
+def test_language_modelling_data_is_refused_when_packed(make, texts, settings, collate):
+    """TRL masks the first label of each document then, so that each seems to have a prompt of one token."""
+    trainer = make(texts, collate=collate, **{"max_length": 32, **settings})
+    with pytest.raises(ValueError, match="nothing would train"):
+        trainer.train()
+
+
+# Packing
+
+
+@pytest.mark.parametrize("collate", [False, True])
+@pytest.mark.parametrize("positions", ["f2+l2", "all", {"0": "f2", "1-": "l3"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [dict(packing=True, packing_strategy="bfd", max_length=32), dict(padding_free=True, max_length=None)],
+    ids=["bfd", "padding_free"],
+)
+def test_packed_equals_padded(make, pairs, settings, positions, collate):
+    """All eight rows in each batch, so that the batches hold the same documents in whatever order."""
+    loreft = dict(positions=positions)
+    padded = run(make(pairs, loreft=loreft, per_device_train_batch_size=8))
+    trainer = make(pairs, loreft=loreft, per_device_train_batch_size=8, collate=collate, **settings)
+    batch = batch_of(trainer)
+    assert batch["input_ids"].shape[0] == 1 and "attention_mask" not in batch
+    packed = run(trainer)
+    torch.testing.assert_close(packed[0], padded[0], rtol=1e-5, atol=0)
+    for mine, expected in zip(packed[1], padded[1], strict=True):
+        assert_close(mine, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("collate", [False, True])
+def test_packed_chats_equal_padded(make, chats, collate):
+    settings = dict(assistant_only_loss=True, per_device_train_batch_size=8)
+    padded = run(make(chats, **settings))
+    packed = run(make(chats, collate=collate, packing=True, packing_strategy="bfd", max_length=96, **settings))
+    torch.testing.assert_close(packed[0], padded[0], rtol=1e-5, atol=0)
+
+
+LONG = [{"prompt": "a b c", "completion": " 1 2 3 4 5 6"}, {"prompt": "d e f", "completion": " 7 8 9 0 1 2"}] * 4
+
+
+@pytest.mark.parametrize("collate", [False, True])
+def test_rows_that_start_inside_an_answer_are_refused(make, collate):
+    trainer = make(Dataset.from_list(LONG), collate=collate, packing=True, packing_strategy="wrapped", max_length=16)
+    labels = [row["labels"] for row in trainer.train_dataset]
+    assert any(row[0] != -100 and -100 in row for row in labels)  # a row with a lost prompt
+    with pytest.raises(ValueError, match=r"middle of a document.*packing_strategy='bfd'"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("collate", [False, True])
+def test_split_documents_are_refused(make, collate):
+    """`bfd_split` puts the rest of a long document where its prompt is not."""
+    trainer = make(Dataset.from_list(LONG), collate=collate, packing=True, packing_strategy="bfd_split", max_length=7)
+    assert any(row["labels"][0] != -100 for row in trainer.train_dataset)
+    with pytest.raises(ValueError, match=r"middle of a document.*packing_strategy='bfd'"):
+        trainer.train()
+
+
+def test_truncation_keeps_the_prompt(make, pairs):
+    plain = run(make(pairs, max_length=8))
+    assert run(make(pairs, max_length=8, collate=True))[0] == plain[0]
+
+
+# Forwards without labels
+
+SMOOTHING = pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated in `SFTTrainer`:FutureWarning")
+LOSS_FUNC = pytest.mark.filterwarnings("ignore:`compute_loss_func` is deprecated:FutureWarning")
+
+
+def squared(outputs, labels, num_items_in_batch=None):
+    """A loss of one's own: the mean square of the logits that predict supervised tokens."""
+    return outputs.logits[:, :-1][labels[:, 1:] != -100].square().mean()
+
+
+WITHOUT_LABELS = [
+    pytest.param(dict(label_smoothing_factor=0.1), marks=SMOOTHING, id="label smoothing"),
+    pytest.param(dict(trainer=dict(compute_loss_func=squared)), marks=LOSS_FUNC, id="compute_loss_func"),
+]
+
+
+@pytest.mark.parametrize("settings", WITHOUT_LABELS)
+def test_without_labels_and_collator_training_is_refused(make, pairs, settings):
+    with pytest.raises(ValueError, match="DataCollatorForLoreft"):
+        make(pairs, **settings).train()
+
+
+@pytest.mark.parametrize("settings", WITHOUT_LABELS)
+def test_without_labels_the_collator_has_the_positions(make, pairs, settings):
+    trainer = make(pairs, collate=True, max_steps=2, **settings)
+    batch = batch_of(trainer)
+    plain = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    with torch.no_grad():
+        outputs = trainer.model(**plain)  # sees the labels, so it finds the prompts itself
+        if "trainer" in settings:
+            expected = squared(outputs, batch["labels"])
+        else:
+            expected = LabelSmoother(epsilon=0.1)(outputs, batch["labels"], shift_labels=True)
+    assert moved(trainer) == set(adapter(trainer.model))
+    assert losses(trainer)[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@SMOOTHING
+def test_without_labels_a_prefix_alone_needs_no_collator(make, pairs):
+    """The first tokens of a prompt are where they are, wherever it ends."""
+    loreft = dict(positions="f1")
+    plain = run(make(pairs, loreft=loreft, label_smoothing_factor=0.1))
+    assert run(make(pairs, loreft=loreft, label_smoothing_factor=0.1, collate=True))[0] == plain[0]
+
+
+def test_evaluation(make, pairs):
+    """Where labels reach the model the collator changes nothing."""
+    results = []
+    for collate in (False, True):
+        trainer = make(pairs, collate=collate, trainer=dict(eval_dataset=pairs.select(range(5))))
+        results.append(trainer.evaluate()["eval_loss"])
+    assert results[0] == results[1]
+    with trainer.model.disable_adapter():
+        assert abs(trainer.evaluate()["eval_loss"] - results[0]) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")
+def test_metrics_are_of_edited_prompts(make, pairs):
+    """TRL asks for the logits of an evaluation without labels: the collator says where the prompts end."""
+    seen = []
+
+    def compute_metrics(prediction):
+        seen.append(torch.from_numpy(prediction.predictions))
+        return {}
+
+    data = pairs.select(range(4))
+    options = dict(eval_dataset=data, compute_metrics=compute_metrics)
+    trainer = make(data, collate=True, per_device_eval_batch_size=4, trainer=options)
+    trainer.evaluate()
+    batch = next(iter(trainer.get_eval_dataloader()))
+    with torch.no_grad():
+        expected = trainer.model.eval()(**{n: batch[n] for n in ("input_ids", "attention_mask", "labels")}).logits
+    torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-6)
+
+
+# Saving
+
+
+@pytest.mark.parametrize(
+    "loreft", [dict(), dict(tie="group"), dict(tie="position", dropout=0.2), dict(tie="model"), dict(r=1)], ids=str
+)
+def test_resuming_goes_on_as_if_never_stopped(make, pairs, loreft, tmp_path):
+    settings = dict(loreft=loreft, max_steps=4, edits=False)
+    straight = run(make(pairs, **settings))
+    stopped = make(
+        pairs, watch=Watch(stop=2), save_strategy="steps", save_steps=2, output_dir=str(tmp_path / "run"), **settings
+    )
+    first = run(stopped)
+    assert stopped.state.global_step == 2 and first[0] == straight[0][:2]
+    resumed = make(pairs, output_dir=str(tmp_path / "run"), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert losses(resumed) == straight[0] and len(straight[0]) == 4
+    assert_same(adapter(resumed.model), straight[2])
+
+
+@pytest.mark.parametrize("positions", ["f2+l2", {"0": "f2", "1-": "l3"}], ids=str)
+def test_saved_and_loaded(make, pairs, tokenizer, tmp_path, positions):
+    base, saved = tmp_path / "base", tmp_path / "saved"
+    build("llama").save_pretrained(base)
+    trainer = make(pairs, base=AutoModelForCausalLM.from_pretrained(base), loreft=dict(positions=positions))
+    trainer.train()
+    trainer.save_model(str(saved))
+    expected = logits_of(trainer.model)
+
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), saved)
+    assert torch.equal(logits_of(loaded), expected)
+    assert not adapter(loaded)  # for inference
+    with loaded.disable_adapter():
+        assert (logits_of(loaded) - expected).abs().max() > 1e-2
+        assert torch.equal(logits_of(loaded), logits_of(AutoModelForCausalLM.from_pretrained(base)))
+    assert torch.equal(logits_of(AutoPeftModelForCausalLM.from_pretrained(saved)), expected)
+    assert AutoPeftModelForCausalLM.from_pretrained(saved).peft_config["default"].positions == positions
+
+    saved_config = json.loads((saved / "adapter_config.json").read_text())
+    assert saved_config["peft_type"] == "LOREFT" and saved_config["base_model_name_or_path"] == str(base)
+
+
+def test_a_loaded_adapter_trains_on(make, pairs, tokenizer, tmp_path):
+    first = make(pairs, max_steps=1)
+    first.train()
+    first.save_model(str(tmp_path / "saved"))
+    model = PeftModel.from_pretrained(build("llama"), tmp_path / "saved", is_trainable=True)
+    args = first.args
+    args.max_steps = 2
+    trainer = SFTTrainer(model, args=args, train_dataset=pairs, processing_class=tokenizer)
+    assert len(adapter(model)) == 3 * LAYERS
+    assert moved(trainer) == set(adapter(model))
+
+
+def test_the_model_card_says_how_to_load(make, pairs, tmp_path):
+    trainer = make(pairs, save_strategy="steps", save_steps=3)
+    trainer.train()
+    trainer.save_model()
+    out = Path(trainer.args.output_dir)
+    for folder in (out, out / "checkpoint-3"):
+        card = (folder / "README.md").read_text()
+        assert "import peft_reft" in card and "AutoPeftModelForCausalLM" in card, folder
+        assert "f2+l2" in card and "loreft" in card.partition("\n---")[0], folder
+    assert "[TRL](https://github.com/huggingface/trl)" in (out / "README.md").read_text()  # TRL's own words stay

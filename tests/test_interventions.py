@@ -1,0 +1,517 @@
+"""The maths: formulas and gradients against float64, orthonormality, precision, and what is kept between forwards."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_reft.interventions import INTERVENTIONS, Intervention, _Orthonormalise, orthonormalise
+
+D, R, N = 24, 4, 7
+NAMES = list(INTERVENTIONS)
+ROTATED = [name for name in NAMES if "R" in INTERVENTIONS[name].parameter_names]
+
+
+def gram_schmidt(a):
+    """R = L⁻¹A with L the Cholesky factor of AAᵀ: another way to the same matrix, differentiable."""
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(a @ a.mT), a, upper=False)
+
+
+def formula(name, parameters, h):
+    """Φ(h) − h as the paper writes it, for rows h; `parameters` by name."""
+    p = {key: value.to(h.dtype) for key, value in parameters.items()}
+    b = p["b"].unsqueeze(-2)
+    if "R" in p:
+        r = gram_schmidt(p["R"])
+        inner = {
+            "loreft": lambda: h @ p["W"].mT + b - h @ r.mT,
+            "direft": lambda: h @ p["W"].mT + b,
+            "consreft": lambda: b - h @ r.mT,
+            "lobireft": lambda: b.expand(*h.shape[:-1], -1),
+        }[name]()
+        return inner @ r
+    inner = h @ p["W1"].mT + b - (h @ p["W2"].mT if name == "noreft" else 0)
+    return inner @ p["W2"]
+
+
+def make(name, d=D, r=R, count=None, init=False, seed=0):
+    torch.manual_seed(seed)
+    return INTERVENTIONS[name](d, r, count, init)
+
+
+def parameters_of(module):
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def skew(module, seed=1):
+    """Move R off the manifold, as an optimiser's step does."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return module
+
+
+def orthonormality(r):
+    return (r.double() @ r.double().mT - torch.eye(r.shape[-2], dtype=torch.float64)).abs().max().item()
+
+
+def assert_close(got, expected, tolerance=1e-5):
+    """Within `tolerance` of the size of what is expected."""
+    expected = expected.double()
+    assert got.shape == expected.shape
+    assert (got.double() - expected).abs().max() <= tolerance * max(1.0, expected.abs().max().item())
+
+
+# Formulas and gradients.
+
+
+@pytest.mark.parametrize("count", [None, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_formula(name, count):
+    module = skew(make(name, count=count))
+    h = torch.randn(*(() if count is None else (count,)), N, D)
+    expected = formula(name, parameters_of(module), h.double())
+    with torch.no_grad():
+        assert_close(module.edit(h), expected)
+    assert_close(module.edit(h).detach(), expected)  # in training; pulls R back
+    with torch.no_grad():
+        assert_close(module.edit(h), formula(name, parameters_of(module), h.double()))
+
+
+@pytest.mark.parametrize("count", [None, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients(name, count):
+    module = make(name, count=count)
+    h = torch.randn(*(() if count is None else (count,)), N, D, requires_grad=True)
+    upstream = torch.randn(h.shape)
+    module.edit(h).backward(upstream)
+    exact = {key: value.double().requires_grad_() for key, value in parameters_of(module).items()}
+    h64 = h.detach().double().requires_grad_()
+    formula(name, exact, h64).backward(upstream.double())
+    if h64.grad is None:  # lobireft: the edit does not depend on h
+        assert name == "lobireft" and h.grad is None
+    else:
+        assert_close(h.grad, h64.grad)
+    for key, parameter in module.named_parameters():
+        assert_close(parameter.grad, exact[key].grad)
+
+
+@pytest.mark.parametrize("shape", [(4, 24), (1, 24), (24, 24), (3, 4, 24)])
+def test_gradient_of_orthonormalise_off_the_manifold(shape):
+    torch.manual_seed(0)
+    a = torch.randn(shape, requires_grad=True)
+    upstream = torch.randn(shape)
+    before = a.detach().clone()
+    _Orthonormalise.apply(a, False).backward(upstream)
+    assert torch.equal(a.detach(), before)
+    exact = before.double().requires_grad_()
+    gram_schmidt(exact).backward(upstream.double())
+    assert_close(a.grad, exact.grad, 2e-4 if shape[-1] == shape[-2] else 2e-5)
+
+
+def test_gradient_of_orthonormalise_by_finite_differences():
+    torch.manual_seed(0)
+    a = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: _Orthonormalise.apply(x, False), a)
+
+
+@pytest.mark.parametrize("name", ROTATED)
+def test_two_forwards_before_one_backward(name):
+    """DPO, accumulation, checkpointing: gradients add, though each forward writes R back."""
+    h = torch.randn(2, N, D)
+    module, reference = skew(make(name)), skew(make(name))
+    (module.edit(h[0]).square().sum() + module.edit(h[1]).square().sum()).backward()
+    for part in h:
+        reference.edit(part).square().sum().backward()
+    for key, parameter in module.named_parameters():
+        assert_close(parameter.grad, reference.get_parameter(key).grad)
+
+
+# Orthonormality.
+
+
+@pytest.mark.parametrize("count", [None, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ROTATED)
+def test_r_stays_orthonormal_in_training(name, dtype, count):
+    module = make(name, count=count).to(dtype)
+    h = torch.randn(*(() if count is None else (count,)), N, D)
+    target = torch.randn(h.shape)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    start, losses = module.rotation().detach().clone(), []
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = (module.edit(h) + h - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert orthonormality(module.rotation().detach()) <= 1e-5
+    assert (module.rotation() - start).abs().max() > 0.1  # it has gone somewhere
+    assert losses[-1] < losses[0]
+    assert module.R.dtype == dtype
+
+
+def test_a_training_forward_leaves_an_orthonormal_parameter():
+    """What is saved is the R that computed; a frozen or bf16 one is not written to."""
+    module = skew(make("loreft"))
+    module.edit(torch.randn(N, D))
+    assert orthonormality(module.R.detach()) <= 1e-5
+    assert torch.equal(module.R, module.rotation())
+    frozen = skew(make("loreft")).requires_grad_(False)
+    low = skew(make("loreft")).to(torch.bfloat16)
+    for unchanged in (frozen, low):
+        before = parameters_of(unchanged)
+        unchanged.edit(torch.randn(N, D))
+        assert all(torch.equal(unchanged.get_parameter(key), value) for key, value in before.items())
+
+
+sizes = st.tuples(st.integers(1, 48), st.integers(0, 150)).map(lambda t: (t[0], t[0] + t[1]))
+seeds = st.integers(0, 2**31)
+
+
+@settings(deadline=None, max_examples=60)
+@given(sizes, seeds, st.sampled_from([(), (3,)]), st.booleans())
+def test_an_orthonormal_matrix_comes_back_bit_for_bit(size, seed, lead, double):
+    """However it was made: by us, or elsewhere and rounded to float32. So reloading is exact."""
+    a = torch.randn(*lead, *size, generator=torch.Generator().manual_seed(seed))
+    if double:
+        r = torch.linalg.qr(a.double().mT)[0].mT.float()
+    else:
+        r, _ = orthonormalise(a)
+    again, lower = orthonormalise(r)
+    assert torch.equal(again, r)
+    assert torch.equal(lower, torch.eye(size[0]).expand(lower.shape))
+
+
+@settings(deadline=None, max_examples=60)
+@given(sizes.filter(lambda size: size[1] >= size[0] + 5), seeds, st.sampled_from([(), (3,)]))
+def test_orthonormalise_is_gram_schmidt(size, seed, lead):
+    a = torch.randn(*lead, *size, generator=torch.Generator().manual_seed(seed))
+    before = a.clone()
+    r, lower = orthonormalise(a)
+    assert torch.equal(a, before)
+    assert r.shape == a.shape and lower.shape == (*lead, size[0], size[0])
+    assert orthonormality(r) <= 1e-5
+    assert (lower.diagonal(dim1=-2, dim2=-1) > 0).all()
+    assert torch.equal(lower, lower.tril())
+    assert_close(lower @ r, a)
+    assert_close(r, gram_schmidt(a.double()), 1e-3)
+
+
+@pytest.mark.parametrize("condition", [1e1, 1e2, 1e3, 1e4])
+def test_ill_conditioned_matrices(condition):
+    torch.manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 8, dtype=torch.float64))[0] for n in (8, 64))
+    a = (left * torch.logspace(0, -torch.tensor(condition).log10().item(), 8, dtype=torch.float64)) @ right.mT
+    r, lower = orthonormalise(a.float())
+    assert orthonormality(r) <= 1e-5
+    assert (lower.diagonal() > 0).all()
+    assert_close(lower @ r, a)
+    assert_close(r, gram_schmidt(a), 1e-6 * condition)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_scale_does_not_matter(scale):
+    a = torch.randn(4, 24)
+    assert_close(orthonormalise(scale * a)[0], orthonormalise(a)[0])
+
+
+# Construction.
+
+
+@pytest.mark.parametrize("count", [None, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_number_of_parameters(name, count):
+    each = R * D + R if name in ("consreft", "lobireft") else 2 * R * D + R
+    module = make(name, count=count)
+    assert sum(parameter.numel() for parameter in module.parameters()) == each * (count or 1)
+    assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("count", [None, 3])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "consreft"])
+def test_identity_at_the_start(name, count):
+    """Exactly: not one bit of the model's output may change, in training and without gradients."""
+    module = make(name, count=count, init=True)
+    h = torch.randn(*(() if count is None else (count,)), N, D)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            assert torch.count_nonzero(module.edit(h)) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_identity_start_can_learn(name):
+    """A start at which every gradient is zero would never leave it."""
+    module = make(name, init=True)
+    module.edit(torch.randn(N, D)).backward(torch.randn(N, D))
+    assert all(parameter.grad.abs().max() > 0 for key, parameter in module.named_parameters() if key in ("W", "W1", "b"))
+
+
+def test_consreft_starts_by_zeroing_its_subspace():
+    module = make("consreft", init=True)
+    h = torch.randn(N, D)
+    with torch.no_grad():
+        assert_close((h + module.edit(h)) @ module.R.T, torch.zeros(N, R))
+
+
+@pytest.mark.parametrize("init", ["paper", False])
+@pytest.mark.parametrize("name", NAMES)
+def test_other_starts_edit(name, init):
+    """As `nn.Linear` and `torch.rand` start, in the authors' code; R orthonormal."""
+    module = make(name, d=64, r=16, init=init)
+    bound = 1 if name in ("consreft", "lobireft") else 64**-0.5
+    for key, parameter in module.named_parameters():
+        if key == "R":
+            assert orthonormality(parameter.detach()) <= 1e-5
+        else:
+            assert 0.5 * bound < parameter.abs().max() <= bound
+            assert (parameter.min() >= 0) == (bound == 1)
+    assert module.edit(torch.randn(N, 64)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("count", [None, 3])
+def test_interventions_start_different_from_each_other(count):
+    first, second = make("loreft", count=count, seed=0), make("loreft", count=count, seed=1)
+    assert not torch.equal(first.R, second.R)
+    if count:
+        assert not torch.equal(first.R[0], first.R[1])
+
+
+def test_full_rank_is_allowed():
+    module = make("loreft", d=6, r=6)
+    assert orthonormality(module.rotation().detach()) <= 1e-5
+
+
+def test_on_the_meta_device_nothing_is_computed():
+    with torch.device("meta"):
+        module = make("loreft")
+    assert all(parameter.is_meta for parameter in module.parameters())
+
+
+def test_the_base_class_is_abstract():
+    with pytest.raises(TypeError, match="abstract"):
+        Intervention(D, R)
+
+
+# Precision.
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_does_not_lower_the_precision(name, grad):
+    module, h = make(name), torch.randn(N, D)
+    with torch.set_grad_enabled(grad):
+        expected = module.edit(h)
+        module.train()  # drop what is kept
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = module.edit(h)
+            assert torch.is_autocast_enabled("cpu")
+    assert got.dtype == torch.float32
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_does_not_lower_the_precision_of_gradients(name):
+    modules, h = [make(name), make(name)], torch.randn(N, D)
+    modules[0].edit(h).sum().backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        edit = modules[1].edit(h)
+    edit.sum().backward()  # outside of autocast, as torch wants it
+    for exact, got in zip(modules[0].parameters(), modules[1].parameters()):
+        assert torch.equal(exact.grad, got.grad)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_does_not_lower_the_precision_of_select(name, grad):
+    module, h = make(name, count=2), torch.randn(N, D)
+    with torch.set_grad_enabled(grad):
+        expected = module.select(h, 1)
+        module.train()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = module.select(h, 1)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs_of_other_types(name, dtype):
+    """The edit is computed in float32 of the input as it is, whatever its type."""
+    module, h = make(name), torch.randn(N, D).to(dtype)
+    got = module.edit(h)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, module.edit(h.float()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_stored_in_bf16_compute_in_float32(name):
+    module = make(name).to(torch.bfloat16)
+    h = torch.randn(N, D)
+    got = module.edit(h)
+    assert got.dtype == torch.float32
+    assert_close(got.detach(), formula(name, parameters_of(module), h.double()))
+
+
+# Several side by side.
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_several_equal_as_many_alone(name, grad):
+    together = make(name, count=3)
+    alone = [make(name) for _ in range(3)]
+    with torch.no_grad():
+        for which, module in enumerate(alone):
+            for key, parameter in module.named_parameters():
+                parameter.copy_(together.get_parameter(key)[which])
+    h, upstream = torch.randn(3, N, D), torch.randn(3, N, D)
+    with torch.set_grad_enabled(grad):
+        got = together.edit(h)
+        assert got.shape == h.shape
+        for which, module in enumerate(alone):
+            assert_close(got[which].detach(), module.edit(h[which]).detach(), 1e-6)
+            assert_close(together.select(h[0], which).detach(), module.edit(h[0]).detach(), 1e-6)
+    if grad:
+        got.backward(upstream)
+        for which, module in enumerate(alone):
+            module.edit(h[which]).backward(upstream[which])
+            for key, parameter in module.named_parameters():
+                assert_close(together.get_parameter(key).grad[which], parameter.grad)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_select_has_the_gradient_of_its_own_only(name):
+    module = make(name, count=3)
+    module.select(torch.randn(N, D), 1).sum().backward()
+    for parameter in module.parameters():
+        assert parameter.grad[1].abs().max() > 0
+        assert torch.count_nonzero(parameter.grad[[0, 2]]) == 0
+
+
+# What is kept between forwards without gradients.
+
+
+def calls(monkeypatch, module):
+    counted = []
+    original = type(module).factors
+    monkeypatch.setattr(type(module), "factors", lambda self: counted.append(1) or original(self))
+    return counted
+
+
+def test_factors_are_computed_once_without_gradients(monkeypatch):
+    module, h = make("loreft").eval(), torch.randn(N, D)
+    counted = calls(monkeypatch, module)
+    with torch.no_grad():
+        first, second = module.edit(h), module.edit(h)
+    assert len(counted) == 1
+    assert torch.equal(first, second)
+    module.requires_grad_(False).edit(h)  # frozen: with gradients enabled too
+    assert len(counted) == 1
+    module.requires_grad_(True).edit(h)
+    assert len(counted) == 2
+
+
+@pytest.mark.parametrize("change", ["in place", "copy_", "load_state_dict", "replaced", "optimizer"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_change_of_a_frozen_parameter_is_seen(name, change):
+    module, other, h = make(name, seed=0), make(name, seed=1), torch.randn(N, D)
+    if change != "optimizer":
+        module.requires_grad_(False)
+    with torch.no_grad():
+        before = module.edit(h)
+        if change == "in place":
+            for parameter in module.parameters():
+                parameter.mul_(-1.5)
+        elif change == "copy_":
+            for key, parameter in module.named_parameters():
+                parameter.copy_(other.get_parameter(key))
+        elif change == "load_state_dict":
+            module.load_state_dict(other.state_dict())
+        elif change == "replaced":
+            module.load_state_dict(other.state_dict(), assign=True)
+        else:
+            optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+            for parameter in module.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+        after = module.edit(h)
+    assert not torch.allclose(before, after, atol=1e-3)
+    assert_close(after, formula(name, parameters_of(module), h.double()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_change_of_type_and_back_is_seen(name):
+    module, h = make(name).requires_grad_(False), torch.randn(N, D)
+    module.edit(h)
+    module.to(torch.bfloat16)
+    module.to(torch.float32)
+    assert_close(module.edit(h), formula(name, parameters_of(module), h.double()))
+
+
+def test_a_change_of_a_parameter_made_in_inference_mode_is_seen():
+    """Its version cannot be asked for, so nothing may be kept."""
+    with torch.inference_mode():
+        module, h = make("loreft"), torch.randn(N, D)
+        before = module.edit(h)
+        module.W.add_(1)
+        after = module.edit(h)
+        assert not torch.allclose(before, after, atol=1e-2)
+        assert_close(after, formula("loreft", parameters_of(module), h.double()))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_train_and_eval_drop_what_is_kept(mode):
+    """Optimisers that write through raw pointers, unseen by the version of a tensor: `.data` is such a write."""
+    module, h = make("loreft").requires_grad_(False), torch.randn(N, D)
+    before = module.edit(h)
+    module.W.data.add_(1)
+    torch.nn.Sequential(module).train(mode)
+    after = module.edit(h)
+    assert not torch.allclose(before, after, atol=1e-2)
+    assert_close(after, formula("loreft", parameters_of(module), h.double()))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_copies(name, grad):
+    """deepcopy, pickle and torch.save, after forwards of either kind; a copy goes its own way."""
+    module, h = make(name), torch.randn(N, D)
+    with torch.set_grad_enabled(grad):
+        module.edit(h)
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(buffer, weights_only=False)]
+    with torch.no_grad():
+        expected = module.edit(h)
+        for other in copies:
+            assert type(other) is type(module)
+            assert torch.equal(other.edit(h), expected)
+            for parameter in other.parameters():
+                parameter.mul_(2)
+            assert not torch.allclose(other.edit(h), expected)
+        assert torch.equal(module.edit(h), expected)
+
+
+def test_inference_mode():
+    module, h = make("loreft"), torch.randn(N, D)
+    with torch.no_grad():
+        expected = module.edit(h)
+    with torch.inference_mode():
+        assert torch.equal(module.edit(h), expected)
+    module.edit(h).sum().backward()  # what inference mode kept must not be used in training
+    assert module.W.grad is not None
+
+
+def test_state_dict_has_the_parameters_and_nothing_else():
+    for name, kind in INTERVENTIONS.items():
+        module = make(name)
+        with torch.no_grad():
+            module.edit(torch.randn(N, D))
+        assert tuple(module.state_dict()) == kind.parameter_names
