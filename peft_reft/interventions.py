@@ -137,31 +137,28 @@ class Intervention(nn.Module, ABC):
     def reset_parameters(self, init_weights: InitWeights) -> None:
         """Fill the parameters in place."""
 
-    def edit(self, h: Tensor) -> Tensor:
+    def edit(self, h: Tensor, which: int | None = None) -> Tensor:
         """Φ(h) − h.
 
         Args:
             h: (n, d), or (G, n, d) with `count`; any float type.
+            which: of several, the one to compute alone; `h` is (n, d) then.
 
         Returns:
             The edit, same shape, float32.
         """
         if torch.is_autocast_enabled(h.device.type):
             with torch.autocast(h.device.type, enabled=False):
-                return self._edit(h.float())
-        return self._edit(h.float())
+                return self._edit(h.float(), which)
+        return self._edit(h.float(), which)
 
-    def _edit(self, h: Tensor) -> Tensor:
+    def _edit(self, h: Tensor, which: int | None) -> Tensor:
         a, b, bias = self._current_factors()
+        if which is not None:
+            a, b, bias = (None if a is None else a[which]), b[which], bias[which]
         bias = bias.unsqueeze(-2)
         inner = bias.expand(*h.shape[:-1], -1) if a is None else h @ a.mT + bias
         return inner @ b
-
-    def select(self, h: Tensor, which: int) -> Tensor:
-        """Φ(h) − h by intervention `which` of several alone; `h` is (n, d)."""
-        a, b, bias = self._current_factors()
-        inner = bias[which].expand(h.shape[0], -1) if a is None else h.float() @ a[which].mT + bias[which]
-        return inner @ b[which]
 
     def _current_factors(self) -> tuple[Tensor | None, Tensor, Tensor]:
         parameters = list(self.parameters())

@@ -100,7 +100,7 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
         if index.mask is not None:
             masks = index.mask if plan.by == "group" else index.mask.unsqueeze(0)
             for which, mask in enumerate(masks):
-                edit = weights.select(flat, which) if plan.by == "group" else weights.edit(flat)
+                edit = weights.edit(flat, which if plan.by == "group" else None)
                 mask = mask if rows is None else mask & rows.unsqueeze(-1)
                 edited = edited + torch.where(mask, self._drop(edit, plan), 0).to(flat.dtype)
             return edited

@@ -331,10 +331,10 @@ def test_autocast_does_not_lower_the_precision_of_gradients(name):
 def test_autocast_does_not_lower_the_precision_of_select(name, grad):
     module, h = make(name, count=2), torch.randn(N, D)
     with torch.set_grad_enabled(grad):
-        expected = module.select(h, 1)
+        expected = module.edit(h, 1)
         module.train()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            got = module.select(h, 1)
+            got = module.edit(h, 1)
     assert got.dtype == torch.float32
     assert torch.equal(got, expected)
 
@@ -376,7 +376,7 @@ def test_several_equal_as_many_alone(name, grad):
         assert got.shape == h.shape
         for which, module in enumerate(alone):
             assert_close(got[which].detach(), module.edit(h[which]).detach(), 1e-6)
-            assert_close(together.select(h[0], which).detach(), module.edit(h[0]).detach(), 1e-6)
+            assert_close(together.edit(h[0], which).detach(), module.edit(h[0]).detach(), 1e-6)
     if grad:
         got.backward(upstream)
         for which, module in enumerate(alone):
@@ -388,7 +388,7 @@ def test_several_equal_as_many_alone(name, grad):
 @pytest.mark.parametrize("name", NAMES)
 def test_select_has_the_gradient_of_its_own_only(name):
     module = make(name, count=3)
-    module.select(torch.randn(N, D), 1).sum().backward()
+    module.edit(torch.randn(N, D), 1).sum().backward()
     for parameter in module.parameters():
         assert parameter.grad[1].abs().max() > 0
         assert torch.count_nonzero(parameter.grad[[0, 2]]) == 0
