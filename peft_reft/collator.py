@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from peft import TaskType
 from torch import Tensor
 
 from .config import LoreftConfig
-from .positions import find_answers, resolve
+from .positions import answers_of_batch, resolve
 from .runtime import POSITIONS, check_batch
 
 
@@ -58,19 +57,28 @@ class DataCollatorForLoreft:
 
     def _positions(self, batch: Any) -> Tensor:
         ids = batch["input_ids"]
-        mask, position_ids, labels = batch.get("attention_mask"), batch.get("position_ids"), batch.get("labels")
-        causal = self.config.task_type in (None, TaskType.CAUSAL_LM)
-        labels = labels if causal and labels is not None and labels.shape == ids.shape else None
-        position_ids = position_ids if position_ids is not None and position_ids.shape == ids.shape else None
-        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        answers = find_answers(real, labels, None if labels is None and mask is not None else position_ids)
+        mask = batch.get("attention_mask")
+        position_ids, labels = (
+            value if value is not None and value.shape == ids.shape else None
+            for value in (batch.get("position_ids"), batch.get("labels"))
+        )
+        if self.config.task_type not in (None, TaskType.CAUSAL_LM):
+            labels = None  # of token classification, say
+        answers = answers_of_batch(ids, mask, labels, position_ids)
         slots = resolve(self.config.layout, answers)
         if labels is not None:
-            check_batch(slots, real, labels, position_ids if mask is None else None)
+            check_batch(slots, answers.real, labels, position_ids if mask is None else None)
         return slots
 
     def __getattr__(self, name: str) -> Any:
-        """Anything else is the wrapped collator's (trainers read and set options such as `padding_free` on it)."""
-        if name == "base_collator":  # not there yet while being unpickled
+        """Anything else is the wrapped collator's: trainers read options such as `padding_free` on it ..."""
+        if name == "base_collator" or name.startswith("__"):  # copying and unpickling ask before it is there
             raise AttributeError(name)
         return getattr(self.base_collator, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """... and set them."""
+        if name in ("base_collator", "config"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.base_collator, name, value)

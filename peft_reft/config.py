@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from .hub import write_model_card
 from .interventions import INTERVENTIONS
-from .layer_ranges import check_layers, resolve_layers
+from .layer_ranges import check_layers, first_layer, resolve_layers
 from .positions import Layout, Positions, union
 
 COMPONENTS = ("block", "attention", "mlp")
@@ -92,8 +92,8 @@ class LoreftConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("LOREFT")
-        if isinstance(self.layers, tuple | set | range):
-            self.layers = sorted(self.layers) if isinstance(self.layers, set) else list(self.layers)
+        if isinstance(self.layers, tuple | set | frozenset | range):
+            self.layers = sorted(self.layers)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, list | tuple):
@@ -129,7 +129,12 @@ class LoreftConfig(PeftConfig):
             if not self.positions:
                 raise ValueError("positions={}: a mapping from layers to specs needs at least one entry.")
             for layers in self.positions:
+                if not isinstance(layers, str | int):
+                    raise ValueError(f"positions has the key {layers!r}: expected layers such as '3', '-1' or '0-7'.")
                 check_layers(layers, "positions")
+            # JSON has strings for keys and sorts them. Slots of `intervention_positions` must not move by that.
+            by_layer = sorted(self.positions.items(), key=lambda item: first_layer(item[0]))
+            self.positions = {str(layers): spec for layers, spec in by_layer}
         for spec in self.specs:
             if self.tie == "position" and not spec.counted:
                 raise ValueError(
@@ -139,7 +144,7 @@ class LoreftConfig(PeftConfig):
 
     @property
     def specs(self) -> list[Positions]:
-        """The distinct position specs, parsed, in the order given."""
+        """The distinct position specs, parsed, in the order of the layers."""
         texts = self.positions.values() if isinstance(self.positions, dict) else [self.positions]
         return list(dict.fromkeys(Positions.parse(text) for text in texts))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 _RANGE = re.compile(r"(?P<first>-?[0-9]+)(?P<dash>-(?P<last>-?[0-9]+)?)?")
 
@@ -11,6 +12,12 @@ _RANGE = re.compile(r"(?P<first>-?[0-9]+)(?P<dash>-(?P<last>-?[0-9]+)?)?")
 def check_layers(spec: str | int | Sequence[int], field: str) -> None:
     """Raise ValueError naming `field` if `spec` is malformed, whatever the model."""
     _parse(spec, field)
+
+
+def first_layer(spec: str | int) -> tuple[bool, int]:
+    """Sorts specs by the first layer they name, those that count from the end last."""
+    first, _ = _parse(spec, "positions")[0]
+    return first < 0, first
 
 
 def resolve_layers(spec: str | int | Sequence[int], n_layers: int, field: str) -> list[int]:
@@ -51,8 +58,8 @@ def _parse(spec: str | int | Sequence[int], field: str) -> list[tuple[int, int]]
         return [(0, -1)]
     if isinstance(spec, str):
         return [_parse_range(part, spec, field) for part in spec.split(";")]
-    indices = [spec] if isinstance(spec, int) else spec
-    if not indices or isinstance(spec, bool) or not all(type(index) is int for index in indices):
+    indices: list[Any] = list(spec) if isinstance(spec, list | tuple) else [spec]
+    if not indices or not all(type(index) is int for index in indices):
         raise ValueError(f"{field}={spec!r}: expected 'all', an int, a non-empty list of ints, or '0-7;16;-1'.")
     return [(index, index) for index in indices]
 

@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 Arrangement = Literal["all", "group", "position"]
 
@@ -39,10 +40,20 @@ _GRAMMAR = "fN, lN (first or last N prompt tokens), p (the prompt), gN, g (gener
 
 @dataclass(frozen=True)
 class Group:
-    """One term of a spec. `kind` is one of ``f l p g``; `count` is None for an open-ended group (``p``, ``g``)."""
+    """One term of a spec, with what it must know of the other terms.
+
+    Two terms that read alike in different specs are different groups: how far ``f5`` is cut in a short prompt depends
+    on whether an ``l5`` stands beside it.
+    """
 
     kind: str
+    """One of ``f l p g``."""
     count: int | None
+    """None for an open-ended group (``p``, ``g``)."""
+    p: int = 0
+    """N of the spec's ``fN``, 0 without one."""
+    s: int = 0
+    """N of the spec's ``lN``, 0 without one."""
 
     def __str__(self) -> str:
         return f"{self.kind}{'' if self.count is None else self.count}"
@@ -134,7 +145,9 @@ def _parse(spec: str) -> Positions:
                     raise _spec_error(spec, at, stripped, f"overlaps '{other}': a token is edited once")
             groups.append(group)
         start += len(term) + 1
-    return Positions(tuple(groups))
+    counts = {group.kind: group.count for group in groups}
+    p, s = counts.get("f") or 0, counts.get("l") or 0
+    return Positions(tuple(replace(group, p=p, s=s) for group in groups))
 
 
 def _spec_error(spec: str, at: int, term: str, problem: str) -> ValueError:
@@ -243,6 +256,30 @@ def find_answers(
     )
 
 
+def answers_of_batch(
+    tokens: Tensor, attention_mask: Tensor | None, labels: Tensor | None, position_ids: Tensor | None
+) -> Answers:
+    """`find_answers` for a batch as trainers make it, so that model and collator read it alike.
+
+    Args:
+        tokens: (batch, seq, ...), `input_ids` or `inputs_embeds`; only their shape and device matter.
+        attention_mask: (batch, seq), 0 on padding, or None: no padding, or rows packed with `position_ids`.
+        labels: (batch, seq) int64 or None.
+        position_ids: (batch, seq) int64 or None.
+    """
+    packed = attention_mask is None and position_ids is not None
+    if attention_mask is not None:
+        real = attention_mask.bool()
+    else:
+        real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    if position_ids is not None and packed and labels is not None:
+        # TRL pads packed rows with position 0: a document of one token without a label.
+        begins = F.pad(position_ids == 0, (0, 1), value=True)  # something begins behind the row's end, too
+        real = real & ~(begins[:, :-1] & begins[:, 1:] & (labels == -100))
+    documents = position_ids if packed or labels is not None else None
+    return find_answers(real, labels, documents, 1 if labels is None and documents is None else None)
+
+
 def resolve(layout: Layout, answers: Answers) -> Tensor:
     """Token columns for `layout`: (batch, K * slots + open * seq) int64, -1 where a slot is empty.
 
@@ -254,37 +291,73 @@ def resolve(layout: Layout, answers: Answers) -> Tensor:
     filled from the right, so that the last slot is always the last token. From a document's second answer on there
     is no prefix, and the suffix stops where the answer before it begins: a token is edited once.
     """
-    counts = {group.kind: group.count for group in layout if group.count is not None}
-    length = answers.ends - answers.starts
-    short = length < sum(counts.get(kind) or 0 for kind in "fl")
-    pieces = []
+    slots, regions = [], []
+    column = torch.arange(answers.real.shape[1], device=answers.real.device)
     for group in layout:
-        if group.count is None:
-            continue
-        slot = torch.arange(group.count, device=length.device)
         if group.kind == "f":
-            kept = torch.where(short, length.div(2, rounding_mode="floor"), group.count).clamp_max(group.count)
-            rank = answers.starts.unsqueeze(-1) + 1 + slot
-            valid = (slot < kept.unsqueeze(-1)) & answers.first.unsqueeze(-1)
+            slots.append(_prefix(group, answers))
         elif group.kind == "l":
-            kept = torch.where(short, (length + 1).div(2, rounding_mode="floor"), group.count).clamp_max(group.count)
-            rank = answers.ends.unsqueeze(-1) - (group.count - 1) + slot
-            valid = (slot >= group.count - kept.unsqueeze(-1)) & (rank > answers.lower.unsqueeze(-1))
+            slots.append(_suffix(group, answers))
+        elif group.kind == "p":
+            regions.append(torch.where(answers.real & ~answers.generated, column, NO_POSITION))
         else:
-            rank = answers.ends.unsqueeze(-1) + 1 + slot
-            valid = (rank <= answers.document_ends.unsqueeze(-1)) & answers.first.unsqueeze(-1)
-        pieces.append(torch.where(valid, rank, 0))
-    regions = []
-    column = torch.arange(answers.real.shape[1], device=length.device)
-    for group in layout:
-        if group.count is None:
-            mask = answers.generated if group.kind == "g" else answers.real & ~answers.generated
-            regions.append(torch.where(mask, column, NO_POSITION))
-    if pieces:
-        ranks = torch.cat(pieces, -1).flatten(1)
-        columns = torch.searchsorted(answers.rank, ranks.contiguous())  # first column of that rank is the real token
-        regions.insert(0, torch.where(ranks > 0, columns, NO_POSITION))
+            # In a chat, the suffix before a later answer lies behind the first one. It belongs to the prompt.
+            generated = answers.generated & ~_suffix_mask(group, answers) if group.s else answers.generated
+            if group.count is None:
+                regions.append(torch.where(generated, column, NO_POSITION))
+            else:
+                slots.append(_first_generated(group, answers, generated))
+    if slots:
+        regions.insert(0, torch.cat(slots, -1).flatten(1))
     return torch.cat(regions, 1)
+
+
+def _kept(count: int, group: Group, answers: Answers, short: Tensor) -> Tensor:
+    """(batch, K): how many of `count` a prompt keeps, `short` being what it may have if it is a short one."""
+    length = answers.ends - answers.starts
+    return torch.where(length < group.p + group.s, short, count).clamp_max(count).unsqueeze(-1)
+
+
+def _prefix(group: Group, answers: Answers) -> Tensor:
+    """Columns of an ``fN`` group, (batch, K, N)."""
+    slot = torch.arange(group.p, device=answers.ends.device)
+    kept = _kept(group.p, group, answers, (answers.ends - answers.starts).div(2, rounding_mode="floor"))
+    return _columns(answers, answers.starts.unsqueeze(-1) + 1 + slot, (slot < kept) & answers.first.unsqueeze(-1))
+
+
+def _suffix(group: Group, answers: Answers) -> Tensor:
+    """Columns of an ``lN`` group, (batch, K, N)."""
+    slot = torch.arange(group.s, device=answers.ends.device)
+    kept = _kept(group.s, group, answers, (answers.ends - answers.starts + 1).div(2, rounding_mode="floor"))
+    rank = answers.ends.unsqueeze(-1) - (group.s - 1) + slot
+    return _columns(answers, rank, (slot >= group.s - kept) & (rank > answers.lower.unsqueeze(-1)))
+
+
+def _suffix_mask(group: Group, answers: Answers) -> Tensor:
+    """Tokens of the ``lN`` group that stands in the same spec, (batch, seq) bool."""
+    return _mask(_suffix(group, answers).flatten(1), answers.real.shape[1])
+
+
+def _first_generated(group: Group, answers: Answers, generated: Tensor) -> Tensor:
+    """Columns of a ``gN`` group, (batch, K, N)."""
+    slot = torch.arange(group.count or 0, device=answers.ends.device)
+    rank = answers.ends.unsqueeze(-1) + 1 + slot
+    valid = (rank <= answers.document_ends.unsqueeze(-1)) & answers.first.unsqueeze(-1)
+    columns = _columns(answers, rank, valid)
+    edited = generated.gather(1, columns.clamp_min(0).flatten(1)).view_as(columns)
+    return torch.where(edited, columns, NO_POSITION)
+
+
+def _columns(answers: Answers, ranks: Tensor, valid: Tensor) -> Tensor:
+    """Columns of the tokens with these ranks, -1 where not `valid`; all (batch, K, N)."""
+    columns = torch.searchsorted(answers.rank, ranks.flatten(1).contiguous())  # the first of a rank is the real token
+    return torch.where(valid, columns.view_as(ranks), NO_POSITION)
+
+
+def _mask(columns: Tensor, seq: int) -> Tensor:
+    """(batch, seq) bool, True at the `columns` (batch, n) of a row that are not -1."""
+    hit = torch.zeros(columns.shape[0], seq + 1, dtype=torch.bool, device=columns.device)
+    return hit.scatter(1, torch.where(columns >= 0, columns, seq), True)[:, :seq]  # column `seq` takes the empty ones
 
 
 @dataclass(frozen=True)
@@ -319,6 +392,8 @@ def arrange(slots: Tensor, seq: int, layout: Layout, groups: Layout, by: Arrange
         ValueError: the number of slots does not fit the layout, and this layer must tell groups apart.
     """
     batch = slots.shape[0]
+    if not slots.shape[1]:
+        slots = slots.new_full((batch, 1), NO_POSITION)  # a flat list of nothing
     if not all(group.count for group in groups):
         return PositionIndex(None, None, _masks(slots, seq, layout, groups, by), (batch, seq))
     if by == "all" and groups == layout:
@@ -330,7 +405,7 @@ def arrange(slots: Tensor, seq: int, layout: Layout, groups: Layout, by: Arrange
             columns = torch.cat(picked, -1).permute(2, 0, 1).flatten(2)
         elif by == "group":
             widest = max(group.shape[-1] for group in picked)
-            pad = [torch.nn.functional.pad(g, (0, widest - g.shape[-1]), value=NO_POSITION) for g in picked]
+            pad = [F.pad(g, (0, widest - g.shape[-1]), value=NO_POSITION) for g in picked]
             columns = torch.stack(pad).flatten(2)
         else:
             columns = torch.cat(picked, -1).flatten(1).unsqueeze(0)
@@ -378,10 +453,5 @@ def _masks(slots: Tensor, seq: int, layout: Layout, groups: Layout, by: Arrangem
                 regions.append(slots[:, at : at + seq])
             else:
                 regions.append(_select(by_answer, layout, group).flatten(1))
-    masks = []
-    for region in regions:
-        hit = torch.zeros(slots.shape[0], seq + 1, dtype=torch.bool, device=slots.device)
-        hit = hit.scatter(1, torch.where(region >= 0, region, seq), True)[:, :seq]  # column `seq` takes the empty ones
-        masks.append(hit.flatten().unsqueeze(-1))
-    stacked = torch.stack(masks)
+    stacked = torch.stack([_mask(region, seq).flatten().unsqueeze(-1) for region in regions])
     return stacked if by == "group" else stacked.any(0)

@@ -23,6 +23,7 @@ from .positions import (
     Arrangement,
     Layout,
     PositionIndex,
+    answers_of_batch,
     arrange,
     find_answers,
     resolve,
@@ -112,15 +113,14 @@ class _Explicit:
 class _Derived:
     """Positions worked out from masks, labels and position ids."""
 
+    tokens: Tensor
     shape: tuple[int, int]
-    device: torch.device
     attention_mask: Any
     position_ids: Any
     labels: Any
     cache: Any
     needs_labels: bool
     """Whether this is a causal language model in training, whose prompts end where labels begin."""
-    training: bool
 
     def slots(self, layout: Layout) -> Tensor | None:
         kinds = {group.kind for group in layout}
@@ -132,26 +132,18 @@ class _Derived:
                 f"`{POSITIONS}`. (Label smoothing and `compute_loss_func` keep labels from the model.) Use the "
                 "collator `peft_reft.DataCollatorForLoreft(collator, config)`, or pass labels."
             )
-        real = self._real()
-        position_ids = self.position_ids if _is_matrix(self.position_ids, self.shape) else None
-        single = self.labels is None and (position_ids is None or _is_matrix(self.attention_mask, self.shape))
-        answers = find_answers(real, self.labels, None if single else position_ids, 1 if single else None)
-        slots = resolve(layout, answers)
-        if self.training and self.needs_labels:
-            packed = position_ids is not None and self.attention_mask is None
-            check_batch(slots, real, self.labels, position_ids if packed else None)
-        return slots
-
-    def _real(self) -> Tensor:
-        if self.attention_mask is None:
-            return torch.ones(self.shape, dtype=torch.bool, device=self.device)
-        if not _is_matrix(self.attention_mask, self.shape):
+        if self.attention_mask is not None and not _is_matrix(self.attention_mask, self.shape):
             got = tuple(self.attention_mask.shape) if isinstance(self.attention_mask, Tensor) else "no tensor"
             raise ValueError(
                 f"LoReFT needs an attention mask of shape {self.shape} (batch, seq) to tell prompt from padding, got "
                 f"{got}. Pass `{POSITIONS}` instead."
             )
-        return self.attention_mask.bool()
+        position_ids = self.position_ids if _is_matrix(self.position_ids, self.shape) else None
+        answers = answers_of_batch(self.tokens, self.attention_mask, self.labels, position_ids)
+        slots = resolve(layout, answers)
+        if self.needs_labels and self.labels is not None:
+            check_batch(slots, answers.real, self.labels, position_ids if self.attention_mask is None else None)
+        return slots
 
     def _continuation(self, layout: Layout) -> Tensor | None:
         """Tokens fed to a filled cache outside `generate`: they come after the prompt."""
@@ -162,8 +154,8 @@ class _Derived:
             )
         if all(group.kind != "g" for group in layout):
             return None
-        column = torch.arange(self.shape[1], device=self.device).expand(self.shape)
-        none = torch.full((self.shape[0], slots_per_answer(layout)), NO_POSITION, device=self.device)
+        column = torch.arange(self.shape[1], device=self.tokens.device).expand(self.shape)
+        none = torch.full((self.shape[0], slots_per_answer(layout)), NO_POSITION, device=self.tokens.device)
         empty = torch.full_like(column, NO_POSITION)
         regions = [column if group.kind == "g" else empty for group in layout if group.count is None]
         return torch.cat([none, *regions], 1)
@@ -303,8 +295,8 @@ class _WithPositions:
     """A checkpoint function that runs again, in the backward, with the positions of the forward it belongs to.
 
     Whether hooks are run again depends on who checkpoints what (transformers up to 5.20 does, later ones do not), and
-    several forwards may come before one backward (DPO): without this, hooks would find the positions of none or, worse,
-    of another.
+    several forwards may come before one backward (DPO): without this, hooks would find the positions of none or,
+    worse, of another.
     """
 
     def __init__(self, checkpoint: Callable[..., Any], state: PositionState) -> None:
@@ -381,14 +373,13 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         labels = labels if state.labels_mark_prompts and _is_matrix(labels, shape) else None
         state.begin(
             _Derived(
+                tokens=tokens,
                 shape=shape,
-                device=tokens.device,
                 attention_mask=given.get("attention_mask"),
                 position_ids=given.get("position_ids"),
                 labels=labels,
                 cache=given.get("past_key_values"),
                 needs_labels=state.labels_mark_prompts and model.training and torch.is_grad_enabled(),
-                training=model.training,
             )
         )
     return args, kwargs

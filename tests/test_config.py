@@ -124,8 +124,8 @@ def test_bad_values(name, value, allowed):
         ({"0-3": "f5", "4-": "x5"}, "'x5'", "fN, lN"),
         ({"0-3": "f5", "4-": 5}, "5", "fN, lN"),
         ({"0-3": "f5", "four": "l5"}, "'four'", "'0-7'"),
-        ({"0-3": "f5", 1.5: "l5"}, "1.5", "list of ints"),
-        ({"0-3": "f5", None: "l5"}, "None", "list of ints"),
+        ({"0-3": "f5", 1.5: "l5"}, "1.5", "'0-7'"),
+        ({"0-3": "f5", None: "l5"}, "None", "'0-7'"),
     ],
 )
 def test_bad_mappings(positions, wrong, allowed):
@@ -142,7 +142,9 @@ def test_one_intervention_a_position_needs_counts(positions):
     LoreftConfig(tie="group", positions=positions)
 
 
-@pytest.mark.parametrize("other", [{"layers": [0, 1]}, {"component": "mlp"}, {"layers": "0-", "component": "attention"}])
+@pytest.mark.parametrize(
+    "other", [{"layers": [0, 1]}, {"component": "mlp"}, {"layers": "0-", "component": "attention"}]
+)
 def test_target_modules_say_it_all(other):
     with pytest.raises(ValueError) as error:
         LoreftConfig(target_modules=["model.layers.0"], **other)
@@ -295,7 +297,7 @@ def test_a_chosen_layer_needs_a_spec():
 def test_layout_has_the_groups_of_every_spec_once():
     config = LoreftConfig(positions={"0": "f5", "1": "l5+g", "2": "f5+l2", "3": "l5+g"})
     assert [str(spec) for spec in config.specs] == ["f5", "l5+g", "f5+l2"]
-    assert [str(group) for group in config.layout] == ["f5", "l5", "g", "l2"]
+    assert [str(group) for group in config.layout] == ["f5", "l5", "g", "f5", "l2"]  # f5 beside an l2 is another f5
 
 
 # Layer ranges.
@@ -331,7 +333,7 @@ def test_ranges_agree_with_the_oracle(drawn, n_layers):
     spec, expected = ";".join(texts), naive_layers(parts, n_layers)
     check_layers(spec, "layers")
     if expected is None:
-        with pytest.raises(ValueError, match="^layers='") as error:
+        with pytest.raises(ValueError, match=r"^layers='") as error:
             resolve_layers(spec, n_layers, "layers")
         assert repr(spec) in str(error.value) and f"{n_layers} layers" in str(error.value)
     else:
@@ -343,7 +345,7 @@ def test_ranges_agree_with_the_oracle(drawn, n_layers):
 def test_lists_agree_with_the_oracle(indices, n_layers):
     expected = naive_layers([(index, index) for index in indices], n_layers)
     if expected is None:
-        with pytest.raises(ValueError, match="^layers="):
+        with pytest.raises(ValueError, match=r"^layers="):
             resolve_layers(indices, n_layers, "layers")
     else:
         assert resolve_layers(indices, n_layers, "layers") == expected

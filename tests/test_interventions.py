@@ -101,6 +101,17 @@ def test_gradients(name, count):
         assert_close(parameter.grad, exact[key].grad)
 
 
+@pytest.mark.parametrize("name", ROTATED)
+def test_gradients_of_parameters_stored_in_bf16(name):
+    """Those stay off the manifold; their gradient is that of the orthonormalised matrix all the same."""
+    module, h, upstream = skew(make(name)).to(torch.bfloat16), torch.randn(N, D), torch.randn(N, D)
+    module.edit(h).backward(upstream)
+    exact = {key: value.double().requires_grad_() for key, value in parameters_of(module).items()}
+    formula(name, exact, h.double()).backward(upstream.double())
+    for key, parameter in module.named_parameters():
+        assert_close(parameter.grad, exact[key].grad, 1e-2)
+
+
 @pytest.mark.parametrize("shape", [(4, 24), (1, 24), (24, 24), (3, 4, 24)])
 def test_gradient_of_orthonormalise_off_the_manifold(shape):
     torch.manual_seed(0)
@@ -249,7 +260,9 @@ def test_identity_start_can_learn(name):
     """A start at which every gradient is zero would never leave it."""
     module = make(name, init=True)
     module.edit(torch.randn(N, D)).backward(torch.randn(N, D))
-    assert all(parameter.grad.abs().max() > 0 for key, parameter in module.named_parameters() if key in ("W", "W1", "b"))
+    assert all(
+        parameter.grad.abs().max() > 0 for key, parameter in module.named_parameters() if key in ("W", "W1", "b")
+    )
 
 
 def test_consreft_starts_by_zeroing_its_subspace():
