@@ -21,8 +21,8 @@ class DataCollatorForLoreft:
     shows wrong data before it reaches the model.
 
     Args:
-        base_collator: any collator that returns a mapping with `input_ids` (batch, seq); `labels`, `attention_mask`
-            and `position_ids` are used where present.
+        base_collator: any collator that returns a mapping with `input_ids` (batch, seq); `labels` or TRL's
+            `completion_mask`, `attention_mask` and `position_ids` are used where present.
         config: the adapter's config.
 
     Returns (when called):
@@ -62,12 +62,14 @@ class DataCollatorForLoreft:
             value if value is not None and value.shape == ids.shape else None
             for value in (batch.get("position_ids"), batch.get("labels"))
         )
+        if labels is None and (completion := batch.get("completion_mask")) is not None:  # TRL's preference data
+            labels = ids.masked_fill(completion == 0, -100)
         if self.config.task_type not in (None, TaskType.CAUSAL_LM):
             labels = None  # of token classification, say
         answers = answers_of_batch(ids, mask, labels, position_ids)
         slots = resolve(self.config.layout, answers)
         if labels is not None:
-            check_batch(slots, answers.real, labels, position_ids if mask is None else None)
+            check_batch(self.config.layout, slots, answers, labels, position_ids if mask is None else None)
         return slots
 
     def __getattr__(self, name: str) -> Any:

@@ -169,7 +169,9 @@ class Intervention(nn.Module, ABC):
             return self._factors[1] if self._factors else (*self.factors(), self._float("b"))
         # Some optimisers (bitsandbytes, DeepSpeed) write through raw pointers, unseen by `_version`; those run between
         # forwards with gradients and calls of `train()`, and both of these drop what is kept here.
-        key = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
+        if any(parameter.is_inference() for parameter in parameters):  # made in inference mode: no version to ask for
+            return (*self.factors(), self._float("b"))
+        key = tuple((parameter.data_ptr(), parameter._version) for parameter in parameters)
         if self._factors is None or self._factors[0] != key:
             with torch.no_grad():
                 self._factors = (key, (*self.factors(), self._float("b")))

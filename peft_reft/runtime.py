@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from .positions import (
     NO_POSITION,
+    Answers,
     Arrangement,
     Layout,
     PositionIndex,
@@ -142,7 +143,7 @@ class _Derived:
         answers = answers_of_batch(self.tokens, self.attention_mask, self.labels, position_ids)
         slots = resolve(layout, answers)
         if self.needs_labels and self.labels is not None:
-            check_batch(slots, answers.real, self.labels, position_ids if self.attention_mask is None else None)
+            check_batch(layout, slots, answers, self.labels, position_ids if self.attention_mask is None else None)
         return slots
 
     def _continuation(self, layout: Layout) -> Tensor | None:
@@ -161,36 +162,48 @@ class _Derived:
         return torch.cat([none, *regions], 1)
 
 
-def check_batch(slots: Tensor, real: Tensor, labels: Tensor, position_ids: Tensor | None) -> None:
+def check_batch(layout: Layout, slots: Tensor, answers: Answers, labels: Tensor, position_ids: Tensor | None) -> None:
     """Refuse a training batch that cannot train anything, or whose prompts were cut off.
 
     Args:
+        layout: the groups that are edited.
         slots: (batch, n) resolved positions.
-        real: (batch, seq) bool.
+        answers: of the batch.
         labels: (batch, seq) int64.
         position_ids: (batch, seq) int64 of packed rows, else None.
 
     Raises:
-        ValueError: no row has a position to edit, or a packed row starts in the middle of a document.
+        ValueError: no row has a position to edit, or a row starts in the middle of a document.
     """
-    nothing = ~(slots >= 0).any()
+    real = answers.real
     supervised = real & (labels != -100)
-    unsupervised = ~supervised.any()
+    none_supervised = ~supervised.any()
+    none_edited = ~(slots >= 0).any()
     first = real.long().argmax(1, keepdim=True)
     # A row that is supervised from its first token on and again after a gap has lost the prompt of its first answer.
     resumes = (supervised[:, 1:] & ~supervised[:, :-1]).any(1)
     cut = (supervised.gather(1, first).squeeze(1) & resumes).any()
     if position_ids is not None:
         cut = cut | (position_ids.gather(1, first) != 0).any()
+        # TRL takes the label off the first token of every packed document. So a prompt of one token is what it leaves
+        # of a document without a prompt, and of the second part of one that was split.
+        answered = answers.first & (answers.document_ends > answers.ends)
+        lone = answered & (answers.ends - answers.starts == 1)
+        all_lone = (lone == answered).all() & lone.any()
+        if all(group.kind != "g" for group in layout):
+            none_edited = none_edited | all_lone
+        if any(group.count is not None for group in layout):  # "all" edits every token, whatever came before it
+            cut = cut | (lone.any() & ~all_lone)
     if torch.compiler.is_compiling():
-        torch._assert_async(~(nothing | cut), "LoReFT: no position to edit, or rows that start mid-document")
+        torch._assert_async(~(none_edited | cut), "LoReFT: no position to edit, or rows that start mid-document")
         return
-    nothing_to_edit, starts_within, no_labels = torch.stack([nothing, cut, unsupervised]).tolist()
+    nothing_to_edit, starts_within, no_labels = torch.stack([none_edited, cut, none_supervised]).tolist()
     if starts_within:
         raise ValueError(
-            "A row starts in the middle of a document (it begins inside an answer, or its first position id is not "
-            "0), so its prompt is missing and LoReFT would edit the wrong tokens. Keep documents whole when packing "
-            "or truncating (TRL: packing_strategy='bfd')."
+            "A row or a packed document starts in the middle of a document (it begins inside an answer, its first "
+            "position id is not 0, or packing left it a prompt of one token), so its prompt is missing and LoReFT "
+            "would edit the wrong tokens. Keep documents whole when packing or truncating (TRL: "
+            "packing_strategy='bfd'); prompts of a single token cannot be packed."
         )
     if nothing_to_edit and not no_labels:
         raise ValueError(

@@ -77,7 +77,7 @@ BATCHES = {
     },
     "no mask": stack([row(4, 3, 8), row(2, 5, 9)]),
     "packed": packed([row(4, 2, 1), row(2, 2, 2), row(7, 2, 3)]),
-    "packed, two rows": packed([row(4, 2, 1), row(2, 2, 2)], [row(3, 1, 3), row(1, 1, 4), row(3, 1, 5)]),
+    "packed, two rows": packed([row(4, 2, 1), row(2, 2, 2)], [row(2, 1, 3), row(2, 1, 4), row(3, 1, 5)]),
     "packed chats": packed(CHATS),
     "chats, right": padded(CHATS),
     "chats, left": padded(CHATS, "left"),
@@ -172,10 +172,10 @@ TABLE = {
     ("f2+l2", "packed"): [[0, 1, 2, 3, 6, N, N, 7, 10, 11, 15, 16]],
     ("l3", "packed"): [[1, 2, 3, N, N, 7, 14, 15, 16]],
     ("g2", "packed"): [[4, 5, 8, 9, 17, 18]],
-    # the second row has documents of 3 + 1, 1 + 1 and 3 + 1, the first has two documents alone
+    # the second row has documents of 2 + 1, 2 + 1 and 3 + 1, the first has two documents alone
     ("f2+l2", "packed, two rows"): [
         [0, 1, 2, 3, 6, N, N, 7, N, N, N, N],
-        [0, N, 1, 2, N, N, N, 4, 6, N, 7, 8],
+        [0, N, N, 1, 3, N, N, 4, 6, N, 7, 8],
     ],
     # user 5, assistant 2, user 3, assistant 2, user 2, assistant 3 | 6, 3, 4, 1 | 2, 3
     ("f2+l2", "chats, right"): [
@@ -286,11 +286,18 @@ def test_trls_collator_of_packed_rows():
     """Rows of several documents each, whose lengths TRL notes in `seq_lengths`."""
     rows = [
         {**turns(4, 2, 2, 2, seed=1), "seq_lengths": [6, 4]},
-        {**turns(3, 1, 1, 1, 3, 1, seed=2), "seq_lengths": [4, 2, 4]},
+        {**turns(2, 1, 2, 1, 3, 1, seed=2), "seq_lengths": [3, 3, 4]},
     ]
     batch = DataCollatorForLoreft(DataCollatorForLanguageModeling(0, padding_free=True), F2L2)(rows)
-    slots = [0, 1, 2, 3, 6, N, N, 7, 10, N, 11, 12, N, N, N, 14, 16, N, 17, 18]
+    slots = [0, 1, 2, 3, 6, N, N, 7, 10, N, N, 11, 13, N, N, 14, 16, N, 17, 18]
     assert batch["intervention_positions"].tolist() == [slots]
+
+
+def test_a_completion_mask_marks_answers_as_labels_do():
+    """TRL's collators of preference data give no labels, but a mask of the completions."""
+    batch = {"input_ids": torch.ones(1, 7, dtype=torch.long), "completion_mask": torch.tensor([[0, 0, 0, 0, 1, 1, 1]])}
+    collator = DataCollatorForLoreft(lambda rows: dict(batch), F2L2)
+    assert collator([])["intervention_positions"].tolist() == [[0, 1, 2, 3]]
 
 
 def test_arguments_beside_the_rows_are_handed_on():

@@ -300,6 +300,20 @@ def test_layout_has_the_groups_of_every_spec_once():
     assert [str(group) for group in config.layout] == ["f5", "l5", "g", "f5", "l2"]  # f5 beside an l2 is another f5
 
 
+@pytest.mark.parametrize(
+    "positions, specs",
+    [
+        ({"8-": "f5", "0-7": "l3"}, ["l3", "f5"]),
+        ({"10": "f5", "9": "l3"}, ["l3", "f5"]),  # as numbers, not as strings
+        ({"-1": "f5", "3": "p", "all": "l3"}, ["l3", "p", "f5"]),
+    ],
+)
+def test_specs_stand_in_the_order_of_their_layers(positions, specs):
+    """However the mapping was written: JSON sorts it, and slots of `intervention_positions` must not move by that."""
+    for items in (positions.items(), reversed(positions.items())):
+        assert [str(spec) for spec in LoreftConfig(positions=dict(items)).specs] == specs
+
+
 # Layer ranges.
 
 

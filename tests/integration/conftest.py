@@ -52,11 +52,11 @@ def tokenizer():
     return tokenizer
 
 
-# (prompt, completion): long and short, one prompt (a single token) shorter than f2+l2.
+# (prompt, completion): long and short, one prompt of two tokens, fewer than f2+l2 want.
 PAIRS = [
     ("a b c d e f", "1 2 3"),
     ("g h i", "4 5"),
-    ("j", "6 7 8 9"),
+    ("j u", "6 7 8 9"),
     ("k l m n o p q r s", "0"),
     ("t u v w", "1 3 5"),
     ("x y", "2 4"),
