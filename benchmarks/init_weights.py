@@ -114,7 +114,8 @@ def table(results: dict) -> str:
 
     rates = " | ".join(f"lr {lr:g}" for lr in LEARNING_RATES)
     lines = [
-        f"| task | start | {rates} | best lr: mean of {len(SEEDS)} seeds (range) | loss, first 5 steps | last 20 steps |",
+        f"| task | start | {rates} | best lr: mean of {len(SEEDS)} seeds (range) "
+        "| loss, first 5 steps | loss, last 20 steps |",
         "|---|---|" + "---|" * (len(LEARNING_RATES) + 3),
     ]
     for task, runs in results.items():

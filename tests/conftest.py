@@ -1,4 +1,4 @@
-"""Tiny random models, built from configs: no network, deterministic, in eval mode."""
+"""Tiny random models and a tiny tokenizer, built in code: no network, deterministic."""
 
 import os
 
@@ -8,7 +8,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 import transformers
-from transformers import PreTrainedModel
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 VOCAB, HIDDEN, LAYERS = 64, 32, 3
 _SIZES = dict(
@@ -72,3 +75,34 @@ def randomise(model: torch.nn.Module, scale: float = 0.5, seed: int = 1) -> None
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]
+WORDS = ["system", "user", "assistant", *"abcdefghijklmnopqrstuvwxyz", *"0123456789"]
+assert len(SPECIAL + WORDS) <= VOCAB
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant ' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer():
+    """One token a word; ids 0, 1, 2 are pad, bos, eos as in the tiny models; ChatML."""
+    backend = Tokenizer(WordLevel({word: n for n, word in enumerate(SPECIAL + WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
+        model_max_length=256,
+    )
+    tokenizer.chat_template = CHATML
+    return tokenizer

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import build
 from datasets import Dataset
-from integration.conftest import PAIRS, tokenizer  # noqa: F401  (a fixture)
+from integration.conftest import PAIRS
 from transformers.utils import logging
 
 import peft_reft

@@ -1,27 +1,11 @@
-"""A tiny tokenizer and tiny data sets, built in code: no network."""
+"""Tiny data sets, built in code: no network."""
 
 import gc
 
 import datasets
 import pytest
-from conftest import VOCAB
-from tokenizers import AddedToken, Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
 
 datasets.disable_progress_bars()
-
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]
-WORDS = ["system", "user", "assistant", *"abcdefghijklmnopqrstuvwxyz", *"0123456789"]
-assert len(SPECIAL + WORDS) <= VOCAB
-
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant ' }}{% endif %}"
-)
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -31,25 +15,6 @@ def _imports_are_no_garbage():
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-@pytest.fixture
-def tokenizer():
-    """One token a word; ids 0, 1, 2 are pad, bos, eos as in the tiny models; ChatML."""
-    backend = Tokenizer(WordLevel({word: n for n, word in enumerate(SPECIAL + WORDS)}, unk_token="<unk>"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    backend.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
-        model_max_length=256,
-    )
-    tokenizer.chat_template = CHATML
-    return tokenizer
 
 
 # (prompt, completion): long and short, one prompt of two tokens, fewer than f2+l2 want.
