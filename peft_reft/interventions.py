@@ -30,7 +30,8 @@ from torch import Tensor, nn
 InitWeights = bool | Literal["paper"]
 
 _TOLERANCE = 4e-6
-"""Largest |RRᵀ − I| that counts as orthonormal. Above what fp32 QR leaves (4e-7), below the promised 1e-5."""
+"""Largest |L − I|, about half of |RRᵀ − I|, that counts as orthonormal: above what QR leaves in fp32 (4e-7), below the
+promised 1e-5."""
 
 
 def orthonormalise(a: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,14 +46,12 @@ def orthonormalise(a: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         R (..., r, d) and L (..., r, r), float32.
     """
-    gram = a @ a.mT
-    eye = torch.eye(a.shape[-2], dtype=a.dtype, device=a.device)
-    is_orthonormal = ((gram - eye).abs().amax((-2, -1), keepdim=True)) <= _TOLERANCE
     q, upper = torch.linalg.qr(a.mT)
-    sign = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-1)
-    r = torch.where(is_orthonormal, a, q.mT * sign)
-    lower = torch.where(is_orthonormal, eye, upper.mT * sign.mT)
-    return r, lower
+    sign = torch.copysign(torch.ones((), device=a.device), upper.diagonal(dim1=-2, dim2=-1)).unsqueeze(-2)
+    lower = (upper * sign.mT).mT
+    eye = torch.eye(a.shape[-2], device=a.device)
+    is_orthonormal = (lower - eye).abs().amax((-2, -1), keepdim=True) <= _TOLERANCE
+    return torch.where(is_orthonormal, a, (q * sign).mT), torch.where(is_orthonormal, eye, lower)
 
 
 class _Orthonormalise(torch.autograd.Function):
@@ -153,22 +152,23 @@ class Intervention(nn.Module, ABC):
         return self._edit(h.float(), which)
 
     def _edit(self, h: Tensor, which: int | None) -> Tensor:
-        a, b, bias = self._current_factors()
+        a, b, bias = self.current_factors()
         if which is not None:
             a, b, bias = (None if a is None else a[which]), b[which], bias[which]
         bias = bias.unsqueeze(-2)
         inner = bias.expand(*h.shape[:-1], -1) if a is None else h @ a.mT + bias
         return inner @ b
 
-    def _current_factors(self) -> tuple[Tensor | None, Tensor, Tensor]:
+    def current_factors(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        """A, B and b in float32; without gradients they are computed once and kept."""
         parameters = list(self.parameters())
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
             self._factors = None
             return (*self.factors(), self._float("b"))
         if torch.compiler.is_compiling():  # a key that reads pointers cannot be traced
             return self._factors[1] if self._factors else (*self.factors(), self._float("b"))
-        # Some optimisers (bitsandbytes, DeepSpeed) write through raw pointers, unseen by `_version`; those run between
-        # forwards with gradients and calls of `train()`, and both of these drop what is kept here.
+        # Some optimisers (bitsandbytes, DeepSpeed) write through raw pointers or `.data`, unseen by `_version`. They
+        # run between forwards with gradients and calls of `train()` or `eval()`; all these drop what is kept here.
         if any(parameter.is_inference() for parameter in parameters):  # made in inference mode: no version to ask for
             return (*self.factors(), self._float("b"))
         key = tuple((parameter.data_ptr(), parameter._version) for parameter in parameters)

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .edit import Edit, add_edits, may_change
 from .interventions import Intervention
 from .positions import Arrangement, Layout, PositionIndex
 from .runtime import PositionState
@@ -74,52 +75,54 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
         if not present:
             return output
         hidden = output[0] if isinstance(output, tuple) else output
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        edited = flat
-        for name in present:  # each edit is computed from the block's own output, so the edits add
+        edits: list[Edit] = []
+        for name in present:
             plan = self.plans[name]
             index = self.state.index(plan.layout, plan.groups, plan.by)
             if index is None:
                 continue
-            if flat.shape[0] != index.shape[0] * index.shape[1]:
+            if hidden.numel() != index.shape[0] * index.shape[1] * hidden.shape[-1]:
                 raise ValueError(
                     f"LoReFT was given positions for a batch of {index.shape[0]} x {index.shape[1]} tokens, but the "
                     f"module it edits returned hidden states of shape {tuple(hidden.shape)}."
                 )
-            rows = None if adapter_names is None else self._rows(name, adapter_names, index, flat.device)
-            edited = self._edit(edited, flat, self.loreft_weights[name], plan, index, rows)
-        if edited is flat:
+            chosen = None if adapter_names is None else self._rows(name, adapter_names, index, hidden.device)
+            edits += self._edits(cast(Intervention, self.loreft_weights[name]), plan, index, chosen)
+        if not edits:
             return output
-        edited = edited.view_as(hidden)
+        in_place = may_change(hidden) and hidden.is_contiguous()
+        edited = add_edits(hidden.reshape(-1, hidden.shape[-1]), edits, in_place).view(hidden.shape)
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
-    def _edit(
-        self, edited: Tensor, flat: Tensor, weights: Any, plan: LayerPlan, index: PositionIndex, rows: Tensor | None
-    ) -> Tensor:
-        """Add one adapter's edit of `flat` (batch * seq, d) to `edited`; `rows` (batch * seq,) bool limits it."""
-        if index.mask is not None:
-            masks = index.mask if plan.by == "group" else index.mask.unsqueeze(0)
-            for which, mask in enumerate(masks):
-                edit = weights.edit(flat, which if plan.by == "group" else None)
-                mask = mask if rows is None else mask & rows.unsqueeze(-1)
-                edited = edited + torch.where(mask, self._drop(edit, plan), 0).to(flat.dtype)
-            return edited
-        assert index.rows is not None and index.valid is not None
-        valid = index.valid if rows is None else index.valid & rows[index.rows].unsqueeze(-1)
-        h = flat.index_select(0, index.rows.flatten()).view(*index.rows.shape, -1)
-        edit = torch.where(valid, self._drop(weights.edit(h), plan), 0).to(flat.dtype)
-        return edited.index_add(0, index.rows.flatten(), edit.flatten(0, -2))
+    def _edits(
+        self, weights: Intervention, plan: LayerPlan, index: PositionIndex, chosen: Tensor | None
+    ) -> list[Edit]:
+        """One adapter's edits; `chosen` (batch * seq,) limits them to some tokens."""
+        a, b, bias = weights.current_factors()
+        if index.mask is None:
+            assert index.rows is not None
+            keep = index.keep if chosen is None else index.keep * chosen[index.rows].unsqueeze(-1)
+            return [Edit(index.rows, self._drop(keep, plan, b.shape[-1]), a, b, bias)]
+        keeps = index.keep if chosen is None else index.keep * chosen.unsqueeze(-1)
+        if plan.by != "group":
+            return [Edit(None, self._drop(keeps, plan, b.shape[-1]), a, b, bias)]
+        return [
+            Edit(None, self._drop(keep, plan, b.shape[-1]), None if a is None else a[g], b[g], bias[g])
+            for g, keep in enumerate(keeps)
+        ]
 
-    def _drop(self, edit: Tensor, plan: LayerPlan) -> Tensor:
-        return F.dropout(edit, plan.dropout, self.training) if plan.dropout else edit
+    def _drop(self, keep: Tensor, plan: LayerPlan, d: int) -> Tensor:
+        if not plan.dropout or not self.training:
+            return keep
+        return F.dropout(keep.expand(*keep.shape[:-1], d), plan.dropout)
 
     def _rows(self, name: str, adapter_names: Sequence[str], index: PositionIndex, device: torch.device) -> Tensor:
-        """(batch * seq,) bool: tokens of the rows that want adapter `name`."""
+        """(batch * seq,) float32: 1 for the tokens of the rows that want adapter `name`."""
         if len(adapter_names) != index.shape[0]:
             raise ValueError(
                 f"adapter_names has {len(adapter_names)} entries for a batch of {index.shape[0]} rows; give one a row."
             )
-        wanted = torch.tensor([row == name for row in adapter_names], device=device)
+        wanted = torch.tensor([float(row == name) for row in adapter_names], device=device)
         return wanted.repeat_interleave(index.shape[1])
 
     def remove(self) -> None:

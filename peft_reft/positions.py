@@ -108,12 +108,18 @@ class Positions:
 
     def describe(self) -> str:
         """The spec in words, for a model card."""
-        first = [f"the first {g.count}" for g in self.groups if g.kind == "f"]
-        last = [f"the last {g.count}" for g in self.groups if g.kind == "l"]
-        parts = [f"{' and '.join(first + last)} tokens of the prompt"] if first or last else []
+        ends = [
+            ("first" if g.kind == "f" else "last", g.count)
+            for g in sorted(self.groups, key=lambda g: g.kind)
+            if g.kind in "fl"
+        ]
+        in_words = [f"the {end}" if count == 1 else f"the {end} {count}" for end, count in ends]
+        tokens = "token" if [count for _, count in ends] == [1] else "tokens"
+        parts = [f"{' and '.join(in_words)} {tokens} of the prompt"] if ends else []
         parts += ["all tokens of the prompt" for g in self.groups if g.kind == "p"]
         generated = [g for g in self.groups if g.kind == "g"]
-        parts += [f"{'all' if g.count is None else f'the first {g.count}'} generated tokens" for g in generated]
+        how_many = {None: "all generated tokens", 1: "the first generated token"}
+        parts += [how_many.get(g.count, f"the first {g.count} generated tokens") for g in generated]
         return " and ".join(parts)
 
     def __str__(self) -> str:
@@ -369,9 +375,9 @@ class PositionIndex:
     """
 
     rows: Tensor | None
-    """(n,) or (G, n) int64 into batch * seq; an empty slot repeats some row whose edit `valid` then drops."""
-    valid: Tensor | None
-    """(n, 1) or (G, n, 1) bool."""
+    """(n,) or (G, n) int64 into batch * seq; an empty slot repeats some row, which `keep` then drops."""
+    keep: Tensor
+    """float32, 1 or 0: (n, 1) or (G, n, 1) with `rows`, else as `mask`."""
     mask: Tensor | None
     """(batch * seq, 1) or (G, batch * seq, 1) bool."""
     shape: tuple[int, int]
@@ -395,7 +401,8 @@ def arrange(slots: Tensor, seq: int, layout: Layout, groups: Layout, by: Arrange
     if not slots.shape[1]:
         slots = slots.new_full((batch, 1), NO_POSITION)  # a flat list of nothing
     if not all(group.count for group in groups):
-        return PositionIndex(None, None, _masks(slots, seq, layout, groups, by), (batch, seq))
+        mask = _masks(slots, seq, layout, groups, by)
+        return PositionIndex(None, mask.float(), mask, (batch, seq))
     if by == "all" and groups == layout:
         columns = slots.unsqueeze(0)  # a flat list needs no layout: a user's own stays valid
     else:
@@ -416,7 +423,7 @@ def arrange(slots: Tensor, seq: int, layout: Layout, groups: Layout, by: Arrange
     valid = valid.flatten(1).unsqueeze(-1)
     if by == "all":
         rows, valid = rows[0], valid[0]
-    return PositionIndex(rows, valid, None, (batch, seq))
+    return PositionIndex(rows, valid.float(), None, (batch, seq))
 
 
 def _by_answer(slots: Tensor, seq: int, layout: Layout) -> Tensor:

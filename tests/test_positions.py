@@ -188,7 +188,7 @@ def edited(index):
             found.append([divmod(i, seq) for i, hit in enumerate(mask.flatten().tolist()) if hit])
         return found
     rows = index.rows if index.rows.ndim == 2 else index.rows.unsqueeze(0)
-    valid = index.valid if index.valid.ndim == 3 else index.valid.unsqueeze(0)
+    valid = index.keep if index.keep.ndim == 3 else index.keep.unsqueeze(0)
     assert valid.shape == (*rows.shape, 1)
     assert ((rows >= 0) & (rows < batch * seq)).all()  # empty slots are gathered too
     for one_rows, one_valid in zip(rows.tolist(), valid.squeeze(-1).tolist()):
@@ -453,7 +453,7 @@ def test_arrange_of_open_ended_groups(batch, spec, by):
     slots = resolve(groups, find_answers(real, labels, position_ids))
     index = arrange(slots, real.shape[1], groups, groups, by)
     expected = [{(row, column) for row, _, column in edits[group]} for group in groups]
-    assert index.rows is None and index.valid is None
+    assert index.rows is None and torch.equal(index.keep, index.mask.float())
     assert [set(found) for found in edited(index)] == ([set().union(*expected)] if by == "all" else expected)
 
 

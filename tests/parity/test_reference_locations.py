@@ -21,7 +21,7 @@ def ours(positions, length):
     slots = resolve(groups, find_answers(torch.ones(1, length, dtype=torch.bool)))
     index = arrange(slots, length, groups, groups, "group")
     found = {"f": [], "l": []}
-    for group, rows, valid in zip(groups, index.rows, index.valid.squeeze(-1)):
+    for group, rows, valid in zip(groups, index.rows, index.keep.squeeze(-1)):
         found[group.kind] = sorted(rows[valid].tolist())
     return found["f"], found["l"]
 
