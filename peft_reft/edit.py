@@ -36,11 +36,13 @@ def add_edits(flat: Tensor, edits: list[Edit], in_place: bool) -> Tensor:
     Args:
         flat: (tokens, d), any float type.
         edits: at least one.
-        in_place: change `flat` itself; see `may_change`.
+        in_place: whether `flat` itself may be changed; see `may_change`.
 
     Returns:
-        (tokens, d) of the type of `flat`; `flat` itself if `in_place`.
+        (tokens, d) of the type of `flat`; `flat` itself if it was changed.
     """
+    # An edit of every token keeps `flat` for its backward, as it came.
+    in_place = in_place and all(edit.rows is not None for edit in edits)
     tensors = [tensor for e in edits for tensor in (e.rows, e.keep, e.a, e.b, e.bias)]
     device = flat.device.type
     if not torch.is_autocast_enabled(device):

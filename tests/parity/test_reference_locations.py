@@ -21,8 +21,8 @@ def ours(positions, length):
     slots = resolve(groups, find_answers(torch.ones(1, length, dtype=torch.bool)))
     index = arrange(slots, length, groups, groups, "group")
     found = {"f": [], "l": []}
-    for group, rows, valid in zip(groups, index.rows, index.keep.squeeze(-1)):
-        found[group.kind] = sorted(rows[valid].tolist())
+    for group, rows, keep in zip(groups, index.rows, index.keep.squeeze(-1)):
+        found[group.kind] = sorted(rows[keep > 0].tolist())
     return found["f"], found["l"]
 
 
