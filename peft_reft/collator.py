@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .config import LoreftConfig
 from .positions import answers_of_batch, resolve
-from .runtime import POSITIONS, check_batch
+from .sources import POSITIONS, check_batch
 
 
 class DataCollatorForLoreft:

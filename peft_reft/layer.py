@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -13,23 +12,11 @@ from torch.nn import functional as F
 
 from .edit import Edit, add_edits, may_change
 from .interventions import Intervention
-from .positions import Arrangement, Layout, PositionIndex
-from .runtime import PositionState
+from .positions import PositionIndex
+from .runtime import LayerPlan, PositionState
 
 CHILD = "loreft"
 """Name of the layer in its block. Keys read `...layers.3.loreft.loreft_weights.<adapter>.R`."""
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What one adapter does at one layer, read from its config once, at injection."""
-
-    layout: Layout
-    """Groups of all the config's specs: how `intervention_positions` is laid out."""
-    groups: Layout
-    """Groups edited at this layer."""
-    by: Arrangement
-    dropout: float
 
 
 class LoreftLayer(nn.Module, BaseTunerLayer):
@@ -78,7 +65,7 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
         edits: list[Edit] = []
         for name in present:
             plan = self.plans[name]
-            index = self.state.index(plan.layout, plan.groups, plan.by)
+            index = self.state.index(plan)
             if index is None:
                 continue
             if hidden.numel() != index.shape[0] * index.shape[1] * hidden.shape[-1]:

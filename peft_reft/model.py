@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from .architectures import Target, find_targets, output_size
 from .config import LoreftConfig
 from .interventions import INTERVENTIONS, Intervention, orthonormalise
-from .layer import CHILD, MERGE_REASON, LayerPlan, LoreftLayer
+from .layer import CHILD, MERGE_REASON, LoreftLayer
 from .positions import Positions
-from .runtime import attach, detach
+from .runtime import LayerPlan, attach, detach
 
 
 class LoreftModel(BaseTuner):
@@ -68,6 +68,7 @@ class LoreftModel(BaseTuner):
         if peft_config.tie == "model" and len(sizes := {target.d for target, _ in self._targets.values()}) > 1:
             raise ValueError(f"tie='model' needs one hidden size, but the targets have {sorted(sizes)}.")
         self._shared: Intervention | None = None
+        self._plans: dict[LayerPlan, LayerPlan] = {}
         return peft_config
 
     def _check_target_module_exists(self, peft_config: LoreftConfig, key: str) -> Any:
@@ -126,9 +127,8 @@ class LoreftModel(BaseTuner):
         if layer is None:
             layer = LoreftLayer(target, self._state)
             target.add_module(CHILD, layer)
-        layer.update_layer(
-            adapter_name, intervention, LayerPlan(peft_config.layout, spec.groups, by, peft_config.dropout)
-        )
+        plan = LayerPlan(peft_config.layout, spec.groups, by, peft_config.dropout)
+        layer.update_layer(adapter_name, intervention, self._plans.setdefault(plan, plan))
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -39,8 +39,14 @@ LLAVA = dict(
 )
 QWEN_VL = dict(
     text_config=dict(SIZES, **GQA, rope_parameters=dict(rope_type="default", mrope_section=[1, 1, 2])),
-    vision_config=dict(depth=3, patch_size=2, spatial_merge_size=1, temporal_patch_size=1),
+    vision_config=dict(
+        depth=3, hidden_size=16, out_hidden_size=D, intermediate_size=16, num_heads=2, patch_size=2, window_size=4,
+        spatial_merge_size=1, temporal_patch_size=1, fullatt_block_indexes=[1],
+    ),
     image_token_id=IMAGE,
+    vision_start_token_id=61,
+    vision_end_token_id=62,
+    video_token_id=63,
 )
 
 
@@ -97,8 +103,8 @@ FAMILIES = [
     text("SmolLM3", **GQA),
     text("DeepseekV3", n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2, first_k_dense_replace=1,
          moe_intermediate_size=16, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8),
-    text("Jamba", **GQA, attn_layer_period=2, attn_layer_offset=1, num_experts=2, use_mamba_kernels=False),
-    text("FalconH1", **HEAD, **MAMBA2),
+    text("Jamba", **GQA, attn_layer_period=2, attn_layer_offset=1, num_experts=2),
+    text("FalconH1", **HEAD, **MAMBA2, mamba_d_ssm=64),
     text("Bamba", **GQA, **MAMBA2, attn_layer_indices=[1]),
     text("Mamba"),
     Family("Llava", LLAVA, model="LlavaForConditionalGeneration"),
@@ -111,3 +117,149 @@ FAMILIES = [
     Family("T5", dict(SIZES, d_ff=48, d_kv=8), model="T5ForConditionalGeneration", task="SEQ_2_SEQ_LM"),
     Family("Bart", SIZES, model="BartForConditionalGeneration", task="SEQ_2_SEQ_LM"),
 ]
+
+
+def prompts(family, lengths):
+    """Prompts of those lengths; of a vision-language model, each begins with an image of four tokens."""
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randint(3, IMAGE, (length,), generator=generator) for length in lengths]
+    if "vision_config" in family.sizes:
+        for row in rows:
+            row[:4] = IMAGE
+    return rows
+
+
+def inputs(family, rows, side="left", images=slice(None)):
+    """A padded batch; `images`: which of the images of all rows go with it."""
+    width = max(map(len, rows))
+    sides = [(width - len(row), 0) if side == "left" else (0, width - len(row)) for row in rows]
+    batch = {
+        "input_ids": torch.stack([torch.nn.functional.pad(row, pad) for row, pad in zip(rows, sides)]),
+        "attention_mask": torch.stack([torch.nn.functional.pad(torch.ones_like(r), p) for r, p in zip(rows, sides)]),
+    }
+    pixels = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(4))[images]
+    if family.name == "Llava":
+        batch["pixel_values"] = pixels
+    elif family.name == "Qwen2_5_VL":  # its images come as rows of flattened patches
+        batch["pixel_values"] = pixels.reshape(-1, 12)
+        batch["image_grid_thw"] = torch.tensor([[1, 2, 2]] * len(pixels))
+        batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE).long()
+    return batch
+
+
+def supervised(family):
+    """A batch to train on."""
+    batch = inputs(family, prompts(family, [12, 12]), "right")
+    if family.task == "SEQ_CLS":
+        return {**batch, "labels": torch.tensor([0, 1])}
+    if family.task == "SEQ_2_SEQ_LM":
+        return {**batch, "labels": torch.randint(3, VOCAB, (2, 5))}
+    labels = batch["input_ids"].clone()
+    labels[:, :7] = -100
+    return {**batch, "labels": labels}
+
+
+@torch.no_grad()
+def logits_of(model, family, **kwargs):
+    return model.eval()(**inputs(family, prompts(family, [9, 6]), "right"), **decoder(family), **kwargs).logits
+
+
+def decoder(family):
+    return {"decoder_input_ids": torch.tensor([[0, 5, 6]] * 2)} if family.task == "SEQ_2_SEQ_LM" else {}
+
+
+def adapted(family, base=None, **kwargs):
+    config = LoreftConfig(**{"task_type": family.task, "r": R, "positions": SPEC, **kwargs})
+    return get_peft_model(family.build() if base is None else base, config)
+
+
+def traces(model):
+    """What an adapter may leave on a model: names, hooks, attributes."""
+    return {
+        name: (*(len(h) for h in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)), sorted(vars(m)))
+        for name, m in model.named_modules()
+    }, list(model.state_dict())
+
+
+def assert_trains(model, family):
+    """One step moves every adapter parameter; the head that PEFT saves with classifiers too, and nothing else."""
+    model.train()
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    own = {name: p for name, p in trainable.items() if "loreft_weights" in name}
+    assert sum(p.numel() for p in own.values()) == LAYERS * (2 * R * D + R)
+    assert all(".modules_to_save." in name for name in set(trainable) - set(own))
+    assert bool(set(trainable) - set(own)) == (family.task == "SEQ_CLS")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(trainable.values(), lr=1e-2)
+    model(**supervised(family)).loss.backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == set(trainable)
+    optimizer.step()
+    assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == set(trainable)
+
+
+@torch.no_grad()
+def assert_generates_what_it_would_predict(model, family):
+    """The logits of every step of `generate` are those of one forward over prompt and completion alone."""
+    rows = prompts(family, [9, 6] if family.left_pads else [9, 9])
+    batch = inputs(family, rows)
+    out = model.generate(
+        **batch, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
+    for row, prompt in enumerate(rows):
+        completion = out.sequences[row, -NEW:]
+        if family.task == "SEQ_2_SEQ_LM":
+            alone = {**inputs(family, [prompt]), "decoder_input_ids": out.sequences[row, None, :-1]}
+        else:
+            alone = inputs(family, [torch.cat([prompt, completion])], images=slice(row, row + 1))
+            alone["labels"] = alone["input_ids"].clone()
+            alone["labels"][:, : len(prompt)] = -100
+        expected = model(**alone).logits[0][-NEW - 1 : -1]
+        if family.task == "SEQ_2_SEQ_LM":
+            expected = model(**alone).logits[0]
+        torch.testing.assert_close(torch.stack(out.logits, 1)[row], expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_family(family, tmp_path):
+    base = family.build()
+    expected, clean = logits_of(base, family), traces(base)
+    generates = base.can_generate()
+    if generates:
+        assert_generates_what_it_would_predict(base, family)  # else no adapter could
+    model = adapted(family, base)
+    edited = [name for name, _ in base.named_modules() if name.endswith(".loreft")]
+    assert len(edited) == LAYERS and not any("vision" in name or "decoder.block" in name for name in edited)
+    assert_trains(model, family)
+
+    randomise(model)
+    logits = logits_of(model, family)
+    assert (logits - expected).abs().max() > 1e-3, "nothing was edited"
+    columns = torch.tensor([[0, 1, 7, 8], [0, 1, 4, 5]])  # of prompts of 9 and 6 tokens, an image's among them
+    assert torch.equal(logits_of(model, family, intervention_positions=columns), logits)
+    with model.disable_adapter():
+        assert torch.equal(logits_of(model, family), expected)
+    if generates:
+        assert_generates_what_it_would_predict(model, family)
+
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(family.build(), tmp_path)
+    assert torch.equal(logits_of(loaded, family), logits)
+
+    unloaded = model.unload()
+    assert unloaded is base
+    assert traces(base) == clean
+    if family.task != "SEQ_CLS":  # whose head was trained along
+        assert torch.equal(logits_of(base, family), expected)
+
+
+@pytest.mark.parametrize("component", ["attention", "mlp"])
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_components(family, component):
+    if component in family.without:
+        base = family.build()
+        clean = traces(base)
+        with pytest.raises(ValueError, match=f"component='{component}': .* has no module of that kind by a known name"):
+            adapted(family, base, component=component)
+        assert traces(base) == clean
+    else:
+        assert_trains(adapted(family, component=component), family)
