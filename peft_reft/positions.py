@@ -236,7 +236,12 @@ def find_answers(
 
     order = event.cumsum(1)
     if count is None:
-        count = max(1, int(order[:, -1].amax()))  # the one host read
+        most = order[:, -1].amax()
+        if torch.compiler.is_compiling():  # a shape that depends on data cannot be traced: one answer, and see to it
+            count = 1
+            torch._assert_async(most <= 1, "torch.compile: rows with several answers need DataCollatorForLoreft")
+        else:
+            count = max(1, int(most))  # the one host read
     wanted = torch.arange(1, count + 1, device=real.device).expand(real.shape[0], count)
     at = torch.searchsorted(order, wanted.contiguous())
     exists = at < real.shape[1]
@@ -442,7 +447,11 @@ def _by_answer(slots: Tensor, seq: int, layout: Layout) -> Tensor:
 
 def _select(by_answer: Tensor, layout: Layout, group: Group) -> Tensor:
     """Slots of one counted `group`: (batch, K, group.count)."""
-    before = slots_per_answer(layout[: layout.index(group)])
+    before = 0
+    for other in layout:  # not `index`, which torch.compile cannot follow
+        if other == group:
+            break
+        before += other.count or 0
     return by_answer[..., before : before + (group.count or 0)]
 
 

@@ -31,6 +31,8 @@ GQA = dict(num_key_value_heads=2)
 HEAD = dict(GQA, head_dim=8)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 MAMBA2 = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=4, mamba_expand=2)
+BART = dict(decoder_layers=LAYERS, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48)
+MIXED = ("attention",)  # only some of the blocks have attention, the others a state-space model
 VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2)
 LLAVA = dict(
     text_config=dict(SIZES, **GQA, model_type="llama"),
@@ -40,8 +42,16 @@ LLAVA = dict(
 QWEN_VL = dict(
     text_config=dict(SIZES, **GQA, rope_parameters=dict(rope_type="default", mrope_section=[1, 1, 2])),
     vision_config=dict(
-        depth=3, hidden_size=16, out_hidden_size=D, intermediate_size=16, num_heads=2, patch_size=2, window_size=4,
-        spatial_merge_size=1, temporal_patch_size=1, fullatt_block_indexes=[1],
+        depth=3,
+        hidden_size=16,
+        out_hidden_size=D,
+        intermediate_size=16,
+        num_heads=2,
+        patch_size=2,
+        window_size=4,
+        spatial_merge_size=1,
+        temporal_patch_size=1,
+        fullatt_block_indexes=[1],
     ),
     image_token_id=IMAGE,
     vision_start_token_id=61,
@@ -60,8 +70,6 @@ class Family:
     task: str = "CAUSAL_LM"
     without: tuple[str, ...] = ()
     """Components that its blocks do not have by a known name."""
-    left_pads: bool = True
-    """Whether the base model answers a left-padded prompt as it does the prompt alone."""
 
     def build(self) -> PreTrainedModel:
         torch.manual_seed(0)
@@ -74,8 +82,8 @@ class Family:
         return model
 
 
-def text(name, model="", config="", left_pads=True, without=(), **sizes):
-    return Family(name, {**SIZES, **sizes}, model, config, left_pads=left_pads, without=without)
+def text(name, model="", config="", without=(), **sizes):
+    return Family(name, {**SIZES, **sizes}, model, config, without=without)
 
 
 FAMILIES = [
@@ -101,12 +109,24 @@ FAMILIES = [
     text("Starcoder2", **GQA),
     text("Granite", **GQA),
     text("SmolLM3", **GQA),
-    text("DeepseekV3", n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2, first_k_dense_replace=1,
-         moe_intermediate_size=16, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8),
-    text("Jamba", **GQA, attn_layer_period=2, attn_layer_offset=1, num_experts=2),
+    text(
+        "DeepseekV3",
+        n_routed_experts=4,
+        n_group=2,
+        topk_group=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        moe_intermediate_size=16,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+    ),
+    text("Jamba", **GQA, attn_layer_period=2, attn_layer_offset=1, num_experts=2, without=MIXED),
     text("FalconH1", **HEAD, **MAMBA2, mamba_d_ssm=64),
-    text("Bamba", **GQA, **MAMBA2, attn_layer_indices=[1]),
-    text("Mamba"),
+    text("Bamba", **GQA, **MAMBA2, attn_layer_indices=[1], without=MIXED),
+    text("Mamba", without=("attention", "mlp")),  # its blocks have a `mixer`
     Family("Llava", LLAVA, model="LlavaForConditionalGeneration"),
     Family("Qwen2_5_VL", QWEN_VL, model="Qwen2_5_VLForConditionalGeneration"),
     Family("Bert", SIZES, task="SEQ_CLS"),
@@ -114,8 +134,14 @@ FAMILIES = [
     Family("DebertaV2", SIZES, task="SEQ_CLS"),
     Family("ModernBert", SIZES, task="SEQ_CLS"),
     Family("DistilBert", SIZES, task="SEQ_CLS"),
-    Family("T5", dict(SIZES, d_ff=48, d_kv=8), model="T5ForConditionalGeneration", task="SEQ_2_SEQ_LM"),
-    Family("Bart", SIZES, model="BartForConditionalGeneration", task="SEQ_2_SEQ_LM"),
+    Family(
+        "T5",
+        dict(SIZES, d_ff=48, d_kv=8, num_decoder_layers=LAYERS, decoder_start_token_id=0),
+        "T5ForConditionalGeneration",
+        task="SEQ_2_SEQ_LM",
+        without=("attention", "mlp"),
+    ),  # its blocks are lists of unnamed halves
+    Family("Bart", {**SIZES, **BART}, "BartForConditionalGeneration", task="SEQ_2_SEQ_LM"),
 ]
 
 
@@ -200,22 +226,23 @@ def assert_trains(model, family):
 @torch.no_grad()
 def assert_generates_what_it_would_predict(model, family):
     """The logits of every step of `generate` are those of one forward over prompt and completion alone."""
-    rows = prompts(family, [9, 6] if family.left_pads else [9, 9])
-    batch = inputs(family, rows)
+    has_encoder, rows = model.config.is_encoder_decoder, prompts(family, [9, 6])
     out = model.generate(
-        **batch, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True
+        **inputs(family, rows, "right" if has_encoder else "left"),
+        max_new_tokens=NEW,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
     )
-    for row, prompt in enumerate(rows):
-        completion = out.sequences[row, -NEW:]
-        if family.task == "SEQ_2_SEQ_LM":
-            alone = {**inputs(family, [prompt]), "decoder_input_ids": out.sequences[row, None, :-1]}
-        else:
-            alone = inputs(family, [torch.cat([prompt, completion])], images=slice(row, row + 1))
-            alone["labels"] = alone["input_ids"].clone()
-            alone["labels"][:, : len(prompt)] = -100
-        expected = model(**alone).logits[0][-NEW - 1 : -1]
-        if family.task == "SEQ_2_SEQ_LM":
+    for row, (prompt, sequence) in enumerate(zip(rows, out.sequences)):
+        if has_encoder:
+            alone = {**inputs(family, [prompt]), "decoder_input_ids": sequence[None, :-1]}
             expected = model(**alone).logits[0]
+        else:
+            alone = inputs(family, [torch.cat([prompt, sequence[-NEW:]])], images=slice(row, row + 1))
+            labels = alone["input_ids"].clone()
+            labels[:, : len(prompt)] = -100
+            expected = model(**alone, labels=labels).logits[0, len(prompt) - 1 : -1]
         torch.testing.assert_close(torch.stack(out.logits, 1)[row], expected, atol=2e-5, rtol=1e-4)
 
 
@@ -228,7 +255,8 @@ def test_family(family, tmp_path):
         assert_generates_what_it_would_predict(base, family)  # else no adapter could
     model = adapted(family, base)
     edited = [name for name, _ in base.named_modules() if name.endswith(".loreft")]
-    assert len(edited) == LAYERS and not any("vision" in name or "decoder.block" in name for name in edited)
+    assert len(edited) == LAYERS and not any("vision" in name for name in edited)
+    assert not base.config.is_encoder_decoder or all("encoder." in name for name in edited)
     assert_trains(model, family)
 
     randomise(model)
@@ -258,8 +286,30 @@ def test_components(family, component):
     if component in family.without:
         base = family.build()
         clean = traces(base)
-        with pytest.raises(ValueError, match=f"component='{component}': .* has no module of that kind by a known name"):
+        with pytest.raises(
+            ValueError, match=f"component='{component}': .* has no module of that kind by a known name"
+        ):
             adapted(family, base, component=component)
         assert traces(base) == clean
     else:
         assert_trains(adapted(family, component=component), family)
+
+
+def test_vision_blocks_as_many_as_text_blocks():
+    """As in InternVL3-1B, which has 24 of both."""
+    vision = dict(LLAVA["vision_config"], num_hidden_layers=LAYERS)
+    family = Family("Llava", dict(LLAVA, vision_config=vision), "LlavaForConditionalGeneration")
+    model = adapted(family).get_base_model()
+    edited = [name for name, _ in model.named_modules() if name.endswith(".loreft")]
+    assert edited == [f"model.language_model.layers.{layer}.loreft" for layer in range(LAYERS)]
+
+
+def test_a_model_without_tokens_says_that_it_needs_them():
+    """An image model: what is first and last in a grid of patches, no spec says."""
+    sizes = dict(VISION, num_hidden_layers=LAYERS, image_size=4, patch_size=2)
+    base = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes)).eval()
+    model = get_peft_model(base, LoreftConfig(r=R, positions=SPEC))
+    with pytest.raises((RuntimeError, ValueError), match="input_ids"):
+        model(pixel_values=torch.randn(2, 3, 4, 4))
+    with model.disable_adapter():
+        model(pixel_values=torch.randn(2, 3, 4, 4))

@@ -1,0 +1,193 @@
+"""TRL's GRPO and RLOO, unchanged, with a `LoreftConfig`: rollouts and log-probabilities edit the same tokens."""
+
+import pytest
+import torch
+from conftest import LAYERS, build, randomise
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from peft_reft import LoreftConfig
+
+from .conftest import PAIRS
+from .spy import Spy
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),  # TRL 1.16's default
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_disable` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
+]
+
+CHECKPOINTING = pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+BOTH = pytest.mark.parametrize(
+    "which", [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)], ids=lambda which: which[0].__name__
+)
+
+
+def alternating(completions, **kwargs):
+    """Every group has a better and a worse answer."""
+    return [float(n % 2) for n in range(len(completions))]
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    return Spy(monkeypatch)
+
+
+@pytest.fixture
+def make(tokenizer, tmp_path, spy):
+    def make(which, model=None, peft_config="default", edits=False, **kwargs):
+        trainer_class, config_class = which
+        if peft_config == "default":
+            peft_config = LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2")
+        settings = dict(
+            output_dir=str(tmp_path / "out"),
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            disable_tqdm=True,
+            logging_steps=1,
+            save_strategy="no",
+            max_steps=2,
+            per_device_train_batch_size=8,
+            num_generations=2,
+            max_completion_length=5,
+            beta=0.1,
+            learning_rate=1e-2,
+        )
+        base = build("llama") if model is None else model
+        # Rows end at different lengths: a quarter of all tokens end an answer.
+        base.generation_config.eos_token_id = [2, *range(48, 64)]
+        trainer = trainer_class(
+            base,
+            reward_funcs=alternating,
+            args=config_class(**{**settings, **kwargs}),
+            train_dataset=Dataset.from_list([{"prompt": prompt} for prompt, _ in PAIRS]),
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+        if edits:
+            randomise(trainer.model)
+        spy.watch(trainer.model)
+        return trainer
+
+    return make
+
+
+def trainable(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_all_moved(trainer):
+    before = trainable(trainer.model)
+    assert len(before) == 3 * LAYERS
+    trainer.train()
+    assert {n for n, p in trainable(trainer.model).items() if not torch.equal(p, before[n])} == set(before)
+
+
+def logs(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+@BOTH
+@CHECKPOINTING
+def test_rollout_and_training_edit_the_same_tokens(make, spy, which, checkpointing):
+    trainer = make(which, activation_checkpointing=checkpointing, max_steps=3)
+    assert_all_moved(trainer)
+    spy.assert_prompts_edited(spy.rollout)
+    assert spy.train == spy.rollout and spy.scored <= spy.rollout
+    kl = logs(trainer, "kl")
+    assert kl[0] == pytest.approx(0, abs=1e-6)  # the reference is the base model, and the adapter starts as identity
+    assert abs(kl[2]) > 1e-7
+
+
+@BOTH
+@CHECKPOINTING
+def test_logps_of_rollout_and_training_agree(make, which, checkpointing, monkeypatch):
+    """An adapter of random weights: what generate sampled from is what training scores, token by token."""
+    trainer = make(which, edits=True, activation_checkpointing=checkpointing, max_steps=1)
+    sampled, scored, disabled = {}, {}, {}
+    generate, score = trainer.model.generate, trainer._get_per_token_logps_and_entropies
+
+    def spied_generate(*args, **kwargs):
+        out = generate(*args, return_dict_in_generate=True, output_logits=True, **kwargs)
+        logps = torch.stack(out.logits, 1).log_softmax(-1)
+        chosen = out.sequences[:, -logps.shape[1] :]
+        logps = logps.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+        for ids, mask, tokens, row in zip(kwargs["input_ids"], kwargs["attention_mask"], chosen, logps):
+            ends = [n for n, token in enumerate(tokens.tolist()) if token in trainer.eos_token_ids]
+            length = ends[0] + 1 if ends else len(tokens)
+            key = (*ids[mask.bool()].tolist(), *tokens[:length].tolist())
+            sampled[key] = row[:length]
+        return out.sequences
+
+    def spied_score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        result = score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        active = next(m for m in model.modules() if type(m).__name__ == "LoreftLayer").disable_adapters
+        for ids, mask, row in zip(input_ids, attention_mask.bool(), result[0]):
+            (disabled if active else scored)[tuple(ids[mask].tolist())] = row[mask[-logits_to_keep:]].detach()
+        return result
+
+    monkeypatch.setattr(trainer.model, "generate", spied_generate)
+    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", spied_score)
+    trainer.train()
+    assert sampled and sampled.keys() == scored.keys() == disabled.keys()
+    assert len({len(row) for row in sampled.values()}) > 1  # ragged answers, too
+    for key, logps in sampled.items():
+        torch.testing.assert_close(scored[key], logps, rtol=1e-4, atol=1e-5)
+    assert max((disabled[key] - logps).abs().max() for key, logps in sampled.items()) > 1e-2
+
+
+@BOTH
+def test_checkpointing_changes_nothing(make, which):
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        trainer = make(which, edits=True, activation_checkpointing=checkpointing)
+        trainer.train()
+        results.append((logs(trainer, "loss"), logs(trainer, "kl"), trainable(trainer.model)))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-3, abs=1e-6)
+    assert results[1][1] == pytest.approx(results[0][1], rel=1e-3)
+    for name, p in results[0][2].items():
+        torch.testing.assert_close(results[1][2][name], p, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@BOTH
+def test_from_a_trained_adapter(make, which, tmp_path, spy):
+    first = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2"))
+    randomise(first)
+    first.save_pretrained(tmp_path / "first")
+    model = PeftModel.from_pretrained(build("llama"), tmp_path / "first", is_trainable=True)
+    trainer = make(which, model=model, peft_config=None)
+    assert set(trainer.model.peft_config) == {"default", "ref"}
+    assert_all_moved(trainer)
+    assert logs(trainer, "kl")[0] == pytest.approx(0, abs=1e-5)
+    assert spy.train == spy.rollout == spy.scored  # the reference edits, too
+
+
+def test_several_updates_of_one_rollout(make, spy):
+    """Old log-probabilities are computed without gradients; batches are shuffled and split."""
+    trainer = make(
+        (GRPOTrainer, GRPOConfig),
+        num_iterations=2,
+        steps_per_generation=2,
+        per_device_train_batch_size=4,
+        max_steps=4,
+    )
+    assert_all_moved(trainer)
+    assert spy.train == spy.rollout == spy.scored
+    spy.assert_prompts_edited(spy.rollout)
+
+
+def test_truncated_answers_may_be_masked(make, spy):
+    """Rows whose answer is masked have no label: the prompt is what the mask leaves."""
+    trainer = make((GRPOTrainer, GRPOConfig), mask_truncated_completions=True, max_completion_length=2)
+    assert_all_moved(trainer)
+    assert spy.train == spy.rollout
+
+
+def test_weights_cannot_be_pushed_to_vllm(make):
+    """Before TRL pushes the weights it merges: that must not pass silently, vLLM would roll out the base model."""
+    trainer = make((GRPOTrainer, GRPOConfig))
+    with pytest.raises(ValueError, match="cannot be merged"):
+        trainer.model.merge_adapter()

@@ -1,0 +1,232 @@
+"""TRL's trainers on preferences, unchanged, with a `LoreftConfig`."""
+
+import os
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import pytest
+import torch
+from conftest import LAYERS, _SIZES, build, randomise
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForSequenceClassification
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+from peft_reft import LoreftConfig
+
+from .conftest import PAIRS
+from .spy import Spy, expected_offsets
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),  # TRL 1.16's default
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_disable` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
+]
+
+CHECKPOINTING = pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+COMPLETIONS = [c for _, c in PAIRS]
+
+
+@pytest.fixture
+def preferences():
+    """`rejected` is another row's answer; 8 rows."""
+    rows = [
+        {"prompt": p, "chosen": f" {c}", "rejected": f" {COMPLETIONS[(n + 1) % 8]}"} for n, (p, c) in enumerate(PAIRS)
+    ]
+    return Dataset.from_list(rows)
+
+
+@pytest.fixture
+def judged():
+    rows = [{"prompt": p, "completion": f" {c}", "label": n % 2 == 0} for n, (p, c) in enumerate(PAIRS)]
+    return Dataset.from_list(rows)
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    return Spy(monkeypatch)
+
+
+def loreft(task="CAUSAL_LM", **kwargs):
+    return LoreftConfig(task_type=task, **{"r": 4, "positions": "f2+l2", **kwargs})
+
+
+@pytest.fixture
+def make(tokenizer, tmp_path, spy):
+    def make(trainer, config, data, model=None, peft_config="f2+l2", edits=False, **kwargs):
+        if isinstance(peft_config, str):
+            peft_config = loreft(positions=peft_config)
+        settings = dict(
+            output_dir=str(tmp_path / "out"),
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            disable_tqdm=True,
+            logging_steps=1,
+            save_strategy="no",
+            max_steps=2,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+        )
+        made = trainer(
+            build("llama") if model is None else model,
+            args=config(**{**settings, **kwargs}),
+            train_dataset=data,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+        if edits:
+            randomise(made.model)
+        spy.watch(made.model)
+        return made
+
+    return make
+
+
+def trainable(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_all_moved(trainer, count=3 * LAYERS):
+    before = trainable(trainer.model)
+    assert len(before) == count
+    trainer.train()
+    assert {n for n, p in trainable(trainer.model).items() if not torch.equal(p, before[n])} == set(before)
+
+
+def logs(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def logits_of(model):
+    ids = torch.arange(3, 43).view(4, 10)
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+# DPO
+
+
+@CHECKPOINTING
+@pytest.mark.parametrize("precompute", [False, True], ids=["", "precomputed"])
+def test_dpo_starts_at_its_reference_and_edits_prompts_only(make, preferences, spy, precompute, checkpointing):
+    trainer = make(
+        DPOTrainer,
+        DPOConfig,
+        preferences,
+        precompute_ref_log_probs=precompute,
+        activation_checkpointing=checkpointing,
+        max_steps=3,
+    )
+    assert_all_moved(trainer)
+    margins = logs(trainer, "rewards/margins")
+    assert margins[0] == pytest.approx(0, abs=1e-6) and all(abs(margin) > 1e-5 for margin in margins[1:])
+    assert logs(trainer, "loss")[0] == pytest.approx(torch.log(torch.tensor(2.0)).item(), rel=1e-5)
+    spy.assert_prompts_edited(spy.train)
+    # Both answers to a prompt were seen, and a prompt has one set of edited tokens whatever the answer.
+    assert len(spy.train) == len({prompt for prompt, _ in spy.train}) == 8
+    assert len(set(spy.rows)) == 16
+
+
+def test_dpo_reference_is_the_base_model(make, preferences):
+    """With edits that are large, the reference is what the base model says."""
+    trainer = make(DPOTrainer, DPOConfig, preferences, edits=True, activation_checkpointing=False)
+    plain = make(DPOTrainer, DPOConfig, preferences, activation_checkpointing=False)
+    batch = next(iter(trainer.get_train_dataloader()))
+    mine, expected = trainer.compute_ref_log_probs(trainer.model, batch), plain.compute_ref_log_probs(plain.model, batch)
+    for one, other in zip(mine, expected, strict=True):
+        assert torch.equal(one, other)
+    trainer.train()
+    assert abs(logs(trainer, "rewards/margins")[0]) > 1e-3
+
+
+@pytest.mark.parametrize("precompute", [False, True], ids=["", "precomputed"])
+def test_dpo_from_a_trained_adapter(make, preferences, spy, precompute, tmp_path):
+    """TRL copies the adapter to "ref", parameter by parameter, by name: that copy is the reference and stays."""
+    first = get_peft_model(build("llama"), loreft())
+    randomise(first)
+    first.save_pretrained(tmp_path / "first")
+    model = PeftModel.from_pretrained(build("llama"), tmp_path / "first", is_trainable=True)
+    expected = logits_of(model)
+    trainer = make(
+        DPOTrainer, DPOConfig, preferences, model=model, peft_config=None, precompute_ref_log_probs=precompute
+    )
+    assert set(trainer.model.peft_config) == {"default", "ref"}
+    assert_all_moved(trainer)
+    margins = logs(trainer, "rewards/margins")
+    assert margins[0] == pytest.approx(0, abs=1e-5) and abs(margins[1]) > 1e-5
+    assert (logits_of(trainer.model) - expected).abs().max() > 1e-3
+    trainer.model.set_adapter("ref")
+    torch.testing.assert_close(logits_of(trainer.model), expected, rtol=1e-5, atol=1e-6)
+    spy.assert_prompts_edited(spy.train)
+
+
+def test_dpo_checkpointing_changes_nothing(make, preferences):
+    """The policy's forward, then the reference's, then one backward."""
+    plain = make(DPOTrainer, DPOConfig, preferences, edits=True, activation_checkpointing=False)
+    plain.train()
+    for reentrant in (False, True):
+        settings = dict(activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": reentrant})
+        trainer = make(DPOTrainer, DPOConfig, preferences, edits=True, **settings)
+        trainer.train()
+        assert logs(trainer, "loss") == pytest.approx(logs(plain, "loss"), rel=1e-5)
+        for name, p in trainable(plain.model).items():
+            torch.testing.assert_close(trainable(trainer.model)[name], p, rtol=1e-3, atol=1e-5, msg=name)
+
+
+# KTO
+
+
+@CHECKPOINTING
+def test_kto(make, judged, spy, checkpointing):
+    trainer = make(KTOTrainer, KTOConfig, judged, activation_checkpointing=checkpointing)
+    assert_all_moved(trainer)
+    assert logs(trainer, "loss")[0] == pytest.approx(0.5, rel=1e-4)  # policy == reference: 1 - sigmoid(0)
+    assert logs(trainer, "rewards/margins")[0] == pytest.approx(0, abs=1e-6)
+    spy.assert_prompts_edited(spy.train)
+    spy.assert_prompts_edited(spy.scored)  # the mismatched answers of the KL term: same prompts, same tokens
+    assert spy.scored == spy.train
+
+
+# ORPO and CPO call the model without labels, and their collators give no `input_ids`
+
+
+@pytest.mark.parametrize("which", ["orpo", "cpo"])
+@pytest.mark.filterwarnings("ignore:You are about to import from `trl.experimental`")
+class TestWithoutLabels:
+    CLASSES = {"orpo": (ORPOTrainer, ORPOConfig), "cpo": (CPOTrainer, CPOConfig)}
+
+    def test_a_suffix_is_refused(self, make, preferences, which):
+        trainer = make(*self.CLASSES[which], preferences)
+        with pytest.raises(ValueError, match="cannot tell where the prompts end"):
+            trainer.train()
+
+    def test_a_prefix_trains(self, make, preferences, which, spy):
+        # In the last layer an edit of the first token reaches no answer.
+        config = loreft(positions="f1", layers=list(range(LAYERS - 1)))
+        trainer = make(*self.CLASSES[which], preferences, peft_config=config)
+        assert_all_moved(trainer, 3 * (LAYERS - 1))
+        assert spy.train and {offsets for _, offsets in spy.train} == {frozenset({0})}
+
+
+# Reward
+
+
+@CHECKPOINTING
+def test_reward(make, preferences, spy, checkpointing):
+    torch.manual_seed(0)
+    config = LlamaConfig(**_SIZES, num_labels=1)
+    trainer = make(
+        RewardTrainer,
+        RewardConfig,
+        preferences,
+        model=LlamaForSequenceClassification(config),
+        peft_config=loreft("SEQ_CLS", modules_to_save=["score"]),
+        activation_checkpointing=checkpointing,
+    )
+    assert_all_moved(trainer, 3 * LAYERS + 1)
+    # Prompt and answer together are what is judged.
+    assert all(offsets == expected_offsets(len(tokens)) for tokens, offsets in spy.train)
+    assert len(spy.train) == 16
