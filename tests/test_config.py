@@ -14,6 +14,11 @@ from peft_reft.layer_ranges import check_layers, resolve_layers
 # Fields.
 
 
+def readable(value):
+    """A test's name; sets in order, or the workers of pytest-xdist would collect different tests."""
+    return json.dumps(value, default=lambda v: sorted(v) if isinstance(v, set | frozenset) else str(v), skipkeys=True)
+
+
 @pytest.mark.parametrize(
     "name, default",
     [
@@ -180,7 +185,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("loader", [LoreftConfig, PeftConfig])
-@pytest.mark.parametrize("fields", CONFIGS, ids=str)
+@pytest.mark.parametrize("fields", CONFIGS, ids=readable)
 def test_round_trip(fields, loader, tmp_path):
     config = LoreftConfig(**fields)
     config.save_pretrained(tmp_path)
@@ -211,7 +216,7 @@ def test_a_saved_mapping_keeps_the_order_of_its_specs(tmp_path):
     assert LoreftConfig.from_pretrained(str(tmp_path)).layout == config.layout
 
 
-@pytest.mark.parametrize("positions", [{0: "f5", 1: "l5"}, {0: "f5", "1-": "l5"}], ids=str)
+@pytest.mark.parametrize("positions", [{0: "f5", 1: "l5"}, {0: "f5", "1-": "l5"}], ids=readable)
 def test_a_mapping_by_ints_means_the_same_after_loading(positions, tmp_path):
     config = LoreftConfig(positions=positions)
     config.save_pretrained(tmp_path)
@@ -220,7 +225,7 @@ def test_a_mapping_by_ints_means_the_same_after_loading(positions, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"positions": {(0, 1): "f5"}}, {"layers": frozenset({0, 1})}, {"layers": {0: "f5"}}], ids=str
+    "fields", [{"positions": {(0, 1): "f5"}}, {"layers": frozenset({0, 1})}, {"layers": {0: "f5"}}], ids=readable
 )
 def test_what_is_accepted_can_be_saved_and_loaded(fields, tmp_path):
     """Values of other types than the fields': refused at once, or understood for good; not lost after training."""
