@@ -24,6 +24,9 @@ COMPONENT_NAMES: dict[str, tuple[str, ...]] = {
     "mlp": ("mlp", "feed_forward", "block_sparse_moe", "ffn", "fc2", "output"),
 }
 
+# Parts of multimodal models that do not read text.
+_NOT_TEXT = ("vision", "visual", "audio", "image")
+
 _SIZE_NAMES = ("hidden_size", "d_model", "n_embd", "dim")
 
 
@@ -83,6 +86,7 @@ def _block_list(model: nn.Module, config: Any) -> str:
     candidates = [name for name, module in lists.items() if len(module) == n_layers]
     # A list inside one of these (the experts of a block) is part of a block, not a list of blocks.
     candidates = [c for c in candidates if not any(c.startswith(f"{other}.") for other in candidates)]
+    candidates = [c for c in candidates if not any(part in c for part in _NOT_TEXT)] or candidates
     if len(candidates) > 1:
         ending = BLOCK_LISTS.get(getattr(getattr(model, "config", None), "model_type", ""))
         candidates = [c for c in candidates if ending and f".{c}".endswith(f".{ending}")] or candidates

@@ -130,6 +130,11 @@ class LoreftModel(BaseTuner):
         plan = LayerPlan(peft_config.layout, spec.groups, by, peft_config.dropout)
         layer.update_layer(adapter_name, intervention, self._plans.setdefault(plan, plan))
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # Called only to take PEFT's other wrappers out again. PEFT's own also copies a weight, which a classifier head
+        # of several layers does not have.
+        setattr(parent, child_name, new_module)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT's way to hand `adapter_names`, one a row, to every layer of a forward."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .positions import Arrangement, Layout, PositionIndex, arrange
-from .sources import POSITIONS, Derived, Explicit, Generation, Source, Step, check_positions, is_matrix
+from .sources import POSITIONS, Derived, Explicit, Generation, Source, Step, Unknown, check_positions, is_matrix
 
 ATTRIBUTE = "peft_reft_state"
 
@@ -48,15 +48,23 @@ class PositionState:
         self.labels_mark_prompts = labels_mark_prompts
         self.argument_names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._source: Source | None = None
+        self._module: int | None = None
         self._computed: dict[Any, Any] = {}
 
-    def begin(self, source: Source) -> None:
-        self._source = source
+    @property
+    def running(self) -> bool:
+        """Whether a forward has begun and not ended."""
+        return self._source is not None
+
+    def begin(self, source: Source, module: nn.Module) -> None:
+        self._source, self._module = source, id(module)
         self._computed = {}
 
-    def end(self) -> None:
-        self._source = None
-        self._computed = {}
+    def end(self, module: nn.Module) -> None:
+        """Forget the forward, if it is this module's that began it."""
+        if self._module == id(module):
+            self._source = self._module = None
+            self._computed = {}
 
     @contextmanager
     def recomputing(self, moment: tuple[Source | None, dict[Any, Any]]) -> Iterator[None]:
@@ -90,7 +98,12 @@ class PositionState:
         return index
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_source": None, "_computed": {}}  # a copy of the model is not in a forward
+        return {
+            **self.__dict__,
+            "_source": None,
+            "_module": None,
+            "_computed": {},
+        }  # a copy of the model is not in a forward
 
 
 _CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
@@ -139,10 +152,12 @@ def attach(model: nn.Module, labels_mark_prompts: bool) -> PositionState:
     if (state := model.__dict__.get(ATTRIBUTE)) is not None:
         return state
     state = PositionState(model, labels_mark_prompts)
-    before = model.register_forward_pre_hook(_before_forward, with_kwargs=True)
-    after = model.register_forward_hook(_after_forward, always_call=True)
-    model.__dict__[ATTRIBUTE] = state
-    model.__dict__[f"{ATTRIBUTE}_handles"] = (before, after)
+    for module in _entrances(model):
+        hook = _before_forward if module is model else _before_encoder
+        before = module.register_forward_pre_hook(hook, with_kwargs=True)
+        after = module.register_forward_hook(_after_forward, always_call=True)
+        module.__dict__[ATTRIBUTE] = state
+        module.__dict__[f"{ATTRIBUTE}_handles"] = (before, after)
     if hasattr(type(model), "generate"):
         # `partial`, not a bound method: a model with the latter cannot be pickled.
         model.__dict__["generate"] = partial(_generate, model)
@@ -151,11 +166,19 @@ def attach(model: nn.Module, labels_mark_prompts: bool) -> PositionState:
 
 def detach(model: nn.Module) -> None:
     """Undo `attach`."""
-    for handle in model.__dict__.pop(f"{ATTRIBUTE}_handles", ()):
-        handle.remove()
-    model.__dict__.pop(ATTRIBUTE, None)
+    for module in _entrances(model):
+        for handle in module.__dict__.pop(f"{ATTRIBUTE}_handles", ()):
+            handle.remove()
+        module.__dict__.pop(ATTRIBUTE, None)
     model.__dict__.pop("generate", None)
     _unwrap_checkpoint_functions(model)
+
+
+def _entrances(model: Any) -> list[nn.Module]:
+    """Modules whose forward begins a run over a prompt: `generate` calls the encoder, if there is one, by itself."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return [model, model.get_encoder()]
+    return [model]
 
 
 def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -163,17 +186,17 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     positions = kwargs.pop(POSITIONS, None)
     given = {**dict(zip(state.argument_names, args)), **kwargs}
     tokens = next((t for name in ("inputs_embeds", "input_ids") if (t := given.get(name)) is not None), None)
-    if tokens is None:  # not a text model's forward: layers that ask for positions say so
-        state.end()
+    if tokens is None:
+        state.begin(Unknown(), model)
         return args, kwargs
     if model.training and torch.is_grad_enabled():
         _wrap_checkpoint_functions(model, state)
     shape = (tokens.shape[0], tokens.shape[1])
     if isinstance(positions, Step):
         positions.shape = shape
-        state.begin(positions)
+        state.begin(positions, model)
     elif positions is not None:
-        state.begin(Explicit(check_positions(positions, shape).to(tokens.device), shape))
+        state.begin(Explicit(check_positions(positions, shape).to(tokens.device), shape), model)
     else:
         labels = given.get("labels")
         labels = labels if state.labels_mark_prompts and is_matrix(labels, shape) else None
@@ -186,13 +209,19 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
                 labels=labels,
                 cache=given.get("past_key_values"),
                 needs_labels=state.labels_mark_prompts and model.training and torch.is_grad_enabled(),
-            )
+            ),
+            model,
         )
     return args, kwargs
 
 
+def _before_encoder(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    within_its_model = encoder.__dict__[ATTRIBUTE].running
+    return (args, kwargs) if within_its_model else _before_forward(encoder, args, kwargs)
+
+
 def _after_forward(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    model.__dict__[ATTRIBUTE].end()
+    model.__dict__[ATTRIBUTE].end(model)
 
 
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:

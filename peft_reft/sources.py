@@ -32,6 +32,19 @@ class Source(Protocol):
 
 
 @dataclass
+class Unknown:
+    """A forward without tokens, such as a vision model's."""
+
+    shape: tuple[int, int] = (0, 0)
+
+    def slots(self, layout: Layout) -> Tensor:
+        raise ValueError(
+            "LoReFT edits tokens, but this forward has neither `input_ids` nor `inputs_embeds` (batch, seq) to say "
+            "where they are. Models that do not read text are not supported."
+        )
+
+
+@dataclass
 class Explicit:
     """Positions given by the caller or the collator."""
 

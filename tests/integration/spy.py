@@ -27,7 +27,9 @@ class Spy:
 
         def spied(state, *args):
             found = index(state, *args)
-            if found is not None and self._inputs is not None and id(found) not in self._known:  # layers share it, and so does recomputation
+            if (
+                found is not None and self._inputs is not None and id(found) not in self._known
+            ):  # layers share it, and so does recomputation
                 self._known[id(found)] = found
                 self._record(found)
             return found
