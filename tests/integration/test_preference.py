@@ -20,7 +20,7 @@ from .conftest import PAIRS
 from .spy import Spy, expected_offsets
 
 pytestmark = [
-    # PEFT looks for the name in "loreft_", by chance finds TRL's "ref" there, and warns; keys are matched by structure.
+    # PEFT looks for a name in "loreft_", finds TRL's "ref" there by chance, and warns; keys are matched by structure.
     pytest.mark.filterwarnings("ignore:Adapter name 'ref' should not be contained in the prefix:UserWarning"),
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),  # TRL 1.16's default
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_disable` is deprecated:FutureWarning"),
