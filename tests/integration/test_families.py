@@ -30,8 +30,14 @@ SIZES = dict(
 GQA = dict(num_key_value_heads=2)
 HEAD = dict(GQA, head_dim=8)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+DEEPSEEK = dict(
+    dict(n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=16),
+    **dict(kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8),
+    first_k_dense_replace=1,  # a dense block, then one with experts
+)
 MAMBA2 = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=4, mamba_expand=2)
-BART = dict(decoder_layers=LAYERS, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48)
+T5 = dict(SIZES, d_ff=48, d_kv=8, num_decoder_layers=LAYERS, decoder_start_token_id=0)
+BART = dict(SIZES, decoder_layers=LAYERS, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48)
 MIXED = ("attention",)  # only some of the blocks have attention, the others a state-space model
 VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2)
 LLAVA = dict(
@@ -39,20 +45,10 @@ LLAVA = dict(
     vision_config=dict(VISION, model_type="clip_vision_model", image_size=4, patch_size=2),
     image_token_id=IMAGE,
 )
+QWEN_VISION = dict(patch_size=2, window_size=4, spatial_merge_size=1, temporal_patch_size=1, fullatt_block_indexes=[1])
 QWEN_VL = dict(
     text_config=dict(SIZES, **GQA, rope_parameters=dict(rope_type="default", mrope_section=[1, 1, 2])),
-    vision_config=dict(
-        depth=3,
-        hidden_size=16,
-        out_hidden_size=D,
-        intermediate_size=16,
-        num_heads=2,
-        patch_size=2,
-        window_size=4,
-        spatial_merge_size=1,
-        temporal_patch_size=1,
-        fullatt_block_indexes=[1],
-    ),
+    vision_config=dict(QWEN_VISION, depth=3, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=D),
     image_token_id=IMAGE,
     vision_start_token_id=61,
     vision_end_token_id=62,
@@ -63,7 +59,7 @@ QWEN_VL = dict(
 @dataclass(frozen=True)
 class Family:
     name: str
-    """Of its classes: `<name>ForCausalLM` and `<name>Config`, unless given below."""
+    """Of its classes: `<name>ForCausalLM` or `<name>ForSequenceClassification`, and `<name>Config`, unless given."""
     sizes: dict[str, Any] = field(default_factory=dict)
     model: str = ""
     config: str = ""
@@ -73,7 +69,7 @@ class Family:
 
     def build(self) -> PreTrainedModel:
         torch.manual_seed(0)
-        head = {"SEQ_CLS": "ForSequenceClassification", "FEATURE_EXTRACTION": "Model"}.get(self.task, "ForCausalLM")
+        head = "ForSequenceClassification" if self.task == "SEQ_CLS" else "ForCausalLM"
         config = getattr(transformers, self.config or f"{self.name}Config")(**self.sizes)
         model = getattr(transformers, self.model or f"{self.name}{head}")(config).eval()
         if getattr(model, "generation_config", None) is not None:
@@ -109,20 +105,7 @@ FAMILIES = [
     text("Starcoder2", **GQA),
     text("Granite", **GQA),
     text("SmolLM3", **GQA),
-    text(
-        "DeepseekV3",
-        n_routed_experts=4,
-        n_group=2,
-        topk_group=1,
-        num_experts_per_tok=2,
-        first_k_dense_replace=1,
-        moe_intermediate_size=16,
-        kv_lora_rank=8,
-        q_lora_rank=8,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=4,
-        v_head_dim=8,
-    ),
+    text("DeepseekV3", **DEEPSEEK),
     text("Jamba", **GQA, attn_layer_period=2, attn_layer_offset=1, num_experts=2, without=MIXED),
     text("FalconH1", **HEAD, **MAMBA2, mamba_d_ssm=64),
     text("Bamba", **GQA, **MAMBA2, attn_layer_indices=[1], without=MIXED),
@@ -134,14 +117,9 @@ FAMILIES = [
     Family("DebertaV2", SIZES, task="SEQ_CLS"),
     Family("ModernBert", SIZES, task="SEQ_CLS"),
     Family("DistilBert", SIZES, task="SEQ_CLS"),
-    Family(
-        "T5",
-        dict(SIZES, d_ff=48, d_kv=8, num_decoder_layers=LAYERS, decoder_start_token_id=0),
-        "T5ForConditionalGeneration",
-        task="SEQ_2_SEQ_LM",
-        without=("attention", "mlp"),
-    ),  # its blocks are lists of unnamed halves
-    Family("Bart", {**SIZES, **BART}, "BartForConditionalGeneration", task="SEQ_2_SEQ_LM"),
+    # The halves of a T5 block stand in a list, without names.
+    Family("T5", T5, "T5ForConditionalGeneration", task="SEQ_2_SEQ_LM", without=("attention", "mlp")),
+    Family("Bart", BART, "BartForConditionalGeneration", task="SEQ_2_SEQ_LM"),
 ]
 
 
@@ -225,7 +203,11 @@ def assert_trains(model, family):
 
 @torch.no_grad()
 def assert_generates_what_it_would_predict(model, family):
-    """The logits of every step of `generate` are those of one forward over prompt and completion alone."""
+    """The logits of every step of `generate` are those of one forward over prompt and completion alone.
+
+    The prompts differ in length and are padded on the left, where none of these families (experts and state-space
+    models among them) minds; an encoder's on the right, as BART counts its positions from the left edge.
+    """
     has_encoder, rows = model.config.is_encoder_decoder, prompts(family, [9, 6])
     out = model.generate(
         **inputs(family, rows, "right" if has_encoder else "left"),
@@ -313,3 +295,21 @@ def test_a_model_without_tokens_says_that_it_needs_them():
         model(pixel_values=torch.randn(2, 3, 4, 4))
     with model.disable_adapter():
         model(pixel_values=torch.randn(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.task == "SEQ_2_SEQ_LM"], ids=lambda family: family.name)
+def test_explicit_positions_reach_the_encoder_in_generate(family):
+    model = adapted(family).eval()
+    randomise(model)
+    columns = torch.tensor([[2, -1], [0, 3]])
+
+    def logits(**kwargs):
+        batch = inputs(family, prompts(family, [9, 6]), "right")
+        out = model.generate(**batch, **kwargs, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
+        return out.logits[0]
+
+    start = torch.full((2, 1), model.config.decoder_start_token_id)
+    batch = inputs(family, prompts(family, [9, 6]), "right")
+    expected = model(**batch, decoder_input_ids=start, intervention_positions=columns).logits[:, 0]
+    assert (logits() - expected).abs().max() > 1e-3
+    torch.testing.assert_close(logits(intervention_positions=columns), expected, atol=2e-5, rtol=1e-4)
