@@ -55,6 +55,8 @@ class LoreftModel(BaseTuner):
                 if name and f".{CHILD}." not in f".{name}." and check_target_module_exists(peft_config, name)
             ]
             targets = [Target(name, layer, output_size(self.model, name)) for layer, name in enumerate(names)]
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            _check_in_encoder(self.model, targets)
         specs = peft_config.positions_by_layer(len(targets)) if targets else {}
         self._targets: dict[str, tuple[Target, Positions]] = {}
         for target in targets:
@@ -212,6 +214,16 @@ class LoreftModel(BaseTuner):
                 + (f" In the file, but with no place in the model: {', '.join(unknown)}." if unknown else "")
             )
         return remapped
+
+
+def _check_in_encoder(model: Any, targets: list[Target]) -> None:
+    """The prompt of an encoder-decoder model is the encoder's input; its positions mean nothing in the decoder."""
+    encoder = {id(module) for module in model.get_encoder().modules()}
+    if outside := [target.name for target in targets if id(model.get_submodule(target.name)) not in encoder]:
+        raise ValueError(
+            f"target_modules names {', '.join(outside)}, outside the encoder of {type(model).__name__}. Only modules "
+            "of the encoder can be edited: positions count in its input."
+        )
 
 
 def _set_adapter_names(

@@ -220,6 +220,12 @@ def _before_encoder(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     return (args, kwargs) if within_its_model else _before_forward(encoder, args, kwargs)
 
 
+def _add_positions(
+    encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], positions: Any
+) -> tuple[Any, Any]:
+    return args, {**kwargs, POSITIONS: positions}
+
+
 def _after_forward(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     model.__dict__[ATTRIBUTE].end(model)
 
@@ -229,7 +235,14 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     explicit = kwargs.pop(POSITIONS, None)
     original: Callable[..., Any] = type(model).generate
     if model.config.is_encoder_decoder:  # the prompt is the encoder's input
-        return original(model, *args, **kwargs)
+        if explicit is None:
+            return original(model, *args, **kwargs)
+        hand_on = partial(_add_positions, positions=explicit)
+        handle = model.get_encoder().register_forward_pre_hook(hand_on, with_kwargs=True, prepend=True)
+        try:
+            return original(model, *args, **kwargs)
+        finally:
+            handle.remove()
     generation = _note_prompts(model, args, kwargs, explicit)
     outer = model.__dict__.get("prepare_inputs_for_generation")  # a draft model may be this model itself
     prepare = partial(_prepare_inputs, model, generation)

@@ -76,7 +76,8 @@ class Derived:
             raise ValueError(
                 "LoReFT cannot tell where the prompts end: the model is in training, and got neither `labels` nor "
                 f"`{POSITIONS}`. (Label smoothing and `compute_loss_func` keep labels from the model.) Use the "
-                "collator `peft_reft.DataCollatorForLoreft(collator, config)`, or pass labels."
+                "collator `peft_reft.DataCollatorForLoreft(collator, config)`, or pass labels. (TRL's ORPO and CPO "
+                "allow neither: use positions of prefixes alone, such as 'f4'.)"
             )
         if self.attention_mask is not None and not is_matrix(self.attention_mask, self.shape):
             got = tuple(self.attention_mask.shape) if isinstance(self.attention_mask, Tensor) else "no tensor"
