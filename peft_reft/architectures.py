@@ -1,4 +1,8 @@
-"""Find a model's blocks and their hidden size: a generic rule, and a table of exceptions that is data, not code."""
+"""Find a model's blocks and their hidden size.
+
+The rule: the blocks are the one `ModuleList` with as many entries as the text model has layers. Of an encoder-decoder
+model it is the encoder's, which reads the prompt; of a multimodal one, that of the part that reads text.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-
-# The rule: the blocks are the one `ModuleList` with as many entries as the text model has layers. Where a model has
-# several of that length, the row of its `model_type` says which (a name ending).
-BLOCK_LISTS: dict[str, str] = {
-    "t5": "encoder.block",
-    "bart": "encoder.layers",
-    "mbart": "encoder.layers",
-    "pegasus": "encoder.layers",
-    "marian": "encoder.layers",
-}
 
 # Names that the attention and the feed-forward module of a block go by; the first that a block has is taken. In BERT
 # and its like the feed-forward module is split, and `output` is the half that returns to the residual stream.
@@ -64,6 +58,13 @@ def output_size(model: nn.Module, name: str) -> int:
     return own if isinstance(own, int) else _hidden_size(model, _text_config(model))
 
 
+def modules_of_encoder(model: Any) -> set[int] | None:
+    """Ids of the modules that an encoder-decoder model reads its prompt with; None for any other model."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    return {id(module) for module in model.get_encoder().modules()}
+
+
 def _text_config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -87,9 +88,9 @@ def _block_list(model: nn.Module, config: Any) -> str:
     # A list inside one of these (the experts of a block) is part of a block, not a list of blocks.
     candidates = [c for c in candidates if not any(c.startswith(f"{other}.") for other in candidates)]
     candidates = [c for c in candidates if not any(part in c for part in _NOT_TEXT)] or candidates
-    if len(candidates) > 1:
-        ending = BLOCK_LISTS.get(getattr(getattr(model, "config", None), "model_type", ""))
-        candidates = [c for c in candidates if ending and f".{c}".endswith(f".{ending}")] or candidates
+    encoder = modules_of_encoder(model)
+    if encoder is not None:
+        candidates = [c for c in candidates if id(lists[c]) in encoder]
     if len(candidates) == 1:
         return candidates[0]
     found = ", ".join(f"{name} ({len(blocks)} x {type(blocks[0]).__name__})" for name, blocks in lists.items())

@@ -7,11 +7,14 @@ nothing else can have kept them for its own backward.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .interventions import apply_factors, without_autocast
 
 
 @dataclass(frozen=True)
@@ -30,84 +33,83 @@ class Edit:
     """(r,) or (G, r)."""
 
 
-def add_edits(flat: Tensor, edits: list[Edit], in_place: bool) -> Tensor:
-    """`flat` plus all `edits`, each computed from `flat` as it came.
+def add_edits(hidden: Tensor, edits: list[Edit], in_place: bool) -> Tensor:
+    """`hidden` plus all `edits`, each computed from `hidden` as it came.
 
     Args:
-        flat: (tokens, d), any float type.
+        hidden: (..., d), any float type; its tokens count in order.
         edits: at least one.
-        in_place: whether `flat` itself may be changed; see `may_change`.
+        in_place: whether `hidden` itself may be changed; see `may_change`.
 
     Returns:
-        (tokens, d) of the type of `flat`; `flat` itself if it was changed.
+        (..., d) of the type of `hidden`; `hidden` itself if it was changed.
     """
-    # An edit of every token keeps `flat` for its backward, as it came.
+    # An edit of every token keeps `hidden` for its backward, as it came.
     in_place = in_place and all(edit.rows is not None for edit in edits)
     tensors = [tensor for e in edits for tensor in (e.rows, e.keep, e.a, e.b, e.bias)]
-    device = flat.device.type
-    if not torch.is_autocast_enabled(device):
-        return _AddEdits.apply(flat, in_place, *tensors)
-    with torch.autocast(device, enabled=False):
-        return _AddEdits.apply(flat, in_place, *tensors)
+    with without_autocast(hidden.device.type):
+        return _AddEdits.apply(hidden, in_place, *tensors)
 
 
-def may_change(hidden: Tensor) -> bool:
-    """Whether `hidden`, just returned by a module, can be changed in place.
+def may_change(hidden: Tensor, inputs: Iterable[Any] = ()) -> bool:
+    """Whether `hidden`, just returned by a module that was given `inputs`, can be changed in place.
 
     Addition, by which a residual block ends, keeps nothing for its backward; what other operations keep is not for us
-    to know. A view may share memory with anything.
+    to know. A view may share memory with anything, and what was handed through still belongs to the caller.
     """
-    if torch.compiler.is_compiling() or hidden._is_view():
+    if torch.compiler.is_compiling() or hidden._is_view() or not hidden.is_contiguous():
+        return False
+    if any(isinstance(given, Tensor) and given.data_ptr() == hidden.data_ptr() for given in inputs):
         return False
     made_by = hidden.grad_fn
     return not hidden.requires_grad if made_by is None else type(made_by).__name__ == "AddBackward0"
 
 
 class _AddEdits(torch.autograd.Function):
+    """Takes the hidden states in their own shape: changing a view in place would cost autograd copies of its base."""
+
     @staticmethod
-    def forward(ctx: Any, flat: Tensor, in_place: bool, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, in_place: bool, *tensors: Tensor | None) -> Tensor:
         edits = [Edit(*tensors[at : at + 5]) for at in range(0, len(tensors), 5)]  # type: ignore[arg-type]
-        ctx.d = flat.shape[-1]
+        flat = hidden.reshape(-1, hidden.shape[-1])
         saved: list[Tensor | None] = []
         added = []
         for edit in edits:
             h = _gather(flat, edit.rows).float()
-            inner = edit.bias.unsqueeze(-2)
-            inner = inner.expand(*h.shape[:-1], -1) if edit.a is None else torch.matmul(h, edit.a.mT) + inner
-            added.append((torch.matmul(inner, edit.b) * edit.keep).to(flat.dtype))
+            inner, change = apply_factors(h, edit.a, edit.b, edit.bias)
+            added.append((change * edit.keep).to(flat.dtype))
             saved += [edit.rows, edit.keep, edit.a, edit.b, None if edit.a is None else h, inner]
         ctx.save_for_backward(*saved)
-        out = flat if in_place else flat.clone()
         if in_place:
-            ctx.mark_dirty(flat)
+            ctx.mark_dirty(hidden)
+            out = hidden
+        else:
+            out = hidden.clone(memory_format=torch.contiguous_format)
         for edit, change in zip(edits, added):
-            _scatter_add(out, edit.rows, change)
+            _scatter_add(out.view_as(flat), edit.rows, change)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        grad = grads[0]
-        device = grad.device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return _AddEdits._backward(ctx, grad)
-        return _AddEdits._backward(ctx, grad)
+        with without_autocast(grads[0].device.type):
+            return _AddEdits._backward(ctx, grads[0])
 
     @staticmethod
     def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
         # Not in place: autograd may have given the same gradient to the other branch of a residual sum.
-        grad_flat = grad.clone() if ctx.needs_input_grad[0] else None
+        grad_hidden = grad.clone(memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
         out: list[Tensor | None] = []
         for which in range(len(saved) // 6):
             rows, keep, a, b, h, inner = saved[6 * which : 6 * which + 6]
-            g = _gather(grad, rows).float() * keep
-            g_inner = torch.matmul(g, b.mT)
-            g_a = None if a is None else torch.matmul(g_inner.mT, h)
-            out += [None, None, g_a, torch.matmul(inner.mT, g), g_inner.sum(-2)]
-            if grad_flat is not None and a is not None:
-                _scatter_add(grad_flat, rows, torch.matmul(g_inner, a).to(grad.dtype))
-        return grad_flat, None, *out
+            g = _gather(flat, rows).float() * keep
+            g_inner = g @ b.mT
+            g_a = None if a is None else g_inner.mT @ h
+            out += [None, None, g_a, inner.mT @ g, g_inner.sum(-2)]
+            if grad_hidden is not None and a is not None:
+                _scatter_add(grad_hidden.view_as(flat), rows, (g_inner @ a).to(grad.dtype))
+        return grad_hidden, None, *out
 
 
 def _gather(flat: Tensor, rows: Tensor | None) -> Tensor:

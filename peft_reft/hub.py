@@ -32,9 +32,13 @@ def describe(config: LoreftConfig) -> str:
     in_words = [
         f"{f'layers {layers}: ' if layers else ''}{Positions.parse(spec).describe()}" for layers, spec in specs.items()
     ]
-    where = f"modules {config.to_dict()['target_modules']}" if config.target_modules else f"layers {config.layers}"
+    if config.target_modules:
+        where = f"the output of modules {config.to_dict()['target_modules']}"
+    else:
+        layers = "all layers" if config.layers == "all" else f"layers {config.layers}"
+        where = f"the {config.component} output of {layers}"
     return (
-        f"Formula `{config.intervention}`, rank {config.r}, on the {config.component} output of {where}. "
+        f"Formula `{config.intervention}`, rank {config.r}, on {where}. "
         f"Edited tokens: {'; '.join(in_words)} (`positions={config.positions!r}`)."
     )
 

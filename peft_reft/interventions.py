@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -85,6 +86,30 @@ class _Orthonormalise(torch.autograd.Function):
         return grad, None
 
 
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast off for what runs inside; nothing at all where it is off already, which is nearly always."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def apply_factors(h: Tensor, a: Tensor | None, b: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """``A h + b`` and ``Bᵀ(A h + b)``.
+
+    Args:
+        h: (..., n, d) float32.
+        a: (..., r, d), or None for a formula without one.
+        b: (..., r, d).
+        bias: (..., r).
+
+    Returns:
+        (..., n, r) and (..., n, d).
+    """
+    inner = bias.unsqueeze(-2)
+    inner = inner.expand(*h.shape[:-1], -1) if a is None else h @ a.mT + inner
+    return inner, inner @ b
+
+
 class Intervention(nn.Module, ABC):
     """A learned edit of hidden states, ``edit(h) = Φ(h) − h``.
 
@@ -136,28 +161,17 @@ class Intervention(nn.Module, ABC):
     def reset_parameters(self, init_weights: InitWeights) -> None:
         """Fill the parameters in place."""
 
-    def edit(self, h: Tensor, which: int | None = None) -> Tensor:
+    def edit(self, h: Tensor) -> Tensor:
         """Φ(h) − h.
 
         Args:
             h: (n, d), or (G, n, d) with `count`; any float type.
-            which: of several, the one to compute alone; `h` is (n, d) then.
 
         Returns:
             The edit, same shape, float32.
         """
-        if torch.is_autocast_enabled(h.device.type):
-            with torch.autocast(h.device.type, enabled=False):
-                return self._edit(h.float(), which)
-        return self._edit(h.float(), which)
-
-    def _edit(self, h: Tensor, which: int | None) -> Tensor:
-        a, b, bias = self.current_factors()
-        if which is not None:
-            a, b, bias = (None if a is None else a[which]), b[which], bias[which]
-        bias = bias.unsqueeze(-2)
-        inner = bias.expand(*h.shape[:-1], -1) if a is None else h @ a.mT + bias
-        return inner @ b
+        with without_autocast(h.device.type):
+            return apply_factors(h.float(), *self.current_factors())[1]
 
     def current_factors(self) -> tuple[Tensor | None, Tensor, Tensor]:
         """A, B and b in float32; without gradients they are computed once and kept."""

@@ -45,11 +45,12 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
         self.plans[adapter_name] = plan
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
-    def forward(self, output: Any, adapter_names: Sequence[str] | None = None) -> Any:
+    def forward(self, output: Any, inputs: Sequence[Any] = (), adapter_names: Sequence[str] | None = None) -> Any:
         """Edit a block's output.
 
         Args:
             output: hidden states (batch, seq, d) or (batch * seq, d), or a tuple that begins with them.
+            inputs: what the block was given, which is never changed.
             adapter_names: one adapter a row (`"__base__"` for none) instead of the active ones for all.
 
         Returns:
@@ -77,8 +78,7 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
             edits += self._edits(cast(Intervention, self.loreft_weights[name]), plan, index, chosen)
         if not edits:
             return output
-        in_place = may_change(hidden) and hidden.is_contiguous()
-        edited = add_edits(hidden.reshape(-1, hidden.shape[-1]), edits, in_place).view(hidden.shape)
+        edited = add_edits(hidden, edits, may_change(hidden, inputs))
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
     def _edits(
@@ -145,4 +145,4 @@ MERGE_REASON = (
 
 def _edit_output(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """Forward hook of a block. A module-level function, so that the model can be copied and pickled."""
-    return getattr(block, CHILD)(output)
+    return getattr(block, CHILD)(output, args)

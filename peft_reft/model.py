@@ -9,10 +9,15 @@ from functools import partial
 from typing import Any
 
 from peft import TaskType
-from peft.tuners.tuners_utils import BaseTuner, _get_tuner_state_dict_key_prefixes, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    _filter_state_dict_by_key_prefixes,
+    _get_tuner_state_dict_key_prefixes,
+    check_target_module_exists,
+)
 from torch import Tensor, nn
 
-from .architectures import Target, find_targets, output_size
+from .architectures import Target, find_targets, modules_of_encoder, output_size
 from .config import LoreftConfig
 from .interventions import INTERVENTIONS, Intervention, orthonormalise
 from .layer import CHILD, MERGE_REASON, LoreftLayer
@@ -55,8 +60,13 @@ class LoreftModel(BaseTuner):
                 if name and f".{CHILD}." not in f".{name}." and check_target_module_exists(peft_config, name)
             ]
             targets = [Target(name, layer, output_size(self.model, name)) for layer, name in enumerate(names)]
-        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
-            _check_in_encoder(self.model, targets)
+        encoder = modules_of_encoder(self.model)
+        outside = [t.name for t in targets if encoder and id(self.model.get_submodule(t.name)) not in encoder]
+        if outside:
+            raise ValueError(
+                f"target_modules names {', '.join(outside)}, outside the encoder of {type(self.model).__name__}. Only "
+                "modules of the encoder can be edited: positions count in its input."
+            )
         specs = peft_config.positions_by_layer(len(targets)) if targets else {}
         self._targets: dict[str, tuple[Target, Positions]] = {}
         for target in targets:
@@ -195,12 +205,8 @@ class LoreftModel(BaseTuner):
         cls, model: nn.Module, config: LoreftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Names of the model for names of the file. Raises ValueError if a tensor is missing or has no place."""
-        own = [
-            name
-            for prefix in sorted(_get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name))
-            for name in model.state_dict()
-            if name.startswith(f"{prefix}.")
-        ]
+        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
+        own = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         if config.tie == "model":
             shared = {name.rpartition(".")[2]: t for name, t in remapped.items() if f".{CHILD}.{cls.prefix}" in name}
@@ -214,16 +220,6 @@ class LoreftModel(BaseTuner):
                 + (f" In the file, but with no place in the model: {', '.join(unknown)}." if unknown else "")
             )
         return remapped
-
-
-def _check_in_encoder(model: Any, targets: list[Target]) -> None:
-    """The prompt of an encoder-decoder model is the encoder's input; its positions mean nothing in the decoder."""
-    encoder = {id(module) for module in model.get_encoder().modules()}
-    if outside := [target.name for target in targets if id(model.get_submodule(target.name)) not in encoder]:
-        raise ValueError(
-            f"target_modules names {', '.join(outside)}, outside the encoder of {type(model).__name__}. Only modules "
-            "of the encoder can be edited: positions count in its input."
-        )
 
 
 def _set_adapter_names(

@@ -96,16 +96,6 @@ class Positions:
         """Whether every group has a count, so that the number of slots is known before the batch is."""
         return all(group.count is not None for group in self.groups)
 
-    @property
-    def while_decoding(self) -> bool:
-        """Whether any generated token is edited."""
-        return any(group.kind == "g" for group in self.groups)
-
-    @property
-    def needs_prompt_end(self) -> bool:
-        """Whether the end of the prompt matters: everything but ``fN`` alone moves with it."""
-        return any(group.kind != "f" for group in self.groups)
-
     def describe(self) -> str:
         """The spec in words, for a model card."""
         ends = [

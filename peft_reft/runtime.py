@@ -19,7 +19,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .positions import Arrangement, Layout, PositionIndex, arrange
-from .sources import POSITIONS, Derived, Explicit, Generation, Source, Step, Unknown, check_positions, is_matrix
+from .sources import (
+    CONTINUOUS_BATCHING,
+    NO_TOKENS,
+    POSITIONS,
+    Derived,
+    Explicit,
+    Generation,
+    Source,
+    Step,
+    check_positions,
+    is_matrix,
+)
 
 ATTRIBUTE = "peft_reft_state"
 
@@ -98,12 +109,8 @@ class PositionState:
         return index
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_source": None,
-            "_module": None,
-            "_computed": {},
-        }  # a copy of the model is not in a forward
+        # A copy of the model is not in a forward.
+        return {**self.__dict__, "_source": None, "_module": None, "_computed": {}}
 
 
 _CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
@@ -186,8 +193,8 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     positions = kwargs.pop(POSITIONS, None)
     given = {**dict(zip(state.argument_names, args)), **kwargs}
     tokens = next((t for name in ("inputs_embeds", "input_ids") if (t := given.get(name)) is not None), None)
-    if tokens is None:
-        state.begin(Unknown(), model)
+    if tokens is None or "write_index" in kwargs:  # ... which only transformers' paged attention is given
+        state.begin(NO_TOKENS if tokens is None else CONTINUOUS_BATCHING, model)
         return args, kwargs
     if model.training and torch.is_grad_enabled():
         _wrap_checkpoint_functions(model, state)

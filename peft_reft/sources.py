@@ -33,15 +33,23 @@ class Source(Protocol):
 
 @dataclass
 class Unknown:
-    """A forward without tokens, such as a vision model's."""
+    """A forward that does not say where its prompts are."""
 
+    reason: str
     shape: tuple[int, int] = (0, 0)
 
     def slots(self, layout: Layout) -> Tensor:
-        raise ValueError(
-            "LoReFT edits tokens, but this forward has neither `input_ids` nor `inputs_embeds` (batch, seq) to say "
-            "where they are. Models that do not read text are not supported."
-        )
+        raise ValueError(self.reason)
+
+
+NO_TOKENS = Unknown(
+    "LoReFT edits tokens, but this forward has neither `input_ids` nor `inputs_embeds` (batch, seq) to say where they "
+    "are. Models that do not read text are not supported."
+)
+CONTINUOUS_BATCHING = Unknown(
+    "LoReFT does not support continuous batching (`generate_batch`, cache_implementation='paged'): it packs pieces of "
+    "several requests into one row, and the forward does not say where their prompts end. Use `generate`."
+)
 
 
 @dataclass
@@ -208,10 +216,8 @@ class Generation:
         if counted >= 0 and (counted % width == 0 if width else counted == 0):
             regions = list(whole[:, counted:].split(length, 1)) if open_groups else []
         else:  # a caller's flat list of columns
-            counted, regions = (
-                whole.shape[1],
-                [torch.full_like(self.real, NO_POSITION, dtype=torch.long)] * open_groups,
-            )
+            counted = whole.shape[1]
+            regions = [torch.full_like(self.real, NO_POSITION, dtype=torch.long)] * open_groups
         self._resolved[layout] = whole[:, :counted], regions
         return self._resolved[layout]
 
@@ -232,16 +238,14 @@ class Step:
             return None  # every decode step of a spec without generated tokens ends here
         counted, regions = self.generation.slots(layout)
         column = torch.arange(seq, device=counted.device)
-        pieces = [
-            torch.where((counted >= self.start) & (counted < self.start + seq), counted - self.start, NO_POSITION)
-        ]
+        inside = (counted >= self.start) & (counted < self.start + seq)
+        pieces = [torch.where(inside, counted - self.start, NO_POSITION)]
         for group, region in zip([group for group in layout if group.count is None], regions):
-            here = F.pad(
-                region[:, self.start : self.start + seq], (0, max(0, self.start + seq - max(length, self.start)))
-            )
-            generated = (column + self.start >= length) & (group.kind == "g")
-            inside = (here >= 0) & (column + self.start < length)
-            pieces.append(torch.where(inside | generated, column, NO_POSITION))
+            in_prompt = region[:, self.start : self.start + seq] >= 0
+            edited = F.pad(in_prompt, (0, seq - in_prompt.shape[1]), value=False)
+            if group.kind == "g":
+                edited = edited | (column + self.start >= length)
+            pieces.append(torch.where(edited, column, NO_POSITION))
         slots = torch.cat(pieces, 1)
         return slots.repeat_interleave(batch // len(slots), 0) if len(slots) != batch else slots
 

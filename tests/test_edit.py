@@ -100,3 +100,30 @@ def test_an_output_that_was_kept_is_left_alone():
     y = x.exp()
     out = add_edits(y, edits, may_change(y))
     torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], x.detach().exp())
+
+
+def test_a_module_that_hands_its_input_through():
+    """Its output is the caller's own tensor: dropout in eval mode, an identity."""
+    given = torch.randn(4, D)
+    before = given.clone()
+    out = torch.nn.Dropout().eval()(given)
+    edits = [Edit(torch.arange(2), torch.ones(2, 1), None, torch.randn(R, D), torch.randn(R))]
+    edited = add_edits(out, edits, may_change(out, (given,)))
+    assert torch.equal(given, before) and not torch.equal(edited, before)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_autocast_does_not_lower_the_precision(in_place):
+    generator = torch.Generator().manual_seed(0)
+    edits = make_edits("several", generator)
+    leaf = torch.randn(TOKENS, D, generator=generator).requires_grad_()
+    inputs = [leaf, *(t for e in edits for t in (e.a, e.b, e.bias) if t is not None)]
+
+    def run():
+        out = add_edits(leaf + 1, edits, in_place)
+        return [out, *torch.autograd.grad(out.square().sum(), inputs)]
+
+    exact = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # the backward too
+        got = run()
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, exact, strict=True))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import build, randomise
 from peft import get_peft_model
+from transformers import GenerationConfig
 
 from peft_reft import LoreftConfig
 from peft_reft.runtime import ATTRIBUTE
@@ -75,6 +76,27 @@ def test_mixed_lengths(family, spec):
     with model.disable_adapter():
         base = run(model, left_padded(rows), do_sample=False)
     assert (torch.stack(base.logits) - torch.stack(out.logits)).abs().max() > 1e-2, "nothing was edited"
+
+
+@pytest.mark.parametrize(
+    "tie, spec",
+    [("group", "f3+l2"), ("group", "f2+g"), ("group", "f1+l2+g2"), ("position", "f3+l2"), ("position", "l2+g2")],
+)
+def test_untied_weights(tie, spec):
+    """Each group, or each position, has its own edit: the same in training, for prompts cut short or not."""
+    config = LoreftConfig(task_type="CAUSAL_LM", r=4, positions=spec, tie=tie)
+    model = get_peft_model(build("llama"), config).eval()
+    randomise(model)
+    rows = prompts()
+    assert_same(model, run(model, left_padded(rows), do_sample=False, prefill_chunk_size=5), rows)
+
+
+def test_continuous_batching_is_refused():
+    """Its forwards hold pieces of several requests; it reports what a forward raises with each of them."""
+    base = adapted("llama", "f3+l2").get_base_model()
+    settings = GenerationConfig(max_new_tokens=2, eos_token_id=2, pad_token_id=0, do_sample=False)
+    done = base.generate_batch([[5, 6, 7, 8], [3, 4, 5]], generation_config=settings, progress_bar=False)
+    assert done and all("continuous batching" in request.error for request in done.values())
 
 
 @pytest.mark.parametrize("spec", ["f3+l2", "f2+g", "g2"])

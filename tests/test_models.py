@@ -385,3 +385,14 @@ def test_gradient_checkpointing_changes_no_gradient(checkpointing):
 
     for plain, recomputed in zip(run(None), run(checkpointing)):
         torch.testing.assert_close(recomputed, plain, atol=1e-6, rtol=1e-5)
+
+
+def test_each_of_several_groups_is_trained_by_its_own_tokens_alone():
+    """Open-ended groups are computed one by one; only generated tokens are edited in the second, and here are none."""
+    config = LoreftConfig(task_type="CAUSAL_LM", r=R, positions="p+g", tie="group", layers=[0])
+    model = get_peft_model(build("llama"), config).eval()
+    randomise(model)
+    model(input_ids=batch()["input_ids"]).logits.square().sum().backward()
+    for name in ("W", "b"):
+        gradient = model.get_base_model().model.layers[0].loreft.loreft_weights["default"].get_parameter(name).grad
+        assert gradient[0].abs().max() > 0 and torch.count_nonzero(gradient[1]) == 0

@@ -315,24 +315,11 @@ def test_describe(spec, words):
 
 
 @pytest.mark.parametrize(
-    "spec, counted, while_decoding, needs_prompt_end",
-    [
-        ("f3", True, False, False),
-        ("l3", True, False, True),
-        ("f3+l3", True, False, True),
-        ("p", False, False, True),
-        ("g3", True, True, True),
-        ("f3+g", False, True, True),
-        ("all", False, True, True),
-    ],
+    "spec, counted",
+    [("f3", True), ("l3", True), ("f3+l3", True), ("p", False), ("g3", True), ("f3+g", False), ("all", False)],
 )
-def test_properties(spec, counted, while_decoding, needs_prompt_end):
-    parsed = Positions.parse(spec)
-    assert (parsed.counted, parsed.while_decoding, parsed.needs_prompt_end) == (
-        counted,
-        while_decoding,
-        needs_prompt_end,
-    )
+def test_counted(spec, counted):
+    assert Positions.parse(spec).counted is counted
 
 
 def test_union_has_each_group_once_in_order_of_appearance():
