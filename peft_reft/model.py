@@ -191,7 +191,7 @@ class LoreftModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """R as it computes, W and b; with `tie="model"` once, under the first layer's name."""
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        found = _filter_state_dict_by_key_prefixes(state_dict, _key_prefixes(model))
         if config.tie == "model":
             first_of_each = {key.rpartition(".")[2]: key for key in reversed(found)}
             found = {key: found[key] for key in found if key in first_of_each.values()}
@@ -205,8 +205,7 @@ class LoreftModel(BaseTuner):
         cls, model: nn.Module, config: LoreftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Names of the model for names of the file. Raises ValueError if a tensor is missing or has no place."""
-        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
-        own = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
+        own = _filter_state_dict_by_key_prefixes(model.state_dict(), _key_prefixes(model, adapter_name))
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         if config.tie == "model":
             shared = {name.rpartition(".")[2]: t for name, t in remapped.items() if f".{CHILD}.{cls.prefix}" in name}
@@ -220,6 +219,14 @@ class LoreftModel(BaseTuner):
                 + (f" In the file, but with no place in the model: {', '.join(unknown)}." if unknown else "")
             )
         return remapped
+
+
+def _key_prefixes(model: nn.Module, adapter_name: str | None = None) -> set[str]:
+    """As they are in state dicts, from which torch's wrappers of checkpointed and of sharded modules are left out."""
+    prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
+    for wrapper in ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module."):
+        prefixes = {prefix.replace(wrapper, "") for prefix in prefixes}
+    return prefixes
 
 
 def _set_adapter_names(

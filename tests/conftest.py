@@ -78,6 +78,8 @@ def _seed():
     torch.manual_seed(0)
 
 
+pytest_plugins = ["support_table"]
+
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]
 WORDS = ["system", "user", "assistant", *"abcdefghijklmnopqrstuvwxyz", *"0123456789"]
 assert len(SPECIAL + WORDS) <= VOCAB

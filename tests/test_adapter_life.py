@@ -206,6 +206,7 @@ def test_inject_adapter_in_model():
 
 
 @pytest.mark.parametrize("first", ["lora", "loreft"])
+@pytest.mark.cell("Beside LoRA", "LoRA and LoReFT on one base, trained together")
 def test_beside_lora(first):
     """Both on one base, in either order of injection: LoRA inside the blocks, LoReFT on their outputs."""
     configs = {"lora": LoraConfig(init_lora_weights=False, target_modules=["q_proj", "v_proj"]), "loreft": config()}

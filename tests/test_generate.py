@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from conftest import build, randomise
+from conftest import VOCAB, build, randomise
 from peft import get_peft_model
 from transformers import GenerationConfig
 
 from peft_reft import LoreftConfig
 from peft_reft.runtime import ATTRIBUTE
 
+PAGED = "its forwards hold pieces of several requests and do not say where their prompts end"
 LENGTHS = [11, 3, 14, 6]
 NEW = 6
 FAMILIES = ["llama", "gpt2", "gemma3"]
@@ -69,6 +70,7 @@ def run(model, inputs, **kwargs):
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.cell("Generation", "left-padded batches")
 def test_mixed_lengths(family, spec):
     model, rows = adapted(family, spec), prompts()
     out = run(model, left_padded(rows), do_sample=False)
@@ -91,12 +93,15 @@ def test_untied_weights(tie, spec):
     assert_same(model, run(model, left_padded(rows), do_sample=False, prefill_chunk_size=5), rows)
 
 
-def test_continuous_batching_is_refused():
-    """Its forwards hold pieces of several requests; it reports what a forward raises with each of them."""
+@pytest.mark.cell("Device layouts", "Continuous batching (`generate_batch`)", refused=PAGED)
+def test_continuous_batching_is_refused(caplog):
+    """Its forwards hold pieces of several requests; what a forward raises is in the request or in a log."""
     base = adapted("llama", "f3+l2").get_base_model()
     settings = GenerationConfig(max_new_tokens=2, eos_token_id=2, pad_token_id=0, do_sample=False)
     done = base.generate_batch([[5, 6, 7, 8], [3, 4, 5]], generation_config=settings, progress_bar=False)
-    assert done and all("continuous batching" in request.error for request in done.values())
+    reports = [request.error for request in done.values()] or [record.getMessage() for record in caplog.records]
+    assert reports and any("does not support continuous batching" in report for report in reports)
+    assert not any(request.generated_tokens for request in done.values())
 
 
 @pytest.mark.parametrize("spec", ["f3+l2", "f2+g", "g2"])
@@ -112,6 +117,7 @@ def test_continuous_batching_is_refused():
     ids=str,
 )
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.cell("Generation", "no cache, static cache, chunked prefill, `num_return_sequences`")
 def test_ways_of_decoding(family, options, spec):
     model, rows = adapted(family, spec), prompts()
     out = run(model, left_padded(rows), **{"do_sample": False, **options})
@@ -120,6 +126,7 @@ def test_ways_of_decoding(family, options, spec):
 
 @pytest.mark.parametrize("spec", ["f3+l2", "all", "g2"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.cell("Generation", "beams")
 def test_beams(family, spec):
     model, rows = adapted(family, spec), prompts()
     out = model.generate(
@@ -143,6 +150,7 @@ def test_beams(family, spec):
 
 @pytest.mark.parametrize("spec", ["f3+l2", "g2", "all"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.cell("Generation", "assisted decoding")
 def test_assisted(family, spec):
     """Speculative decoding verifies several candidates in one forward, and takes the rejected ones back."""
     model, row = adapted(family, spec), prompts([11])
@@ -158,16 +166,19 @@ def test_assisted(family, spec):
 
 @pytest.mark.parametrize("spec", ["f3+l2", "g2"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.cell("Generation", "prompt lookup")
 def test_prompt_lookup(family, spec):
     model, row = adapted(family, spec), [prompts([6])[0].repeat(3)]  # repeats, so that there is something to look up
     inputs = left_padded(row)
-    greedy = model.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=0)
-    lookup = model.generate(**inputs, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3, pad_token_id=0)
+    settings = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=VOCAB)  # a token there is not
+    greedy = model.generate(**inputs, **settings)
+    lookup = model.generate(**inputs, **settings, prompt_lookup_num_tokens=3)
     assert lookup.tolist() == greedy.tolist()
 
 
 @pytest.mark.parametrize("spec", ["f3+l2", "f2+g"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.cell("Generation", "`inputs_embeds`")
 def test_inputs_embeds(family, spec):
     model, rows = adapted(family, spec), prompts()
     inputs = left_padded(rows)
@@ -216,6 +227,7 @@ def test_padding_and_batch_mates_do_not_matter_in_training(family, spec, padding
 
 
 @pytest.mark.parametrize("spec", ["f3+l2", "p", "g2", "all"])
+@pytest.mark.cell("Generation", "packed rows, teacher-forced")
 def test_packed_rows_have_a_prompt_for_each_document(spec):
     model = adapted("llama", spec)
     rows, answers = prompts(), prompts([4, 7, 1, 5])
@@ -252,6 +264,7 @@ def test_explicit_positions_in_generate_are_used_as_they_stand():
     assert (torch.stack(other.logits) - torch.stack(expected.logits)).abs().max() > 1e-2
 
 
+@pytest.mark.cell("Generation", "a decoding loop of your own")
 def test_decoding_a_token_at_a_time_by_hand():
     model, prompt = adapted("llama", "f3+l2"), prompts([9])[0]
     completion = prompts([4])[0]
@@ -264,6 +277,11 @@ def test_decoding_a_token_at_a_time_by_hand():
     torch.testing.assert_close(torch.stack(logits), teacher_forced(model, prompt, completion), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.cell(
+    "Generation",
+    "a decoding loop of your own with `gN`",
+    refused="a forward behind a cache does not say how long the prompt was",
+)
 def test_counted_generated_tokens_cannot_be_decoded_by_hand():
     model, prompt = adapted("llama", "g2"), prompts([9])[0]
     out = model(input_ids=prompt[None], use_cache=True)

@@ -365,6 +365,7 @@ def test_a_four_dimensional_mask_raises():
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")  # transformers 5.23's new name for it
 @pytest.mark.parametrize("checkpointing", [{"use_reentrant": False}, {"use_reentrant": True}], ids=str)
+@pytest.mark.cell("Gradient checkpointing", "a training loop of your own")
 def test_gradient_checkpointing_changes_no_gradient(checkpointing):
     """Two forwards with different prompts before one backward (as in DPO): each is recomputed with its own."""
 

@@ -1,6 +1,7 @@
 """Tiny data sets, built in code: no network."""
 
 import gc
+from dataclasses import fields
 
 import datasets
 import pytest
@@ -15,6 +16,18 @@ def _imports_are_no_garbage():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+def arguments(config, **settings):
+    """`config(**settings)`, by the names of the version of transformers that is installed."""
+    if "activation_checkpointing" not in {field.name for field in fields(config)}:
+        settings = {name.replace("activation_", "gradient_"): value for name, value in settings.items()}
+    return config(**settings)
+
+
+def checkpoints(args):
+    """Whether training recomputes activations."""
+    return getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing
 
 
 # (prompt, completion): long and short, one prompt of two tokens, fewer than f2+l2 want.

@@ -38,6 +38,7 @@ def losses_and_gradients(model, call):
 
 @pytest.mark.parametrize("tie", ["layer", "group"])
 @pytest.mark.parametrize("what", ["forward", "model", "model, positions given"])
+@pytest.mark.cell("torch.compile", "training, fullgraph: {what}")
 def test_training_without_graph_breaks_or_recompilation(what, tie):
     torch._dynamo.reset()
     plain = adapted(tie=tie)
@@ -65,6 +66,11 @@ def test_training_without_graph_breaks_or_recompilation(what, tie):
         assert compiled.frame_count == 1
 
 
+@pytest.mark.cell(
+    "torch.compile",
+    "chats of several turns without our collator",
+    refused="the number of prompts in a row would be a shape that depends on data",
+)
 def test_several_answers_a_row_are_refused_where_their_number_cannot_be_known():
     torch._dynamo.reset()
     model = adapted().train()
@@ -75,6 +81,7 @@ def test_several_answers_a_row_are_refused_where_their_number_cannot_be_known():
         compiled(**inputs)
 
 
+@pytest.mark.cell("torch.compile", "generation with a static cache, fullgraph")
 def test_generation_with_a_static_cache():
     torch._dynamo.reset()
     model = adapted().eval()

@@ -229,6 +229,7 @@ def assert_generates_what_it_would_predict(model, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.cell("Families", "{family.name}")
 def test_family(family, tmp_path):
     base = family.build()
     expected, clean = logits_of(base, family), traces(base)
@@ -264,6 +265,7 @@ def test_family(family, tmp_path):
 
 @pytest.mark.parametrize("component", ["attention", "mlp"])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.cell("Families", "{family.name}")
 def test_components(family, component):
     if component in family.without:
         base = family.build()

@@ -9,7 +9,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from peft_reft import LoreftConfig
 
-from .conftest import PAIRS
+from .conftest import PAIRS, arguments
 from .spy import Spy
 
 pytestmark = [
@@ -63,7 +63,7 @@ def make(tokenizer, tmp_path, spy):
         trainer = trainer_class(
             base,
             reward_funcs=alternating,
-            args=config_class(**{**settings, **kwargs}),
+            args=arguments(config_class, **{**settings, **kwargs}),
             train_dataset=Dataset.from_list([{"prompt": prompt} for prompt, _ in PAIRS]),
             processing_class=tokenizer,
             peft_config=peft_config,
@@ -93,6 +93,10 @@ def logs(trainer, key):
 
 @BOTH
 @CHECKPOINTING
+@pytest.mark.cell(
+    "Trainers: preferences and reinforcement",
+    "GRPO, RLOO: rollout and log-probs edit the same tokens of ragged, left-padded prompts",
+)
 def test_rollout_and_training_edit_the_same_tokens(make, spy, which, checkpointing):
     trainer = make(which, activation_checkpointing=checkpointing, max_steps=3)
     assert_all_moved(trainer)
@@ -105,6 +109,7 @@ def test_rollout_and_training_edit_the_same_tokens(make, spy, which, checkpointi
 
 @BOTH
 @CHECKPOINTING
+@pytest.mark.cell("Trainers: preferences and reinforcement", "GRPO, RLOO: log-probs of rollout and training agree")
 def test_logps_of_rollout_and_training_agree(make, which, checkpointing, monkeypatch):
     """An adapter of random weights: what generate sampled from is what training scores, token by token."""
     trainer = make(which, edits=True, activation_checkpointing=checkpointing, max_steps=1)
@@ -141,6 +146,7 @@ def test_logps_of_rollout_and_training_agree(make, which, checkpointing, monkeyp
 
 
 @BOTH
+@pytest.mark.cell("Gradient checkpointing", "GRPO, RLOO")
 def test_checkpointing_changes_nothing(make, which):
     results = []
     for checkpointing in (False, True):
@@ -155,6 +161,7 @@ def test_checkpointing_changes_nothing(make, which):
 
 
 @BOTH
+@pytest.mark.cell("Trainers: preferences and reinforcement", "GRPO, RLOO from a trained adapter")
 def test_from_a_trained_adapter(make, which, tmp_path, spy):
     first = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2"))
     randomise(first)
@@ -188,6 +195,11 @@ def test_truncated_answers_may_be_masked(make, spy):
     assert spy.train == spy.rollout
 
 
+@pytest.mark.cell(
+    "Trainers: preferences and reinforcement",
+    "GRPO with vLLM weight sync",
+    refused="an edit at a few tokens cannot be merged into weights",
+)
 def test_weights_cannot_be_pushed_to_vllm(make):
     """Before TRL pushes the weights it merges: that must not pass silently, vLLM would roll out the base model."""
     trainer = make((GRPOTrainer, GRPOConfig))

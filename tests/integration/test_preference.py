@@ -16,7 +16,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from peft_reft import LoreftConfig
 
-from .conftest import PAIRS
+from .conftest import PAIRS, arguments
 from .spy import Spy, expected_offsets
 
 pytestmark = [
@@ -74,7 +74,7 @@ def make(tokenizer, tmp_path, spy):
         )
         made = trainer(
             build("llama") if model is None else model,
-            args=config(**{**settings, **kwargs}),
+            args=arguments(config, **{**settings, **kwargs}),
             train_dataset=data,
             processing_class=tokenizer,
             peft_config=peft_config,
@@ -113,6 +113,7 @@ def logits_of(model):
 
 @CHECKPOINTING
 @pytest.mark.parametrize("precompute", [False, True], ids=["", "precomputed"])
+@pytest.mark.cell("Trainers: preferences and reinforcement", "DPO, the base as reference, precomputed or not")
 def test_dpo_starts_at_its_reference_and_edits_prompts_only(make, preferences, spy, precompute, checkpointing):
     trainer = make(
         DPOTrainer,
@@ -148,6 +149,7 @@ def test_dpo_reference_is_the_base_model(make, preferences):
 
 
 @pytest.mark.parametrize("precompute", [False, True], ids=["", "precomputed"])
+@pytest.mark.cell("Trainers: preferences and reinforcement", 'DPO from a trained adapter (copy "ref")')
 def test_dpo_from_a_trained_adapter(make, preferences, spy, precompute, tmp_path):
     """TRL copies the adapter to "ref", parameter by parameter, by name: that copy is the reference and stays."""
     first = get_peft_model(build("llama"), loreft())
@@ -168,6 +170,7 @@ def test_dpo_from_a_trained_adapter(make, preferences, spy, precompute, tmp_path
     spy.assert_prompts_edited(spy.train)
 
 
+@pytest.mark.cell("Gradient checkpointing", "DPO: two forwards before one backward")
 def test_dpo_checkpointing_changes_nothing(make, preferences):
     """The policy's forward, then the reference's, then one backward."""
     plain = make(DPOTrainer, DPOConfig, preferences, edits=True, activation_checkpointing=False)
@@ -185,6 +188,7 @@ def test_dpo_checkpointing_changes_nothing(make, preferences):
 
 
 @CHECKPOINTING
+@pytest.mark.cell("Trainers: preferences and reinforcement", "KTO")
 def test_kto(make, judged, spy, checkpointing):
     trainer = make(KTOTrainer, KTOConfig, judged, activation_checkpointing=checkpointing)
     assert_all_moved(trainer)
@@ -200,6 +204,7 @@ def test_kto(make, judged, spy, checkpointing):
 
 @pytest.mark.parametrize("which", ["orpo", "cpo"])
 @pytest.mark.filterwarnings("ignore:You are about to import from `trl.experimental`")
+@pytest.mark.cell("Trainers: preferences and reinforcement", "ORPO, CPO")
 class TestWithoutLabels:
     CLASSES = {"orpo": (ORPOTrainer, ORPOConfig), "cpo": (CPOTrainer, CPOConfig)}
 
@@ -220,6 +225,7 @@ class TestWithoutLabels:
 
 
 @CHECKPOINTING
+@pytest.mark.cell("Trainers: preferences and reinforcement", "Reward (sequence classification)")
 def test_reward(make, preferences, spy, checkpointing):
     torch.manual_seed(0)
     config = LlamaConfig(**_SIZES, num_labels=1)

@@ -14,6 +14,8 @@ from trl import SFTConfig, SFTTrainer
 
 from peft_reft import DataCollatorForLoreft, LoreftConfig
 
+from .conftest import arguments, checkpoints
+
 pytestmark = [
     # transformers 5.23, about TRL 1.16's own default
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
@@ -57,7 +59,7 @@ def make(tokenizer, tmp_path):
         )
         sft = SFTTrainer(
             build("llama") if base is None else base,
-            args=SFTConfig(**{**settings, **kwargs}),
+            args=arguments(SFTConfig, **{**settings, **kwargs}),
             train_dataset=data,
             processing_class=tokenizer,
             peft_config=config,
@@ -124,9 +126,10 @@ def logits_of(model):
 # Training
 
 
+@pytest.mark.cell("Trainers: SFT", "prompt-completion, text")
 def test_only_the_adapter_trains_and_all_of_it_moves_from_its_first_step(make, pairs):
     trainer = make(pairs, edits=False, max_steps=1)
-    assert trainer.args.activation_checkpointing  # TRL's default
+    assert checkpoints(trainer.args)  # TRL's default
     trainable = adapter(trainer.model)
     assert len(trainable) == 3 * LAYERS and all(".loreft.loreft_weights.default." in name for name in trainable)
     assert sum(p.numel() for p in trainable.values()) == LAYERS * (2 * R * HIDDEN + R)
@@ -143,12 +146,13 @@ CHECKPOINTING = {
 
 
 @pytest.mark.parametrize("positions", ["f2+l2", "all", {"0": "f2", "1-": "l3"}], ids=str)
+@pytest.mark.cell("Gradient checkpointing", "SFT, reentrant or not")
 def test_checkpointing_changes_nothing(make, pairs, positions):
     loreft = dict(positions=positions)
     plain = run(make(pairs, loreft=loreft, activation_checkpointing=False, max_steps=2))
     for name, settings in CHECKPOINTING.items():
         trainer = make(pairs, loreft=loreft, max_steps=2, **settings)
-        assert trainer.args.activation_checkpointing, name
+        assert checkpoints(trainer.args), name
         checkpointed = run(trainer)
         torch.testing.assert_close(checkpointed[0], plain[0], rtol=1e-6, atol=0)
         for mine, expected in zip(checkpointed[1], plain[1], strict=True):
@@ -200,6 +204,7 @@ def test_the_loss_is_that_of_the_edited_prompt(make, pairs):
 
 
 @pytest.mark.parametrize("collate", [False, True])
+@pytest.mark.cell("Trainers: SFT", "gradient accumulation")
 def test_gradient_accumulation(make, pairs, collate):
     whole = run(make(pairs, collate=collate, per_device_train_batch_size=8))
     parts = make(pairs, collate=collate, per_device_train_batch_size=2, gradient_accumulation_steps=4)
@@ -211,6 +216,7 @@ def test_gradient_accumulation(make, pairs, collate):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.cell("Dtypes", "bf16 base, SFT")
 def test_bf16_base(make, pairs, autocast, tmp_path):
     trainer = make(pairs, base=build("llama").to(torch.bfloat16), bf16=autocast)
     assert {p.dtype for p in adapter(trainer.model).values()} == {torch.float32}
@@ -274,6 +280,11 @@ def test_chats_of_several_turns(make, chats):
     ],
     ids=str,
 )
+@pytest.mark.cell(
+    "Trainers: SFT",
+    "plain text, `completion_only_loss=False`, chats without `assistant_only_loss`",
+    refused="every token is supervised, so no row has a prompt to edit",
+)
 def test_language_modelling_data_is_refused(make, request, data, settings, collate):
     trainer = make(request.getfixturevalue(data), collate=collate, **settings)
     with pytest.raises(ValueError, match="nothing would train") as error:
@@ -281,6 +292,7 @@ def test_language_modelling_data_is_refused(make, request, data, settings, colla
     assert "completion_only_loss=True" in str(error.value) and "assistant_only_loss=True" in str(error.value)
 
 
+@pytest.mark.cell("Trainers: SFT", 'plain text with `positions="all"`')
 def test_language_modelling_data_trains_where_generated_tokens_are_edited(make, texts):
     trainer = make(texts, loreft=dict(positions="all"))
     assert moved(trainer) == set(adapter(trainer.model))
@@ -288,6 +300,9 @@ def test_language_modelling_data_trains_where_generated_tokens_are_edited(make, 
 
 @pytest.mark.parametrize("settings", [dict(packing=True), dict(padding_free=True, max_length=None)], ids=str)
 @pytest.mark.parametrize("collate", [False, True])
+@pytest.mark.cell(
+    "Trainers: SFT", "plain text, packed", refused="every token is supervised, so no row has a prompt to edit"
+)
 def test_language_modelling_data_is_refused_when_packed(make, texts, settings, collate):
     """TRL masks the first label of each document then, so that each seems to have a prompt of one token."""
     trainer = make(texts, collate=collate, **{"max_length": 32, **settings})
@@ -305,6 +320,7 @@ def test_language_modelling_data_is_refused_when_packed(make, texts, settings, c
     [dict(packing=True, packing_strategy="bfd", max_length=32), dict(padding_free=True, max_length=None)],
     ids=["bfd", "padding_free"],
 )
+@pytest.mark.cell("Trainers: SFT", '`packing_strategy="bfd"`, `padding_free=True`')
 def test_packed_equals_padded(make, pairs, settings, positions, collate):
     """All eight rows in each batch, so that the batches hold the same documents in whatever order."""
     loreft = dict(positions=positions)
@@ -319,6 +335,7 @@ def test_packed_equals_padded(make, pairs, settings, positions, collate):
 
 
 @pytest.mark.parametrize("collate", [False, True])
+@pytest.mark.cell("Trainers: SFT", "multi-turn chats, packed")
 def test_packed_chats_equal_padded(make, chats, collate):
     settings = dict(assistant_only_loss=True, per_device_train_batch_size=8)
     padded = run(make(chats, **settings))
@@ -330,6 +347,9 @@ LONG = [{"prompt": "a b c", "completion": " 1 2 3 4 5 6"}, {"prompt": "d e f", "
 
 
 @pytest.mark.parametrize("collate", [False, True])
+@pytest.mark.cell(
+    "Trainers: SFT", '`packing_strategy="wrapped"`', refused="a row starts inside a document, whose prompt is lost"
+)
 def test_rows_that_start_inside_an_answer_are_refused(make, collate):
     trainer = make(Dataset.from_list(LONG), collate=collate, packing=True, packing_strategy="wrapped", max_length=16)
     labels = [row["labels"] for row in trainer.train_dataset]
@@ -339,6 +359,9 @@ def test_rows_that_start_inside_an_answer_are_refused(make, collate):
 
 
 @pytest.mark.parametrize("collate", [False, True])
+@pytest.mark.cell(
+    "Trainers: SFT", '`packing_strategy="bfd_split"`', refused="a row starts inside a document, whose prompt is lost"
+)
 def test_split_documents_are_refused(make, collate):
     """`bfd_split` puts the rest of a long document where its prompt is not."""
     trainer = make(Dataset.from_list(LONG), collate=collate, packing=True, packing_strategy="bfd_split", max_length=7)
@@ -347,6 +370,7 @@ def test_split_documents_are_refused(make, collate):
         trainer.train()
 
 
+@pytest.mark.cell("Trainers: SFT", "truncation (`max_length`)")
 def test_truncation_keeps_the_prompt(make, pairs):
     plain = run(make(pairs, max_length=8))
     assert run(make(pairs, max_length=8, collate=True))[0] == plain[0]
@@ -370,12 +394,18 @@ WITHOUT_LABELS = [
 
 
 @pytest.mark.parametrize("settings", WITHOUT_LABELS)
+@pytest.mark.cell(
+    "Trainers: SFT",
+    "label smoothing, `compute_loss_func`, without our collator",
+    refused="labels do not reach the model, so the end of the prompt is unknown",
+)
 def test_without_labels_and_collator_training_is_refused(make, pairs, settings):
     with pytest.raises(ValueError, match="DataCollatorForLoreft"):
         make(pairs, **settings).train()
 
 
 @pytest.mark.parametrize("settings", WITHOUT_LABELS)
+@pytest.mark.cell("Trainers: SFT", "label smoothing, `compute_loss_func`, with `DataCollatorForLoreft`")
 def test_without_labels_the_collator_has_the_positions(make, pairs, settings):
     trainer = make(pairs, collate=True, max_steps=2, **settings)
     batch = batch_of(trainer)
@@ -398,6 +428,7 @@ def test_without_labels_a_prefix_alone_needs_no_collator(make, pairs):
     assert run(make(pairs, loreft=loreft, label_smoothing_factor=0.1, collate=True))[0] == plain[0]
 
 
+@pytest.mark.cell("Trainers: SFT", "evaluation")
 def test_evaluation(make, pairs):
     """Where labels reach the model the collator changes nothing."""
     results = []
@@ -410,6 +441,7 @@ def test_evaluation(make, pairs):
 
 
 @pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")
+@pytest.mark.cell("Trainers: SFT", "`compute_metrics`, with `DataCollatorForLoreft`")
 def test_metrics_are_of_edited_prompts(make, pairs):
     """TRL asks for the logits of an evaluation without labels: the collator says where the prompts end."""
     seen = []
@@ -434,6 +466,7 @@ def test_metrics_are_of_edited_prompts(make, pairs):
 @pytest.mark.parametrize(
     "loreft", [dict(), dict(tie="group"), dict(tie="position", dropout=0.2), dict(tie="model"), dict(r=1)], ids=str
 )
+@pytest.mark.cell("Trainers: SFT", "resume: losses and adapter bit-equal")
 def test_resuming_goes_on_as_if_never_stopped(make, pairs, loreft, tmp_path):
     settings = dict(loreft=loreft, max_steps=4, edits=False)
     straight = run(make(pairs, **settings))
@@ -449,6 +482,7 @@ def test_resuming_goes_on_as_if_never_stopped(make, pairs, loreft, tmp_path):
 
 
 @pytest.mark.parametrize("positions", ["f2+l2", {"0": "f2", "1-": "l3"}], ids=str)
+@pytest.mark.cell("Trainers: SFT", "save, load, `AutoPeftModelForCausalLM`")
 def test_saved_and_loaded(make, pairs, tokenizer, tmp_path, positions):
     base, saved = tmp_path / "base", tmp_path / "saved"
     build("llama").save_pretrained(base)
@@ -470,6 +504,7 @@ def test_saved_and_loaded(make, pairs, tokenizer, tmp_path, positions):
     assert saved_config["peft_type"] == "LOREFT" and saved_config["base_model_name_or_path"] == str(base)
 
 
+@pytest.mark.cell("Trainers: SFT", "training a loaded adapter on")
 def test_a_loaded_adapter_trains_on(make, pairs, tokenizer, tmp_path):
     first = make(pairs, max_steps=1)
     first.train()

@@ -9,6 +9,8 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 from peft_reft import DataCollatorForLoreft, LoreftConfig
 
+from .conftest import arguments
+
 R = 2
 CONFIG = dict(task_type="SEQ_CLS", positions="f1", r=R)
 
@@ -50,7 +52,7 @@ def make(family, tokenizer, tmp_path):
         collator = DataCollatorWithPadding(tokenizer)
         return Trainer(
             model,
-            args=TrainingArguments(**{**settings, **kwargs}),
+            args=arguments(TrainingArguments, **{**settings, **kwargs}),
             train_dataset=rows(),
             eval_dataset=rows(7),
             data_collator=DataCollatorForLoreft(collator, config) if collate else collator,
@@ -74,6 +76,7 @@ def logits_of(model, tokenizer):
         return model.eval()(**batch).logits
 
 
+@pytest.mark.cell("Trainers: transformers", "SEQ_CLS")
 def test_adapter_and_head_train_and_nothing_else(make):
     trainer = make()
     before = trainable(trainer.model)
@@ -132,6 +135,7 @@ def trained(trainer):
     return losses(trainer), trainer.evaluate()["eval_loss"]
 
 
+@pytest.mark.cell("Gradient checkpointing", "sequence classification")
 def test_checkpointing_changes_nothing(make):
     plain = make(edits=True, config=dict(positions="f1+l2"))
     plain.train()
@@ -149,6 +153,7 @@ def test_checkpointing_changes_nothing(make):
             torch.testing.assert_close(trainable(trainer.model)[name], p, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.cell("Trainers: transformers", "SEQ_CLS with label smoothing")
 def test_label_smoothing_needs_no_collator(make):
     """It keeps the labels from the model, which has no use for them when the task is not to generate."""
     trainer = make(edits=True, config=dict(positions="f1+l1"), label_smoothing_factor=0.1)
@@ -157,6 +162,7 @@ def test_label_smoothing_needs_no_collator(make):
     assert {n for n, p in trainable(trainer.model).items() if not torch.equal(p, before[n])} == set(before)
 
 
+@pytest.mark.cell("Trainers: transformers", "SEQ_CLS: adapter and head saved and loaded")
 def test_adapter_and_head_are_saved_and_loaded(make, family, tokenizer, tmp_path):
     base, saved = tmp_path / "base", tmp_path / "saved"
     build(family).save_pretrained(base)
@@ -175,6 +181,7 @@ def test_adapter_and_head_are_saved_and_loaded(make, family, tokenizer, tmp_path
     assert (logits_of(load_base(base), tokenizer) - expected).abs().max() > 1e-3
 
 
+@pytest.mark.cell("Trainers: transformers", "SEQ_CLS: resume bit-equal")
 def test_resuming_goes_on_as_if_never_stopped(make, tmp_path):
     straight = make(max_steps=4)
     straight.train()

@@ -153,6 +153,7 @@ def tagging(tokenizer, tmp_path, positions="f1+l1"):
     )
 
 
+@pytest.mark.cell("Trainers: transformers", "TOKEN_CLS")
 def test_token_classification(tokenizer, tmp_path):
     trainer = tagging(tokenizer, tmp_path)
     assert_all_moved(trainer.model, trainer.train)
@@ -182,6 +183,7 @@ def test_labels_of_token_classification_end_no_prompt(tokenizer, tmp_path, train
 # Question answering
 
 
+@pytest.mark.cell("Trainers: transformers", "QUESTION_ANS")
 def test_question_answering(tokenizer, tmp_path):
     model = get_peft_model(build("QUESTION_ANS"), LoreftConfig(task_type="QUESTION_ANS", r=4, positions="f2+l2"))
     rows = [{"input_ids": row, "start_positions": n % 4, "end_positions": n % 4 + 1} for n, row in enumerate(words())]
@@ -194,6 +196,7 @@ def test_question_answering(tokenizer, tmp_path):
 # Embeddings
 
 
+@pytest.mark.cell("Trainers: transformers", "FEATURE_EXTRACTION")
 def test_feature_extraction(tmp_path):
     config = LoreftConfig(task_type="FEATURE_EXTRACTION", r=4, positions="f1+l1")
     model = get_peft_model(build("FEATURE_EXTRACTION"), config)
@@ -222,6 +225,7 @@ def seq2seq(kind, positions="f2+l2"):
 
 
 @pytest.mark.parametrize("kind", SEQ2SEQ)
+@pytest.mark.cell("Trainers: transformers", "SEQ_2_SEQ_LM, encoder (T5, BART)")
 def test_seq2seq_trains(kind, tokenizer, tmp_path):
     model = seq2seq(kind)
     assert all(".encoder." in name for name in trainable(model))
@@ -287,6 +291,7 @@ def test_seq2seq_generates_what_teacher_forcing_says(kind, beams):
 
 
 @pytest.mark.parametrize("kind", SEQ2SEQ)
+@pytest.mark.cell("Trainers: transformers", "SEQ_2_SEQ_LM: `predict_with_generate`")
 def test_seq2seq_evaluates_by_generating(kind, tokenizer, tmp_path):
     """`predict_with_generate`, as summarisation and translation scripts do."""
     model = seq2seq(kind)

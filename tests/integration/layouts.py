@@ -1,0 +1,154 @@
+"""What two gloo processes run for `test_distributed.py`; results go to a file for each scenario and rank."""
+
+import contextlib
+import os
+import traceback
+
+import torch
+import torch.distributed as dist
+from conftest import VOCAB, build, randomise
+from peft import get_peft_model, get_peft_model_state_dict
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointWrapper,
+    apply_activation_checkpointing,
+)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from peft_reft import LoreftConfig
+
+WORLD, STEPS, PROMPTS = 2, 5, (7, 4)
+
+
+def batch(rank=None):
+    """Two rows a rank, with as many supervised tokens on each, so that the mean of means is the mean."""
+    ids = torch.randint(3, VOCAB, (2 * WORLD, 12), generator=torch.Generator().manual_seed(5))
+    labels = ids.clone()
+    for row in range(len(ids)):
+        labels[row, : PROMPTS[row % 2]] = -100
+    rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return rows if rank is None else {name: value[2 * rank : 2 * rank + 2] for name, value in rows.items()}
+
+
+NOTHING = torch.full((2, 4), -1)
+
+
+def adapted(**kwargs):
+    config = LoreftConfig(**{"task_type": "CAUSAL_LM", "r": 4, "positions": "f2+l2", **kwargs})
+    model = get_peft_model(build("llama"), config)
+    randomise(model)
+    return model
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def train(model, inputs, call=None, steps=STEPS):
+    """(gradients of the first step, adapter after the last) in full."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trainable.values(), lr=1e-2)
+    model.train()
+    first = None
+    for _ in range(steps):
+        (call or model)(**inputs).loss.backward()
+        if first is None:
+            first = {name: whole(p.grad).clone() for name, p in trainable.items()}
+        optimizer.step()
+        optimizer.zero_grad()
+    names = {name: name.replace("_checkpoint_wrapped_module.", "") for name in trainable}
+    return {names[n]: g for n, g in first.items()}, {names[n]: whole(p.detach()) for n, p in trainable.items()}
+
+
+def ddp(rank, tie="layer"):
+    model = adapted(tie=tie)
+    return train(model, batch(rank), DistributedDataParallel(model))
+
+
+def ddp_tied(rank):
+    return ddp(rank, tie="model")
+
+
+def ddp_nothing(rank):
+    model = adapted()
+    inputs = batch(rank) | ({"intervention_positions": NOTHING} if rank == 1 else {})
+    return train(model, inputs, DistributedDataParallel(model))
+
+
+def ddp_checkpointing(rank):
+    model = adapted()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return train(model, batch(rank), DistributedDataParallel(model))
+
+
+def fsdp(rank, checkpointing=None):
+    model = adapted()
+    base = model.get_base_model()
+    if checkpointing == "transformers":
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    elif checkpointing == "torch":
+        blocks = {id(block) for block in base.model.layers}
+        apply_activation_checkpointing(base, check_fn=lambda module: id(module) in blocks)
+        assert any(isinstance(module, CheckpointWrapper) for module in base.modules())
+    for block in base.model.layers:
+        fully_shard(block)
+    fully_shard(base)
+    gradients, adapter = train(model, batch(rank))
+    model.eval()
+    with torch.no_grad():
+        logits = model(**batch()).logits
+    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    full = {name.replace("_checkpoint_wrapped_module.", ""): tensor for name, tensor in full.items()}
+    saved = get_peft_model_state_dict(model, state_dict=full) if rank == 0 else {}
+    return gradients, adapter, logits, saved
+
+
+def fsdp_checkpointing(rank):
+    return fsdp(rank, "transformers")
+
+
+def fsdp_torch_checkpointing(rank):
+    return fsdp(rank, "torch")
+
+
+def fsdp_nothing(rank):
+    model = adapted()
+    base = model.get_base_model()
+    for block in base.model.layers:
+        fully_shard(block)
+    fully_shard(base)
+    return train(model, batch(rank) | ({"intervention_positions": NOTHING} if rank == 1 else {}))
+
+
+def tensor_parallel(rank):
+    """The base's own plan on two ranks: between blocks every rank has the whole hidden states."""
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(os.environ["TP_FOLDER"], tp_plan="auto")
+    assert any(isinstance(p, DTensor) or p.shape[0] < 48 for n, p in base.named_parameters() if "up_proj" in n)
+    build("llama")  # the random numbers that `adapted` takes
+    model = get_peft_model(base, LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2"))
+    randomise(model)
+    gradients, adapter = train(model, batch())
+    with torch.no_grad():
+        logits = whole(model.eval()(**batch()).logits)
+    return gradients, adapter, logits
+
+
+def run(rank, folder, port, scenarios):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    os.environ["LOCAL_RANK"] = str(rank)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    for name in scenarios:
+        torch.manual_seed(0)
+        try:
+            result = globals()[name](rank)
+        except Exception:
+            result = traceback.format_exc()
+        torch.save(result, f"{folder}/{name}-{rank}.pt")
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()
+    dist.destroy_process_group()
