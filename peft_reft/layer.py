@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -66,7 +66,7 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
         edits: list[Edit] = []
         for name in present:
             plan = self.plans[name]
-            index = self.state.index(plan)
+            index = self.state.index(plan, hidden.device)
             if index is None:
                 continue
             if hidden.numel() != index.shape[0] * index.shape[1] * hidden.shape[-1]:
@@ -120,14 +120,26 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # A block has no `weight`. Only the device is taken from its parameters: 4-bit weights are of type uint8.
         if device is None:
-            own = {id(parameter) for parameter in self.parameters()}
-            others = (p for p in self._block[0].parameters() if id(p) not in own)
-            device = next((parameter.device for parameter in others), None)
+            device = next((parameter.device for parameter in self._parameters_of_block()), None)
         if device is None or device.type == "meta" or adapter_name not in self.loreft_weights:
             return
         weights = self.loreft_weights[adapter_name]
         if not any(parameter.is_meta for parameter in weights.parameters()):
             weights.to(device)
+
+    def cast_to_base(self, adapter_name: str) -> None:
+        """Give an adapter's weights the type of the block's, as other methods do with `autocast_adapter_dtype=False`.
+
+        They are computed with in float32 all the same; R is orthonormal then only to the rounding of that type where
+        it is stored, and to 1e-5 where it computes and in a saved file.
+        """
+        dtype = next((p.dtype for p in self._parameters_of_block() if p.is_floating_point()), None)
+        if dtype is not None and adapter_name in self.loreft_weights:
+            self.loreft_weights[adapter_name].to(dtype)
+
+    def _parameters_of_block(self) -> Iterator[nn.Parameter]:
+        own = {id(parameter) for parameter in self.parameters()}
+        return (p for p in self._block[0].parameters() if id(p) not in own)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(MERGE_REASON)

@@ -112,6 +112,13 @@ class LoreftModel(BaseTuner):
             if not any(isinstance(module, LoreftLayer) for module in model.modules()):
                 detach(model)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for module in self.modules():
+                if isinstance(module, LoreftLayer):
+                    module.cast_to_base(adapter_name)
+
     def _create_and_replace(
         self,
         peft_config: LoreftConfig,

@@ -378,6 +378,10 @@ class PositionIndex:
     shape: tuple[int, int]
     """(batch, seq) of the batch these belong to."""
 
+    def to(self, device: torch.device) -> PositionIndex:
+        rows, mask = (None if tensor is None else tensor.to(device) for tensor in (self.rows, self.mask))
+        return replace(self, rows=rows, keep=self.keep.to(device), mask=mask)
+
 
 def arrange(slots: Tensor, seq: int, layout: Layout, groups: Layout, by: Arrangement) -> PositionIndex:
     """Pick `groups` out of a slot tensor laid out by `layout` and order it the way a layer's weights are tied.

@@ -91,10 +91,17 @@ class PositionState:
     def moment(self) -> tuple[Source | None, dict[Any, Any]]:
         return self._source, self._computed
 
-    def index(self, plan: LayerPlan) -> PositionIndex | None:
+    def index(self, plan: LayerPlan, device: torch.device) -> PositionIndex | None:
         """Positions for the running forward, or None if it edits none; computed once for all layers of one plan."""
-        if id(plan) in self._computed:  # by identity: a decode step asks once a layer, and a hash of `plan` costs more
-            return self._computed[id(plan)]
+        # By identity: a decode step asks once a layer, and a hash of `plan` costs more.
+        index = self._computed[id(plan)] if id(plan) in self._computed else self._compute(plan)
+        if index is None or index.keep.device == device:
+            return index
+        if (id(plan), device) not in self._computed:  # a model spread over several devices (`device_map`)
+            self._computed[id(plan), device] = index.to(device)
+        return self._computed[id(plan), device]
+
+    def _compute(self, plan: LayerPlan) -> PositionIndex | None:
         if self._source is None:
             raise RuntimeError(
                 "A module edited by LoReFT ran outside a forward of its model, so the positions of the prompt are "
@@ -281,7 +288,7 @@ def _note_prompts(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], exp
     past = int(cache.get_seq_length()) if cache is not None else 0
     mask = kwargs.get("attention_mask")
     if tokens is None:  # generation from the begin-of-sequence token alone, one row
-        real = torch.ones(1, 1, dtype=torch.bool, device=model.device)
+        real = torch.ones(1, 1, dtype=torch.bool)
     elif mask is not None:
         real = mask.bool()
     else:
@@ -295,7 +302,8 @@ def _note_prompts(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], exp
     rolls_back = kwargs.get("assistant_model") is not None or any(
         kwargs.get(name, getattr(settings, name, None)) for name in drafts
     )
-    return Generation(real.to(model.device), explicit, past, rolls_back)
+    # Not `model.device`, which is "meta" where weights are offloaded.
+    return Generation(real if tokens is None else real.to(tokens.device), explicit, past, rolls_back)
 
 
 def _infer_mask(model: Any, tokens: Tensor, kwargs: dict[str, Any]) -> Tensor:
