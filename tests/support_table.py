@@ -1,9 +1,12 @@
 """docs/support.md: what works with what, written from the results of the tests that carry the mark `cell`.
 
-`pytest -m cell --support-table docs/support.md` runs them and writes it. A test whose cell cannot work, and which
-asserts the error that says so, gives the reason: in the mark (`refused=...`), or by `record_property("refused", ...)`.
+`pytest --support-table -m cell` runs them, and keeps the results in docs/support.json: some tests need packages that do
+not go together, so that several environments add their rows (`make support-table`). A test whose cell cannot work, and
+which asserts the error that says so, gives the reason: in the mark (`refused=...`), or by
+`record_property("refused", ...)`.
 """
 
+import json
 import platform
 from collections import defaultdict
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +14,12 @@ from pathlib import Path
 
 import pytest
 
-TABLE = Path(__file__).parents[1] / "docs" / "support.md"
+DOCS = Path(__file__).parents[1] / "docs"
+TABLE, RESULTS = DOCS / "support.md", DOCS / "support.json"
+PACKAGES = [
+    *("torch", "transformers", "peft", "trl", "accelerate"),
+    *("bitsandbytes", "torchao", "optimum-quanto", "gptqmodel", "deepspeed"),
+]
 
 SECTIONS = {
     "Trainers: SFT": "TRL's `SFTTrainer`.",
@@ -30,20 +38,20 @@ SECTIONS = {
     "Generation": "Logits of every step equal those of one forward over prompt and completion.",
 }
 
-UNTRIED = [
-    (
-        "Quantised bases",
-        "GPTQ, AWQ",
-        "`gptqmodel` 7.7 refuses to build without CUDA and `autoawq` 0.2.9 needs Triton kernels of a GPU; neither "
-        "installs on the machine these tests run on. LoReFT reads no weight of the base: nothing is known against it.",
+UNTRIED = {
+    ("Quantised bases", "AWQ"): (
+        "`autoawq` 0.2.9 is no longer maintained and needs Triton kernels of a GPU. LoReFT reads no weight of the base."
     ),
-]
+    ("Device layouts", "several GPUs, `device_map` over them"): (
+        "no GPU where these tests run. Positions are moved to where each block's output is, which a test asserts."
+    ),
+}
 
 CELLS = pytest.StashKey[set]()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--support-table", type=Path, help="write the table of results of tests marked `cell` to a file")
+    parser.addoption("--support-table", action="store_true", help="add the results of tests marked `cell` to docs/")
 
 
 def cells_of(item):
@@ -67,12 +75,11 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_configure(config):
     if config.getoption("support_table") and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Writer(config.getoption("support_table")))
+        config.pluginmanager.register(Writer())
 
 
 class Writer:
-    def __init__(self, path):
-        self.path = path
+    def __init__(self):
         self.reports = defaultdict(list)
 
     def pytest_runtest_logreport(self, report):
@@ -82,15 +89,22 @@ class Writer:
                     self.reports[tuple(value)].append(report)
 
     def pytest_sessionfinish(self):
-        self.path.parent.mkdir(exist_ok=True)
-        self.path.write_text(render(self.reports), encoding="utf-8")
+        known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"versions": {}, "rows": []}
+        rows = {(row["section"], row["name"]): row for row in known["rows"]}
+        for (section, name), reports in self.reports.items():
+            if not any(report.skipped for report in reports):  # else another environment is to say
+                row = dict(section=section, name=name, verdict=verdict(reports), tests=len(reports))
+                rows[section, name] = row
+        versions = known["versions"] | installed() | {"Python": platform.python_version()}
+        results = {"versions": versions, "rows": [rows[key] for key in sorted(rows)]}
+        DOCS.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        TABLE.write_text(render(results), encoding="utf-8")
 
 
 def verdict(reports):
     if any(report.failed for report in reports):
         return "**FAILS**"
-    if any(report.skipped for report in reports):
-        return "not run here (a package is missing)"
     reasons = [[value for key, value in report.user_properties if key == "refused"] for report in reports]
     refused = list(dict.fromkeys(reason for found in reasons for reason in found))
     if not refused:
@@ -98,39 +112,29 @@ def verdict(reports):
     return ("" if all(reasons) else "works, but: ") + "error by design: " + "; ".join(refused)
 
 
-def render(reports):
-    names = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "torchao", "optimum-quanto")
+def installed():
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            pass
+    return found
+
+
+def render(results):
+    versions = ", ".join(f"{name} {number}" for name, number in sorted(results["versions"].items()))
     lines = [
         "# What works with what",
         "",
         "Written by `make support-table` from the results of the tests that carry the mark `cell`; do not edit.",
-        f"Python {platform.python_version()}, " + ", ".join(f"{name} {installed(name)}" for name in names) + "; CPU.",
+        f"{versions}; CPU.",
         "Tiny models with random weights. *Error by design* means: a test asserts the error, which says what to do.",
     ]
     for section, about in SECTIONS.items():
-        rows = [(name, found) for (of, name), found in reports.items() if of == section]
-        untried = [(name, why) for of, name, why in UNTRIED if of == section]
-        if not rows and not untried:
-            continue
         lines += ["", f"## {section}", ""] + ([about, ""] if about else [])
         lines += ["| | verdict | tests |", "|---|---|---|"]
-        lines += [f"| {name} | {verdict(found)} | {len(found)} |" for name, found in sorted(rows)]
-        lines += [f"| {name} | untried: {why} | 0 |" for name, why in untried]
+        rows = [row for row in results["rows"] if row["section"] == section]
+        lines += [f"| {row['name']} | {row['verdict']} | {row['tests']} |" for row in rows]
+        lines += [f"| {name} | untried: {why} | 0 |" for (of, name), why in UNTRIED.items() if of == section]
     return "\n".join(lines) + "\n"
-
-
-def installed(name):
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "(not installed)"
-
-
-def rows_of_table():
-    """(section, name) of every row of the committed table but the untried ones."""
-    section = ""
-    for line in TABLE.read_text(encoding="utf-8").splitlines():
-        if line.startswith("## "):
-            section = line[3:]
-        elif line.startswith("| ") and not line.startswith(("| |", "|---")) and "| untried: " not in line:
-            yield section, line[2:].partition(" | ")[0]

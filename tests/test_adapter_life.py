@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import VOCAB, build, randomise
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_file
 
 from peft_reft import LoreftConfig
 from peft_reft.runtime import ATTRIBUTE
@@ -223,6 +224,56 @@ def test_beside_lora(first):
             layer.enable_adapters(False)
     lora_only = logits(base)
     assert not torch.equal(both, lora_only) and not torch.equal(lora_only, expected)
+
+
+def lora():
+    return LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+
+
+def names(folder):
+    return {name.rpartition(".")[2] for name in load_file(folder / "adapter_model.safetensors")}
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
+@pytest.mark.cell("Beside LoRA", "saved and reloaded as two adapters: two `PeftModel`s, one on the other's base")
+def test_beside_lora_as_two_peft_models(tmp_path):
+    first = get_peft_model(build("llama"), lora()).eval()
+    lora_only = logits(first)
+    # A name of its own: PEFT saves everything on the model that goes by an adapter's name, of whatever method.
+    second = get_peft_model(first.get_base_model(), config(), adapter_name="second")
+    randomise(second)
+    both = logits(second.eval())
+    assert not torch.equal(both, lora_only)
+    with second.disable_adapter():  # PEFT's: the base without any adapter
+        assert torch.equal(logits(second), logits(build("llama")))
+    first.save_pretrained(tmp_path / "lora")
+    second.save_pretrained(tmp_path / "loreft")
+    assert names(tmp_path / "lora") == {"weight"} and names(tmp_path / "loreft/second") == {"R", "W", "b"}
+
+    base = PeftModel.from_pretrained(build("llama"), tmp_path / "lora").get_base_model()
+    assert torch.equal(logits(base), lora_only)
+    again = PeftModel.from_pretrained(base, tmp_path / "loreft/second", adapter_name="second")
+    assert torch.equal(logits(again), both)
+
+
+@pytest.mark.cell("Beside LoRA", "saved and reloaded as two adapters: transformers' `add_adapter`, `load_adapter`")
+def test_beside_lora_by_transformers_own_calls(tmp_path):
+    base = build("llama")
+    base.add_adapter(lora(), adapter_name="lora")
+    base.add_adapter(config(), adapter_name="loreft")
+    randomise(base)
+    base.set_adapter(["lora", "loreft"])
+    both = logits(base)
+    for name in ("lora", "loreft"):
+        base.set_adapter(name)
+        base.save_pretrained(tmp_path / name)
+    assert names(tmp_path / "lora") == {"weight"} and names(tmp_path / "loreft") == {"R", "W", "b"}
+
+    again = build("llama")
+    for name in ("lora", "loreft"):
+        again.load_adapter(tmp_path / name, adapter_name=name)
+    again.set_adapter(["lora", "loreft"])
+    assert torch.equal(logits(again), both)
 
 
 def test_a_new_adapter_on_an_unloaded_base():

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import socket
+import time
 import traceback
 
 import torch
@@ -137,10 +139,33 @@ def tensor_parallel(rank):
     return gradients, adapter, logits
 
 
-def run(rank, folder, port, scenarios):
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def finish(processes, seconds):
+    """Wait for all `processes` (of `spawn`); False if some did not end in time. Raises what one of them raised."""
+    end = time.monotonic() + seconds
+    try:
+        while not (done := processes.join(timeout=1)) and time.monotonic() < end:
+            pass
+        return done
+    finally:
+        for process in processes.processes:
+            process.kill()
+
+
+def join(rank, port, **environment):
+    """What a launcher tells a process."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    os.environ["LOCAL_RANK"] = str(rank)
+    os.environ |= {"LOCAL_RANK": str(rank), **environment}
     torch.set_num_threads(1)
+
+
+def run(rank, folder, port, scenarios):
+    join(rank, port)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     for name in scenarios:
         torch.manual_seed(0)

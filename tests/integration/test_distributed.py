@@ -1,7 +1,5 @@
 """Two processes on one CPU (gloo): the same gradients, the same adapter as in one."""
 
-import socket
-
 import pytest
 import torch
 from conftest import build
@@ -30,17 +28,12 @@ def results(tmp_path_factory):
     """(scenario) -> what each rank returned; an error of one of them fails the test that asks."""
     folder = tmp_path_factory.mktemp("ranks")
     build("llama").save_pretrained(folder / "base")
-    with socket.socket() as free, pytest.MonkeyPatch.context() as patch:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TP_FOLDER", str(folder / "base"))
-        context = torch.multiprocessing.spawn(
-            layouts.run, args=(str(folder), port, SCENARIOS), nprocs=layouts.WORLD, join=False
+        processes = torch.multiprocessing.spawn(
+            layouts.run, args=(str(folder), layouts.free_port(), SCENARIOS), nprocs=layouts.WORLD, join=False
         )
-        done = context.join(timeout=240)
-        for process in context.processes:
-            process.kill()
+        done = layouts.finish(processes, 240)
 
     def results(name):
         files = [folder / f"{name}-{rank}.pt" for rank in range(layouts.WORLD)]

@@ -238,6 +238,34 @@ def test_other_settings_train(make, pairs, loreft):
     assert moved(trainer) == set(adapter(trainer.model))
 
 
+@pytest.mark.parametrize("collate", [False, True], ids=["alone", "collator"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(dict(loss_type="dft"), marks=pytest.mark.cell("Trainers: SFT", "`loss_type='dft'`")),
+        pytest.param(dict(neftune_noise_alpha=5.0), marks=pytest.mark.cell("Trainers: SFT", "NEFTune")),
+    ],
+    ids=str,
+)
+def test_losses_and_noise_of_trl(make, pairs, settings, collate):
+    """They change the loss and leave the positions where they are: a prompt's edits still decide it."""
+    plain, other = make(pairs), make(pairs, collate=collate, **settings)
+    assert_same(adapter(other.model), adapter(plain.model))
+    batch = batch_of(other)
+    if "loss_type" in settings:  # NEFTune's noise is of the embeddings
+        with torch.no_grad():
+            found = other.compute_loss(other.model.eval(), dict(batch))
+            batch.pop("intervention_positions", None)
+            logits = plain.model.eval()(**batch).logits[:, :-1].log_softmax(-1)
+        labels = batch["labels"][:, 1:]
+        chosen = logits.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)[labels != -100]
+        torch.testing.assert_close(found, -(chosen.exp() * chosen).mean())
+    other.model.train()
+    curve, gradients, _ = run(other)
+    assert curve != run(plain)[0]
+    assert all(g is not None and g.abs().sum() > 0 for g in gradients[0].values())
+
+
 # Kinds of data
 
 
@@ -368,6 +396,16 @@ def test_split_documents_are_refused(make, collate):
     assert any(row["labels"][0] != -100 for row in trainer.train_dataset)
     with pytest.raises(ValueError, match=r"middle of a document.*packing_strategy='bfd'"):
         trainer.train()
+
+
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
+@pytest.mark.cell("Trainers: SFT", "truncation from the left (`truncation_mode='keep_end'`)")
+@pytest.mark.parametrize("collate", [False, True], ids=["alone", "collator"])
+def test_truncation_from_the_left(make, pairs, collate):
+    """What is left of a prompt is one to every forward; a row cut inside its answer has none."""
+    assert run(make(pairs, max_length=8, truncation_mode="keep_end", collate=collate))[0]
+    with pytest.raises(ValueError, match="No row of this training batch has a token for LoReFT to edit"):
+        make(pairs.select([2]), max_length=3, truncation_mode="keep_end", collate=collate).train()
 
 
 @pytest.mark.cell("Trainers: SFT", "truncation (`max_length`)")
