@@ -65,6 +65,13 @@ def modules_of_encoder(model: Any) -> set[int] | None:
     return {id(module) for module in model.get_encoder().modules()}
 
 
+def modules_of_decoder(model: Any) -> set[int] | None:
+    """Ids of the modules that an encoder-decoder model writes its answer with; None for any other model."""
+    if modules_of_encoder(model) is None:
+        return None
+    return {id(module) for module in model.get_decoder().modules()}
+
+
 def _text_config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config

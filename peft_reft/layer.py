@@ -66,7 +66,7 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
         edits: list[Edit] = []
         for name in present:
             plan = self.plans[name]
-            index = self.state.index(plan, hidden.device)
+            index = self.state.index(plan, hidden)
             if index is None:
                 continue
             if hidden.numel() != index.shape[0] * index.shape[1] * hidden.shape[-1]:

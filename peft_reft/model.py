@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import (
 )
 from torch import Tensor, nn
 
-from .architectures import Target, find_targets, modules_of_encoder, output_size
+from .architectures import Target, find_targets, modules_of_decoder, modules_of_encoder, output_size
 from .config import LoreftConfig
 from .interventions import INTERVENTIONS, Intervention, orthonormalise
 from .layer import CHILD, MERGE_REASON, LoreftLayer
@@ -60,12 +60,12 @@ class LoreftModel(BaseTuner):
                 if name and f".{CHILD}." not in f".{name}." and check_target_module_exists(peft_config, name)
             ]
             targets = [Target(name, layer, output_size(self.model, name)) for layer, name in enumerate(names)]
-        encoder = modules_of_encoder(self.model)
-        outside = [t.name for t in targets if encoder and id(self.model.get_submodule(t.name)) not in encoder]
+        encoder, self._decoder = modules_of_encoder(self.model), modules_of_decoder(self.model)
+        outside = [t.name for t in targets if encoder and not self._is_in(t.name, encoder | (self._decoder or set()))]
         if outside:
             raise ValueError(
-                f"target_modules names {', '.join(outside)}, outside the encoder of {type(self.model).__name__}. Only "
-                "modules of the encoder can be edited: positions count in its input."
+                f"target_modules names {', '.join(outside)}, in neither the encoder nor the decoder of "
+                f"{type(self.model).__name__}. Only modules of these can be edited: positions count in their inputs."
             )
         specs = peft_config.positions_by_layer(len(targets)) if targets else {}
         self._targets: dict[str, tuple[Target, Positions]] = {}
@@ -82,6 +82,9 @@ class LoreftModel(BaseTuner):
         self._shared: Intervention | None = None
         self._plans: dict[LayerPlan, LayerPlan] = {}
         return peft_config
+
+    def _is_in(self, name: str, modules: set[int]) -> bool:
+        return id(self.model.get_submodule(name)) in modules
 
     def _check_target_module_exists(self, peft_config: LoreftConfig, key: str) -> Any:
         # `exclude_modules` and `modules_to_save` are PEFT's to judge, on the names we chose.
@@ -144,7 +147,10 @@ class LoreftModel(BaseTuner):
             self._shared = intervention
         layer = getattr(target, CHILD, None)
         if layer is None:
-            layer = LoreftLayer(target, self._state)
+            in_decoder = self._decoder is not None and id(target) in self._decoder
+            state = self._state.decoder if in_decoder else self._state
+            assert state is not None
+            layer = LoreftLayer(target, state)
             target.add_module(CHILD, layer)
         plan = LayerPlan(peft_config.layout, spec.groups, by, peft_config.dropout)
         layer.update_layer(adapter_name, intervention, self._plans.setdefault(plan, plan))

@@ -18,21 +18,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .architectures import modules_of_encoder
 from .positions import Arrangement, Layout, PositionIndex, arrange
 from .sources import (
     CONTINUOUS_BATCHING,
-    NO_TOKENS,
+    IGNORED,
     POSITIONS,
     Derived,
     Explicit,
     Generation,
     Source,
     Step,
+    Unread,
     check_positions,
     is_matrix,
 )
 
 ATTRIBUTE = "peft_reft_state"
+
+Moment = list[tuple[Source | None, dict[Any, Any]]]
+"""Where a model's forward is, and its decoder's."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,17 @@ class LayerPlan:
 class PositionState:
     """Positions of the running forward. One object a base model, held by it and by all its LoReFT layers.
 
+    The decoder of an encoder-decoder model reads other tokens, and has a state of its own, `decoder`.
+
     Args:
         model: the base model; not kept.
         labels_mark_prompts: whether labels are one a token, -100 over the prompt (causal language models).
+        decoder: state of the model's decoder.
     """
 
-    def __init__(self, model: nn.Module, labels_mark_prompts: bool) -> None:
+    def __init__(self, model: nn.Module, labels_mark_prompts: bool, decoder: PositionState | None = None) -> None:
         self.labels_mark_prompts = labels_mark_prompts
+        self.decoder = decoder
         self.argument_names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._source: Source | None = None
         self._module: int | None = None
@@ -76,32 +85,47 @@ class PositionState:
         if self._module == id(module):
             self._source = self._module = None
             self._computed = {}
+            if self.decoder is not None:
+                self.decoder.end(module)
 
     @contextmanager
-    def recomputing(self, moment: tuple[Source | None, dict[Any, Any]]) -> Iterator[None]:
+    def recomputing(self, moment: Moment) -> Iterator[None]:
         """The state as it was at `moment`, for a part of that forward that activation checkpointing runs again."""
         now = self.moment
-        self._source, self._computed = moment
+        self._go_to(moment)
         try:
             yield
         finally:
-            self._source, self._computed = now
+            self._go_to(now)
 
     @property
-    def moment(self) -> tuple[Source | None, dict[Any, Any]]:
-        return self._source, self._computed
+    def moment(self) -> Moment:
+        mine = [(self._source, self._computed)]
+        return mine if self.decoder is None else mine + self.decoder.moment
 
-    def index(self, plan: LayerPlan, device: torch.device) -> PositionIndex | None:
-        """Positions for the running forward, or None if it edits none; computed once for all layers of one plan."""
+    def _go_to(self, moment: Moment) -> None:
+        self._source, self._computed = moment[0]
+        if self.decoder is not None:
+            self.decoder._go_to(moment[1:])
+
+    def index(self, plan: LayerPlan, hidden: Tensor) -> PositionIndex | None:
+        """Positions for the running forward, or None if it edits none; computed once for all layers of one plan.
+
+        Args:
+            plan: of the layer that asks.
+            hidden: what it edits, (batch, seq, d) or (batch * seq, d).
+        """
         # By identity: a decode step asks once a layer, and a hash of `plan` costs more.
-        index = self._computed[id(plan)] if id(plan) in self._computed else self._compute(plan)
-        if index is None or index.keep.device == device:
+        index = self._computed[id(plan)] if id(plan) in self._computed else self._compute(plan, hidden)
+        if index is None or index.keep.device == hidden.device:
             return index
-        if (id(plan), device) not in self._computed:  # a model spread over several devices (`device_map`)
-            self._computed[id(plan), device] = index.to(device)
-        return self._computed[id(plan), device]
+        if (id(plan), hidden.device) not in self._computed:  # a model spread over several devices (`device_map`)
+            self._computed[id(plan), hidden.device] = index.to(hidden.device)
+        return self._computed[id(plan), hidden.device]
 
-    def _compute(self, plan: LayerPlan) -> PositionIndex | None:
+    def _compute(self, plan: LayerPlan, hidden: Tensor) -> PositionIndex | None:
+        if isinstance(self._source, Unread):
+            self._source = self._source.read(hidden)
         if self._source is None:
             raise RuntimeError(
                 "A module edited by LoReFT ran outside a forward of its model, so the positions of the prompt are "
@@ -165,7 +189,9 @@ def attach(model: nn.Module, labels_mark_prompts: bool) -> PositionState:
     """Give `model` its state and hooks, and wrap its `generate`; if it has them already, return the state."""
     if (state := model.__dict__.get(ATTRIBUTE)) is not None:
         return state
-    state = PositionState(model, labels_mark_prompts)
+    has_decoder = modules_of_encoder(model) is not None
+    decoder = PositionState(model, labels_mark_prompts=True) if has_decoder else None
+    state = PositionState(model, labels_mark_prompts, decoder)
     for module in _entrances(model):
         hook = _before_forward if module is model else _before_encoder
         before = module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -190,43 +216,70 @@ def detach(model: nn.Module) -> None:
 
 def _entrances(model: Any) -> list[nn.Module]:
     """Modules whose forward begins a run over a prompt: `generate` calls the encoder, if there is one, by itself."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return [model, model.get_encoder()]
-    return [model]
+    return [model] if modules_of_encoder(model) is None else [model, model.get_encoder()]
 
 
 def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     state: PositionState = model.__dict__[ATTRIBUTE]
     positions = kwargs.pop(POSITIONS, None)
     given = {**dict(zip(state.argument_names, args)), **kwargs}
-    tokens = next((t for name in ("inputs_embeds", "input_ids") if (t := given.get(name)) is not None), None)
-    if tokens is None or "write_index" in kwargs:  # ... which only transformers' paged attention is given
-        state.begin(NO_TOKENS if tokens is None else CONTINUOUS_BATCHING, model)
+    if "write_index" in kwargs:  # which only transformers' paged attention is given
+        state.begin(CONTINUOUS_BATCHING, model)
         return args, kwargs
-    if model.training and torch.is_grad_enabled():
+    training = model.training and torch.is_grad_enabled()
+    if training:
         _wrap_checkpoint_functions(model, state)
-    shape = (tokens.shape[0], tokens.shape[1])
+    if state.decoder is not None:
+        step = positions if isinstance(positions, Step) else None
+        positions = None if step else positions
+        state.decoder.begin(step or _read_decoder(given, training), model)
+    tokens = next((t for name in ("inputs_embeds", "input_ids") if (t := given.get(name)) is not None), None)
     if isinstance(positions, Step):
-        positions.shape = shape
         state.begin(positions, model)
+    elif tokens is None:
+        state.begin(Unread(positions, given.get("attention_mask")), model)
     elif positions is not None:
+        shape = (tokens.shape[0], tokens.shape[1])
         state.begin(Explicit(check_positions(positions, shape).to(tokens.device), shape), model)
     else:
+        shape = (tokens.shape[0], tokens.shape[1])
         labels = given.get("labels")
-        labels = labels if state.labels_mark_prompts and is_matrix(labels, shape) else None
         state.begin(
             Derived(
                 tokens=tokens,
                 shape=shape,
                 attention_mask=given.get("attention_mask"),
                 position_ids=given.get("position_ids"),
-                labels=labels,
+                labels=labels if state.labels_mark_prompts and is_matrix(labels, shape) else None,
                 cache=given.get("past_key_values"),
-                needs_labels=state.labels_mark_prompts and model.training and torch.is_grad_enabled(),
+                needs_labels=state.labels_mark_prompts and training,
             ),
             model,
         )
     return args, kwargs
+
+
+def _read_decoder(given: dict[str, Any], training: bool) -> Source:
+    """Where the decoder's prompt is: what stands before the first token of the answer, a start token at the least."""
+    labels: Tensor | None = given.get("labels")
+    names = ("decoder_inputs_embeds", "decoder_input_ids")
+    tokens: Tensor | None = next((t for name in names if (t := given.get(name)) is not None), labels)
+    if tokens is None or tokens.ndim < 2:  # BART's classifiers read the prompt once more
+        tokens = given.get("input_ids")
+    if tokens is None:
+        return Unread(None, None)
+    shape = (tokens.shape[0], tokens.shape[1])
+    mask = given.get("decoder_attention_mask")
+    needs_labels = training and labels is None
+    if labels is not None and is_matrix(labels, shape):
+        # The label of a decoder's token is the token after it.
+        labels = F.pad(labels, (1, -1), value=IGNORED)
+        if mask is None:  # behind the last of them there is padding
+            mask = (labels != IGNORED).flip(1).cumsum(1).flip(1) > 0
+            mask[:, 0] = True
+    else:
+        labels = None
+    return Derived(tokens, shape, mask, None, labels, given.get("past_key_values"), needs_labels)
 
 
 def _before_encoder(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -248,16 +301,14 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     """`generate` of a model with LoReFT: notes the prompts, and hands each forward its positions."""
     explicit = kwargs.pop(POSITIONS, None)
     original: Callable[..., Any] = type(model).generate
-    if model.config.is_encoder_decoder:  # the prompt is the encoder's input
-        if explicit is None:
-            return original(model, *args, **kwargs)
-        hand_on = partial(_add_positions, positions=explicit)
-        handle = model.get_encoder().register_forward_pre_hook(hand_on, with_kwargs=True, prepend=True)
-        try:
-            return original(model, *args, **kwargs)
-        finally:
-            handle.remove()
-    generation = _note_prompts(model, args, kwargs, explicit)
+    handle = None
+    if modules_of_encoder(model) is not None:
+        generation = Generation(None, None, 0, False)
+        if explicit is not None:  # they count in the encoder's input
+            hand_on = partial(_add_positions, positions=explicit)
+            handle = model.get_encoder().register_forward_pre_hook(hand_on, with_kwargs=True, prepend=True)
+    else:
+        generation = _note_prompts(model, args, kwargs, explicit)
     outer = model.__dict__.get("prepare_inputs_for_generation")  # a draft model may be this model itself
     prepare = partial(_prepare_inputs, model, generation)
     # `generate` reads from the signature what the model can take (`inputs_embeds`).
@@ -266,6 +317,8 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return original(model, *args, **kwargs)
     finally:
+        if handle is not None:
+            handle.remove()
         if outer is None:
             model.__dict__.pop("prepare_inputs_for_generation", None)
         else:
@@ -274,7 +327,10 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _prepare_inputs(model: Any, generation: Generation, *args: Any, **kwargs: Any) -> dict[str, Any]:
     inputs = type(model).prepare_inputs_for_generation(model, *args, **kwargs)
-    tokens = inputs["inputs_embeds"] if inputs.get("inputs_embeds") is not None else inputs["input_ids"]
+    names = ("decoder_inputs_embeds", "decoder_input_ids", "inputs_embeds", "input_ids")
+    tokens = next(t for name in names if (t := inputs.get(name)) is not None)
+    if generation.real is None:  # a decoder's prompt is what it starts with
+        generation.real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     cache = next((c for name in ("past_key_values", "cache_params") if (c := inputs.get(name)) is not None), None)
     start = generation.advance(cache, tokens.shape[1])
     inputs[POSITIONS] = Step(generation, start, (tokens.shape[0], tokens.shape[1]))

@@ -20,6 +20,8 @@ from .positions import (
 )
 
 POSITIONS = "intervention_positions"
+IGNORED = -100
+"""The label of a token that is not trained on."""
 
 
 class Source(Protocol):
@@ -42,14 +44,34 @@ class Unknown:
         raise ValueError(self.reason)
 
 
-NO_TOKENS = Unknown(
-    "LoReFT edits tokens, but this forward has neither `input_ids` nor `inputs_embeds` (batch, seq) to say where they "
-    "are. Models that do not read text are not supported."
-)
 CONTINUOUS_BATCHING = Unknown(
     "LoReFT does not support continuous batching (`generate_batch`, cache_implementation='paged'): it packs pieces of "
     "several requests into one row, and the forward does not say where their prompts end. Use `generate`."
 )
+
+
+@dataclass
+class Unread:
+    """A forward that was given no text: an image, whose patches the first block that is edited will show."""
+
+    positions: Any
+    attention_mask: Any
+    shape: tuple[int, int] = (0, 0)
+
+    def read(self, hidden: Tensor) -> Source:
+        """What the hidden states of the first edited block say: (batch, seq, d), every one of them a prompt's token."""
+        if hidden.ndim != 3:
+            raise ValueError(
+                "LoReFT edits tokens, but this forward has neither `input_ids` nor `inputs_embeds` (batch, seq), and "
+                f"hidden states of shape {tuple(hidden.shape)} instead of (batch, seq, d) do not say where they are."
+            )
+        shape = (hidden.shape[0], hidden.shape[1])
+        if self.positions is not None:
+            return Explicit(check_positions(self.positions, shape).to(hidden.device), shape)
+        return Derived(hidden, shape, self.attention_mask, None, None, None, needs_labels=False)
+
+    def slots(self, layout: Layout) -> Tensor:
+        raise AssertionError("to be read first")
 
 
 @dataclass
@@ -84,8 +106,9 @@ class Derived:
             raise ValueError(
                 "LoReFT cannot tell where the prompts end: the model is in training, and got neither `labels` nor "
                 f"`{POSITIONS}`. (Label smoothing and `compute_loss_func` keep labels from the model.) Use the "
-                "collator `peft_reft.DataCollatorForLoreft(collator, config)`, or pass labels. (TRL's ORPO and CPO "
-                "allow neither: use positions of prefixes alone, such as 'f4'.)"
+                "collator `peft_reft.DataCollatorForLoreft(collator, config)`, or pass labels. (TRL's ORPO and CPO, "
+                "and the decoder of an encoder-decoder model, allow no collator: without labels, use positions of "
+                "prefixes alone, such as 'f4'.)"
             )
         if self.attention_mask is not None and not is_matrix(self.attention_mask, self.shape):
             got = tuple(self.attention_mask.shape) if isinstance(self.attention_mask, Tensor) else "no tensor"
@@ -130,7 +153,7 @@ def check_batch(layout: Layout, slots: Tensor, answers: Answers, labels: Tensor,
         ValueError: no row has a position to edit, or a row starts in the middle of a document.
     """
     real = answers.real
-    supervised = real & (labels != -100)
+    supervised = real & (labels != IGNORED)
     none_supervised = ~supervised.any()
     none_edited = ~(slots >= 0).any()
     first = real.long().argmax(1, keepdim=True)
@@ -177,8 +200,8 @@ class Generation:
     cache, and assisted decoding's first forward has candidates behind the prompt.
     """
 
-    real: Tensor
-    """(rows at entry, prompt length) bool."""
+    real: Tensor | None
+    """(rows at entry, prompt length) bool; None until the first step, for a decoder beside an encoder."""
     explicit: Tensor | None
     seen: int
     """Tokens in the cache."""
@@ -201,6 +224,7 @@ class Generation:
         """
         if layout in self._resolved:
             return self._resolved[layout]
+        assert self.real is not None
         length, width = self.real.shape[1], slots_per_answer(layout)
         open_groups = sum(group.count is None for group in layout)
         if self.explicit is None:
@@ -232,6 +256,7 @@ class Step:
 
     def slots(self, layout: Layout) -> Tensor | None:
         batch, seq = self.shape
+        assert self.generation.real is not None
         length = self.generation.real.shape[1]
         decoded = [group for group in layout if group.kind == "g"]
         if self.start >= length and all(group.count and self.start >= length + group.count for group in decoded):

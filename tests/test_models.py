@@ -285,11 +285,11 @@ def test_of_encoder_and_decoder_the_encoder_is_edited():
     assert edited == ["encoder.block.0.loreft", "encoder.block.1.loreft"]
 
 
-def test_a_target_in_the_decoder_of_an_encoder_decoder_is_refused():
-    t5 = T5ForConditionalGeneration(
-        T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=2, num_heads=2)
-    )
-    assert "decoder.block.0" in error(t5, task_type="SEQ_2_SEQ_LM", target_modules=["decoder.block.0"])
+def test_a_target_outside_the_encoder_and_the_decoder_is_refused():
+    sizes = dict(d_model=32, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=2, num_heads=2)
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, **sizes, tie_word_embeddings=False))
+    message = error(t5, task_type="SEQ_2_SEQ_LM", target_modules=["decoder.block.0", "lm_head"])
+    assert "names lm_head, in neither" in message
 
 
 def test_a_part_of_the_model_called_by_itself_says_that_positions_are_unknown():

@@ -35,10 +35,7 @@ def train(rank, folder, port, stage):
 
 @pytest.mark.parametrize(
     "stage",
-    [
-        pytest.param(n, marks=pytest.mark.cell("Device layouts", f"DeepSpeed ZeRO-{n}, 2 processes"))
-        for n in STAGES
-    ],
+    [pytest.param(n, marks=pytest.mark.cell("Device layouts", f"DeepSpeed ZeRO-{n}, 2 processes")) for n in STAGES],
 )
 def test_two_processes_train_as_one(stage, tmp_path, monkeypatch):
     pytest.importorskip("deepspeed")

@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from peft_reft import LoreftConfig
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")  # its own
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
+)  # its own
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,9 @@ def save_tokenizer(folder):
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(WordLevel({str(n): n for n in range(VOCAB)}, unk_token="0"))
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", unk_token="0", eos_token="2").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", unk_token="0", eos_token="2").save_pretrained(
+        folder
+    )
 
 
 @pytest.mark.cell("Quantised bases", "GPTQ, 4 bits (gptqmodel)")
@@ -70,7 +74,9 @@ def test_gptq(quantised, tmp_path):
     model.eval().save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(base(), tmp_path).eval()
     prompts = dict(input_ids=ids[:, :8], attention_mask=mask[:, :8])
-    rounding = dict(atol=1e-2, rtol=1e-2)  # gptqmodel takes other kernels once a model has trained, and computes in bf16
+    rounding = dict(
+        atol=1e-2, rtol=1e-2
+    )  # gptqmodel takes other kernels once a model has trained, and computes in bf16
     with torch.no_grad():
         logits = model(**prompts).logits
         torch.testing.assert_close(again(**prompts).logits, logits, **rounding)

@@ -288,18 +288,119 @@ def test_vision_blocks_as_many_as_text_blocks():
     assert edited == [f"model.language_model.layers.{layer}.loreft" for layer in range(LAYERS)]
 
 
-def test_a_model_without_tokens_says_that_it_needs_them():
-    """An image model: what is first and last in a grid of patches, no spec says."""
-    sizes = dict(VISION, num_hidden_layers=LAYERS, image_size=4, patch_size=2)
-    base = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes)).eval()
-    model = get_peft_model(base, LoreftConfig(r=R, positions=SPEC))
-    with pytest.raises((RuntimeError, ValueError), match="input_ids"):
-        model(pixel_values=torch.randn(2, 3, 4, 4))
+@pytest.mark.cell("Families", "ViT (every patch is a prompt's token, `f1` is CLS)")
+def test_images(tmp_path):
+    def base():
+        torch.manual_seed(0)
+        sizes = dict(VISION, num_hidden_layers=LAYERS, image_size=4, patch_size=2)
+        return transformers.ViTForImageClassification(transformers.ViTConfig(**sizes)).eval()
+
+    @torch.no_grad()
+    def first_block(model, **kwargs):
+        return model(pixel_values=pixels, output_hidden_states=True, **kwargs).hidden_states[1]
+
+    pixels = torch.randn(2, 3, 4, 4)
+    model = get_peft_model(base(), LoreftConfig(r=R, positions="f1+l2", modules_to_save=["classifier"]))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trainable.values(), lr=1e-2)
+    model.train()(pixel_values=pixels, labels=torch.tensor([0, 1])).loss.backward()
+    optimizer.step()
+    assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == set(trainable)
+
+    randomise(model.eval())
+    edited = first_block(model)
+    plain = first_block(base())
+    assert (edited != plain).any(-1).nonzero()[:, 1].tolist() == [0, 3, 4] * 2
+    given = torch.tensor([[0, 3, 4]] * 2)
+    assert torch.equal(first_block(model.get_base_model(), intervention_positions=given), edited)
     with model.disable_adapter():
+        assert torch.equal(first_block(model), plain)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(first_block(PeftModel.from_pretrained(base(), tmp_path)), edited)
+    assert torch.equal(first_block(model.unload()), plain)
+
+
+def test_a_model_whose_hidden_states_are_no_rows_of_tokens_says_so():
+    class Convolution(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = torch.nn.Conv2d(3, 8, 1)
+            self.config = transformers.PretrainedConfig(hidden_size=8)
+
+        def forward(self, pixel_values):
+            return self.block(pixel_values)
+
+    model = get_peft_model(Convolution(), LoreftConfig(r=R, target_modules=["block"]))
+    with pytest.raises(ValueError, match=r"neither `input_ids` nor `inputs_embeds`.*\(2, 8, 4, 4\)"):
         model(pixel_values=torch.randn(2, 3, 4, 4))
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f.task == "SEQ_2_SEQ_LM"], ids=lambda family: family.name)
+SEQ2SEQ = [f for f in FAMILIES if f.task == "SEQ_2_SEQ_LM"]
+DECODER = {"T5": r"decoder\.block\.\d+", "Bart": r"model\.decoder\.layers\.\d+"}
+
+
+@pytest.mark.parametrize("spec", ["f1", "l1+g2", "g", "all"])
+@pytest.mark.parametrize("family", SEQ2SEQ, ids=lambda family: family.name)
+@pytest.mark.cell("Families", "{family.name}: decoder, by `target_modules`")
+def test_decoder_on_request(family, spec, tmp_path):
+    """Its prompt is what it starts with, its answer what it generates."""
+    model = adapted(family, positions=spec, target_modules=DECODER[family.name])
+    edited = [name for name, _ in model.get_base_model().named_modules() if name.endswith(".loreft")]
+    assert len(edited) == LAYERS and all("decoder." in name for name in edited)
+    assert_trains(model, family)
+    randomise(model)
+    batch = inputs(family, prompts(family, [9, 6]), "right")
+    settings = dict(max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    for cache in (True, False):
+        out = model.eval().generate(**batch, **settings, use_cache=cache)
+        labels = torch.cat([out.sequences[:, 1:-1], out.sequences[:, -1:]], 1)
+        with torch.no_grad():
+            forced = model(**batch, decoder_input_ids=out.sequences[:, :-1], labels=labels).logits
+            with model.disable_adapter():
+                plain = model(**batch, decoder_input_ids=out.sequences[:, :-1]).logits
+        torch.testing.assert_close(torch.stack(out.logits, 1), forced, atol=2e-5, rtol=1e-4)
+        assert (forced - plain).abs().max() > 1e-3
+    beams = model.generate(**batch, **settings | dict(output_logits=False, output_scores=True), num_beams=2)
+    assert beams.sequences.shape == (2, NEW + 1)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(family.build(), tmp_path)
+    assert torch.equal(loaded.generate(**batch, **settings).sequences, out.sequences)
+
+
+@pytest.mark.parametrize("family", SEQ2SEQ, ids=lambda family: family.name)
+def test_decoder_edits_tokens_before_and_after_the_first_label(family):
+    """Columns of the decoder's input: the start token, then the labels one later; none of the padding behind them."""
+    model = adapted(family, positions="l1+g", target_modules=DECODER[family.name]).eval()
+    randomise(model)
+    labels = torch.tensor([[5, 6, 7, 8], [5, 6, -100, -100]])
+    block = model.get_base_model().get_submodule(edited_blocks(model)[0])
+    seen = {}
+    block.register_forward_hook(lambda m, a, out: seen.update(after=out[0] if isinstance(out, tuple) else out))
+    batch = inputs(family, prompts(family, [9, 6]), "right")
+    with torch.no_grad():
+        model(**batch, labels=labels)
+        after = seen["after"].clone()
+        with model.disable_adapter():
+            model(**batch, labels=labels)
+    changed = (after != seen["after"]).any(-1)
+    assert changed.tolist() == [[True] * 4, [True, True, True, False]]
+
+
+def edited_blocks(model):
+    return [n.removesuffix(".loreft") for n, _ in model.get_base_model().named_modules() if n.endswith(".loreft")]
+
+
+def test_decoder_without_labels_is_refused_in_training():
+    family = SEQ2SEQ[0]
+    batch = inputs(family, prompts(family, [9, 6]), "right") | decoder(family)
+    model = adapted(family, positions="l1", target_modules=DECODER[family.name]).train()
+    with pytest.raises(ValueError, match="decoder of an encoder-decoder model"):
+        model(**batch)
+    adapted(family, positions="f1", target_modules=DECODER[family.name]).train()(**batch)
+
+
+@pytest.mark.parametrize("family", SEQ2SEQ, ids=lambda family: family.name)
 def test_explicit_positions_reach_the_encoder_in_generate(family):
     model = adapted(family).eval()
     randomise(model)

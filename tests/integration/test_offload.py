@@ -100,7 +100,7 @@ def test_positions_follow_the_hidden_states_to_another_device():
     spec = Positions.parse("f2")
     plan = LayerPlan(spec.groups, spec.groups, "all", 0.0)
     state.begin(Explicit(torch.tensor([[0, 1]]), (1, 4)), torch.nn.Identity())
-    elsewhere = torch.device("meta")
-    here, there = state.index(plan, CPU), state.index(plan, elsewhere)
-    assert here.rows.device == CPU and there.rows.device == there.keep.device == elsewhere
+    elsewhere = torch.empty(1, 4, 8, device="meta")
+    here, there = state.index(plan, torch.empty(1, 4, 8)), state.index(plan, elsewhere)
+    assert here.rows.device == CPU and there.rows.device == there.keep.device == elsewhere.device
     assert state.index(plan, elsewhere) is there  # moved once for all layers of that device
