@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 SMOLLM2 = outputs/SmolLM2-135M-Instruct
 
-.PHONY: quickstart test test-slow check format clean
+.PHONY: quickstart test test-slow test-extras test-oldest support-table check format clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,8 +25,43 @@ quickstart: $(BIN)/.installed $(SMOLLM2)/model.safetensors
 test: $(BIN)/.installed
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
+# The whole matrix of docs/support.md but for `test-extras`.
 test-slow: $(BIN)/.installed $(SMOLLM2)/model.safetensors
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "slow or cell" $(ARGS)
+
+# GPTQ and DeepSpeed, which do not go together with the newest numpy.
+$(VENV)-extras/.installed: pyproject.toml constraints.txt constraints-extras.txt
+	$(PYTHON) -m venv $(VENV)-extras
+	grep -v "^numpy" constraints.txt | cat - constraints-extras.txt > $(VENV)-extras/constraints.txt
+	$(VENV)-extras/bin/python -m pip install -q -c $(VENV)-extras/constraints.txt torch setuptools wheel ninja
+	$(VENV)-extras/bin/python -m pip install -q -c $(VENV)-extras/constraints.txt -e ".[test]"
+	DS_BUILD_OPS=0 $(VENV)-extras/bin/python -m pip install -q -c $(VENV)-extras/constraints.txt \
+		--no-build-isolation gptqmodel optimum deepspeed
+	@touch $@
+
+test-extras: $(VENV)-extras/.installed
+	GPTQMODEL_CPU_WORKERS=2 $(VENV)-extras/bin/python -m pytest tests/extras $(ARGS)
+
+# The lower bounds of pyproject.toml. PyPI's torch 2.6 brings CUDA along: several GB. Left out is what older versions
+# cannot do themselves: DeepSeek-V3 with padding (transformers 5.16 mended it), FSDP2 on a CPU and an exit without a word
+# (torch 2.6); and the table, which is that of the newest.
+$(VENV)-oldest/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install -q -c constraints-oldest.txt torch setuptools
+	$(VENV)-oldest/bin/python -m pip install -q -c constraints-oldest.txt -e ".[trl]" pytest pytest-xdist hypothesis gguf
+	@touch $@
+
+test-oldest: $(VENV)-oldest/.installed
+	$(VENV)-oldest/bin/python -m pytest -n 2 -W default \
+		--deselect "tests/integration/test_families.py::test_family[DeepseekV3]" -k "not fsdp" \
+		--ignore tests/test_support_table.py --ignore tests/integration/test_quantised.py --ignore tests/extras \
+		--deselect tests/test_registration.py::test_import_is_silent_and_needs_no_trainer $(ARGS)
+
+# docs/support.md and .json, from the results of the tests.
+support-table: $(BIN)/.installed $(VENV)-extras/.installed
+	rm -f docs/support.json
+	$(BIN)/python -m pytest -n 2 -m cell --support-table
+	GPTQMODEL_CPU_WORKERS=2 $(VENV)-extras/bin/python -m pytest tests/extras -m cell --support-table
 
 check: $(BIN)/.installed
 	$(BIN)/ruff check .
@@ -38,4 +73,4 @@ format: $(BIN)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-extras $(VENV)-oldest outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

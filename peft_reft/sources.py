@@ -59,7 +59,7 @@ class Unread:
     shape: tuple[int, int] = (0, 0)
 
     def read(self, hidden: Tensor) -> Source:
-        """What the hidden states of the first edited block say: (batch, seq, d), every one of them a prompt's token."""
+        """What hidden states (batch, seq, d) of the first edited block say: every one of them is a prompt's token."""
         if hidden.ndim != 3:
             raise ValueError(
                 "LoReFT edits tokens, but this forward has neither `input_ids` nor `inputs_embeds` (batch, seq), and "

@@ -1,11 +1,12 @@
 """docs/support.md: what works with what, written from the results of the tests that carry the mark `cell`.
 
-`pytest --support-table -m cell` runs them, and keeps the results in docs/support.json: some tests need packages that do
-not go together, so that several environments add their rows (`make support-table`). A test whose cell cannot work, and
-which asserts the error that says so, gives the reason: in the mark (`refused=...`), or by
+`pytest --support-table -m cell` runs them, and keeps the results in docs/support.json: some tests need packages that
+do not go together, so that several environments add their rows (`make support-table`). A test whose cell cannot work,
+and which asserts the error that says so, gives the reason: in the mark (`refused=...`), or by
 `record_property("refused", ...)`.
 """
 
+import contextlib
 import json
 import platform
 from collections import defaultdict
@@ -40,7 +41,7 @@ SECTIONS = {
 
 UNTRIED = {
     ("Quantised bases", "AWQ"): (
-        "`autoawq` 0.2.9 is no longer maintained and needs Triton kernels of a GPU. LoReFT reads no weight of the base."
+        "`autoawq` 0.2.9 is no longer maintained and needs Triton kernels of a GPU. LoReFT reads no weight of a base."
     ),
     ("Device layouts", "several GPUs, `device_map` over them"): (
         "no GPU where these tests run. Positions are moved to where each block's output is, which a test asserts."
@@ -115,10 +116,8 @@ def verdict(reports):
 def installed():
     found = {}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            pass
     return found
 
 

@@ -285,6 +285,7 @@ def test_of_encoder_and_decoder_the_encoder_is_edited():
     assert edited == ["encoder.block.0.loreft", "encoder.block.1.loreft"]
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
 def test_a_target_outside_the_encoder_and_the_decoder_is_refused():
     sizes = dict(d_model=32, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=2, num_heads=2)
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, **sizes, tie_word_embeddings=False))

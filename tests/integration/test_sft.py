@@ -269,6 +269,7 @@ def test_losses_and_noise_of_trl(make, pairs, settings, collate):
 # Kinds of data
 
 
+@pytest.mark.cell("Trainers: SFT", "prompt-completion, conversational (the chat template adds tokens)")
 def test_conversations_of_one_turn(make, chat_pairs, tokenizer):
     """The edited tokens are those that frame the user's words."""
     plain = run(make(chat_pairs))
@@ -280,6 +281,7 @@ def test_conversations_of_one_turn(make, chat_pairs, tokenizer):
     assert run(trainer)[0] == plain[0]
 
 
+@pytest.mark.cell("Trainers: SFT", "multi-turn chats (`assistant_only_loss=True`)")
 def test_chats_of_several_turns(make, chats):
     """`l` stands before every answer of the assistant, `f` at the start of the chat alone."""
     plain = run(make(chats, assistant_only_loss=True))
