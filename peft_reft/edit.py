@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .interventions import apply_factors, without_autocast
+from .interventions import inner_of, without_autocast
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Edit:
     """``keep · Bᵀ(A h + b)``, to be added at some tokens. Float32 but for `rows`."""
 
     rows: Tensor | None
-    """(n,) or (G, n) int64 into the tokens; None: all of them, in order."""
+    """(n,) or (G, n) int64 into the tokens; None: all of them, in order, in G equal parts if there are G factors."""
     keep: Tensor
     """(n, 1) or (G, n, 1): 0 drops an empty slot; or (n, d) with dropout."""
     a: Tensor | None
@@ -75,9 +75,14 @@ class _AddEdits(torch.autograd.Function):
         saved: list[Tensor | None] = []
         added = []
         for edit in edits:
-            h = _gather(flat, edit.rows).float()
-            inner, change = apply_factors(h, edit.a, edit.b, edit.bias)
-            added.append((change * edit.keep).to(flat.dtype))
+            h = _gather(flat, edit.rows, edit.b).float()
+            inner = inner_of(h, edit.a, edit.bias)
+            if _is_thin(edit.keep):
+                inner = inner * edit.keep
+                change = inner @ edit.b
+            else:
+                change = inner @ edit.b * edit.keep
+            added.append(change.to(flat.dtype))
             saved += [edit.rows, edit.keep, edit.a, edit.b, None if edit.a is None else h, inner]
         ctx.save_for_backward(*saved)
         if in_place:
@@ -103,8 +108,12 @@ class _AddEdits(torch.autograd.Function):
         out: list[Tensor | None] = []
         for which in range(len(saved) // 6):
             rows, keep, a, b, h, inner = saved[6 * which : 6 * which + 6]
-            g = _gather(flat, rows).float() * keep
-            g_inner = g @ b.mT
+            g = _gather(flat, rows, b).float()
+            if _is_thin(keep):
+                g_inner = g @ b.mT * keep
+            else:
+                g = g * keep
+                g_inner = g @ b.mT
             g_a = None if a is None else g_inner.mT @ h
             out += [None, None, g_a, inner.mT @ g, g_inner.sum(-2)]
             if grad_hidden is not None and a is not None:
@@ -112,13 +121,24 @@ class _AddEdits(torch.autograd.Function):
         return grad_hidden, None, *out
 
 
-def _gather(flat: Tensor, rows: Tensor | None) -> Tensor:
+def _is_thin(keep: Tensor) -> bool:
+    """Whether `keep` is the same for all of a token's d elements: then it may as well act on r of them."""
+    return keep.shape[-1] == 1
+
+
+def _gather(flat: Tensor, rows: Tensor | None, b: Tensor) -> Tensor:
     """(n, d) or (G, n, d)."""
-    return flat if rows is None else flat.index_select(0, rows.flatten()).view(*rows.shape, flat.shape[-1])
+    if rows is None:
+        return flat if b.ndim == 2 else flat.unflatten(0, (len(b), -1))
+    if rows.ndim == 1:
+        return flat.index_select(0, rows)
+    return flat.index_select(0, rows.flatten()).view(*rows.shape, flat.shape[-1])
 
 
 def _scatter_add(flat: Tensor, rows: Tensor | None, change: Tensor) -> None:
     if rows is None:
-        flat.add_(change)
+        flat.add_(change.view_as(flat))
+    elif rows.ndim == 1:
+        flat.index_add_(0, rows, change)
     else:
         flat.index_add_(0, rows.flatten(), change.flatten(0, -2))

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, final
 
@@ -29,6 +30,8 @@ import torch
 from torch import Tensor, nn
 
 InitWeights = bool | Literal["paper"]
+Factors = tuple[Tensor | None, Tensor, Tensor]
+"""A, B and b of ``edit(h) = Bᵀ(A h + b)``, float32."""
 
 _TOLERANCE = 4e-6
 """Largest |L − I|, about half of |RRᵀ − I|, that counts as orthonormal: above what QR leaves in fp32 (4e-7), below the
@@ -105,9 +108,15 @@ def apply_factors(h: Tensor, a: Tensor | None, b: Tensor, bias: Tensor) -> tuple
     Returns:
         (..., n, r) and (..., n, d).
     """
-    inner = bias.unsqueeze(-2)
-    inner = inner.expand(*h.shape[:-1], -1) if a is None else h @ a.mT + inner
+    inner = inner_of(h, a, bias)
     return inner, inner @ b
+
+
+def inner_of(h: Tensor, a: Tensor | None, bias: Tensor) -> Tensor:
+    """``A h + b``, (..., n, r), of what `apply_factors` takes."""
+    if a is None:
+        return bias.unsqueeze(-2).expand(*h.shape[:-1], -1)
+    return torch.addmm(bias, h, a.mT) if h.ndim == 2 else h @ a.mT + bias.unsqueeze(-2)
 
 
 class Intervention(nn.Module, ABC):
@@ -148,14 +157,19 @@ class Intervention(nn.Module, ABC):
         for name in self.parameter_names:
             shape = (*lead, r) if name.islower() else (*lead, r, d)
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
-        self._factors: tuple[tuple[tuple[int, int], ...], tuple[Tensor | None, Tensor, Tensor]] | None = None
+        self._factors: tuple[tuple[tuple[int, int], ...], Factors] | None = None
         if not any(parameter.is_meta for parameter in self.parameters()):
             with torch.no_grad():
                 self.reset_parameters(init_weights)
 
+    @staticmethod
     @abstractmethod
-    def factors(self) -> tuple[Tensor | None, Tensor]:
-        """A and B of ``edit(h) = Bᵀ(A h + b)``, each (..., r, d) float32; A is None where the formula has none."""
+    def factors(p: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor]:
+        """A and B of ``edit(h) = Bᵀ(A h + b)``, each (..., r, d) float32; A is None where the formula has none.
+
+        Args:
+            p: the parameters by name, in float32, `R` with orthonormal rows.
+        """
 
     @abstractmethod
     def reset_parameters(self, init_weights: InitWeights) -> None:
@@ -173,39 +187,32 @@ class Intervention(nn.Module, ABC):
         with without_autocast(h.device.type):
             return apply_factors(h.float(), *self.current_factors())[1]
 
-    def current_factors(self) -> tuple[Tensor | None, Tensor, Tensor]:
+    @property
+    def trains(self) -> bool:
+        """Whether what is computed now is differentiated by the parameters."""
+        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
+
+    def current_factors(self) -> Factors:
         """A, B and b in float32; without gradients they are computed once and kept."""
-        parameters = list(self.parameters())
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
+        if self.trains:
             self._factors = None
-            return (*self.factors(), self._float("b"))
+            return factors_of([self])[0]
         if torch.compiler.is_compiling():  # a key that reads pointers cannot be traced
-            return self._factors[1] if self._factors else (*self.factors(), self._float("b"))
+            return self._factors[1] if self._factors else factors_of([self])[0]
+        parameters = list(self.parameters())
         # Some optimisers (bitsandbytes, DeepSpeed) write through raw pointers or `.data`, unseen by `_version`. They
         # run between forwards with gradients and calls of `train()` or `eval()`; all these drop what is kept here.
         if any(parameter.is_inference() for parameter in parameters):  # made in inference mode: no version to ask for
-            return (*self.factors(), self._float("b"))
+            return factors_of([self])[0]
         key = tuple((parameter.data_ptr(), parameter._version) for parameter in parameters)
         if self._factors is None or self._factors[0] != key:
             with torch.no_grad():
-                self._factors = (key, (*self.factors(), self._float("b")))
+                self._factors = (key, factors_of([self])[0])
         return self._factors[1]
-
-    def _float(self, name: str) -> Tensor:
-        return getattr(self, name).float()
 
     def rotation(self) -> Tensor:
         """R, (..., r, d) float32 with orthonormal rows to 1e-5, differentiable in the parameter."""
-        stored = self.R
-        pull_back = (
-            stored.requires_grad
-            and torch.is_grad_enabled()
-            and stored.dtype == torch.float32
-            # A sharded parameter (FSDP, ZeRO-3) is a temporary copy here: writing to it would be lost, or worse, kept.
-            and not torch.distributed.is_initialized()
-            and not torch.compiler.is_compiling()
-        )
-        return _Orthonormalise.apply(stored.float(), pull_back)
+        return _Orthonormalise.apply(self.R.float(), pulls_back(self.R))
 
     def train(self, mode: bool = True) -> Intervention:
         self._factors = None
@@ -226,15 +233,48 @@ class Intervention(nn.Module, ABC):
                 getattr(self, name).uniform_(-bound, bound)
 
 
+def pulls_back(stored: Tensor) -> bool:
+    """Whether computing with the parameter `stored` of R also brings it back onto the manifold."""
+    return (
+        stored.requires_grad
+        and torch.is_grad_enabled()
+        and stored.dtype == torch.float32
+        # A sharded parameter (FSDP, ZeRO-3) is a temporary copy here: writing to it would be lost, or worse, kept.
+        and not torch.distributed.is_initialized()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def factors_of(interventions: Sequence[Intervention]) -> list[Factors]:
+    """A, B and b of interventions of one formula, shape and type, differentiable in their parameters.
+
+    Several are computed side by side: one stacked decomposition costs hardly more than one of a single R.
+    """
+    first = interventions[0]
+    if len(interventions) == 1:
+        p = {name: first.rotation() if name == "R" else getattr(first, name).float() for name in first.parameter_names}
+        return [(*first.factors(p), p["b"])]
+    p = {name: torch.stack([getattr(each, name) for each in interventions]).float() for name in first.parameter_names}
+    if "R" in p:
+        stored = [each.R for each in interventions]
+        pull_back = pulls_back(stored[0])
+        p["R"] = _Orthonormalise.apply(p["R"], pull_back)
+        if pull_back:
+            for parameter, r in zip(stored, p["R"].detach()):
+                parameter.data.copy_(r)
+    a, b = first.factors(p)
+    return list(zip([None] * len(interventions) if a is None else a.unbind(), b.unbind(), p["b"].unbind()))
+
+
 @final
 class LoReFT(Intervention):
     """Rᵀ(Wh + b − Rh); paper, eq. 2. Parameters: 2·r·d + r."""
 
     parameter_names = ("R", "W", "b")
 
-    def factors(self) -> tuple[Tensor | None, Tensor]:
-        rotation = self.rotation()
-        return self._float("W") - rotation, rotation
+    @staticmethod
+    def factors(p: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor]:
+        return p["W"] - p["R"], p["R"]
 
     def reset_parameters(self, init_weights: InitWeights) -> None:
         self._random_rotation("R")
@@ -250,9 +290,9 @@ class NoReFT(Intervention):
 
     parameter_names = ("W1", "W2", "b")
 
-    def factors(self) -> tuple[Tensor | None, Tensor]:
-        w2 = self._float("W2")
-        return self._float("W1") - w2, w2
+    @staticmethod
+    def factors(p: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor]:
+        return p["W1"] - p["W2"], p["W2"]
 
     def reset_parameters(self, init_weights: InitWeights) -> None:
         self._linear("W2")
@@ -268,8 +308,9 @@ class DiReFT(Intervention):
 
     parameter_names = ("R", "W", "b")
 
-    def factors(self) -> tuple[Tensor | None, Tensor]:
-        return self._float("W"), self.rotation()
+    @staticmethod
+    def factors(p: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor]:
+        return p["W"], p["R"]
 
     def reset_parameters(self, init_weights: InitWeights) -> None:
         self._random_rotation("R")
@@ -285,8 +326,9 @@ class NoDiReFT(Intervention):
 
     parameter_names = ("W1", "W2", "b")
 
-    def factors(self) -> tuple[Tensor | None, Tensor]:
-        return self._float("W1"), self._float("W2")
+    @staticmethod
+    def factors(p: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor]:
+        return p["W1"], p["W2"]
 
     def reset_parameters(self, init_weights: InitWeights) -> None:
         self._linear("W2")
@@ -302,9 +344,9 @@ class ConsReFT(Intervention):
 
     parameter_names = ("R", "b")
 
-    def factors(self) -> tuple[Tensor | None, Tensor]:
-        rotation = self.rotation()
-        return -rotation, rotation
+    @staticmethod
+    def factors(p: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor]:
+        return -p["R"], p["R"]
 
     def reset_parameters(self, init_weights: InitWeights) -> None:
         self._random_rotation("R")
@@ -319,8 +361,9 @@ class LobiReFT(Intervention):
 
     parameter_names = ("R", "b")
 
-    def factors(self) -> tuple[Tensor | None, Tensor]:
-        return None, self.rotation()
+    @staticmethod
+    def factors(p: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor]:
+        return None, p["R"]
 
     def reset_parameters(self, init_weights: InitWeights) -> None:
         self._random_rotation("R")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .edit import Edit, add_edits, may_change
-from .interventions import Intervention
+from .interventions import Factors, Intervention
 from .positions import PositionIndex
 from .runtime import LayerPlan, PositionState
 
@@ -35,6 +35,7 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
         self.loreft_weights = nn.ModuleDict()
         self.plans: dict[str, LayerPlan] = {}
         self.state = state
+        state.layers.append(self)
         self._block = (block,)  # in a tuple, or it would be registered as a child of its own child
         # `prepend`: transformers' recorder of hidden states is a hook too, and must see the edited ones.
         self._handle = block.register_forward_hook(_edit_output, prepend=True)
@@ -58,63 +59,74 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters:
             return output
-        wanted = cast(Iterable[str], self.active_adapters) if adapter_names is None else dict.fromkeys(adapter_names)
-        present = [name for name in wanted if name in self.plans]
-        if not present:
-            return output
         hidden = output[0] if isinstance(output, tuple) else output
-        edits: list[Edit] = []
-        for name in present:
-            plan = self.plans[name]
-            index = self.state.index(plan, hidden)
-            if index is None:
-                continue
-            if hidden.numel() != index.shape[0] * index.shape[1] * hidden.shape[-1]:
-                raise ValueError(
-                    f"LoReFT was given positions for a batch of {index.shape[0]} x {index.shape[1]} tokens, but the "
-                    f"module it edits returned hidden states of shape {tuple(hidden.shape)}."
-                )
-            chosen = None if adapter_names is None else self._rows(name, adapter_names, index, hidden.device)
-            edits += self._edits(cast(Intervention, self.loreft_weights[name]), plan, index, chosen)
-        if not edits:
+        wanted = cast(Iterable[str], self.active_adapters) if adapter_names is None else dict.fromkeys(adapter_names)
+        found: list[tuple[str, LayerPlan, PositionIndex]] = []
+        for name in wanted:
+            if name in self.plans and (index := self.state.index(self.plans[name], hidden)) is not None:
+                found.append((name, self.plans[name], index))
+        if not found:
             return output
+        batch, seq = found[0][2].shape
+        if hidden.numel() != batch * seq * hidden.shape[-1]:
+            raise ValueError(
+                f"LoReFT was given positions for a batch of {batch} x {seq} tokens, but the module it edits returned "
+                f"hidden states of shape {tuple(hidden.shape)}."
+            )
+        if adapter_names is None:
+            edits = [edit for name, plan, index in found for edit in self._edits(name, plan, index)]
+        else:
+            edits = self._edits_by_row(found, self.state.names_of_rows(adapter_names, batch))
         edited = add_edits(hidden, edits, may_change(hidden, inputs))
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
-    def _edits(
-        self, weights: Intervention, plan: LayerPlan, index: PositionIndex, chosen: Tensor | None
-    ) -> list[Edit]:
-        """One adapter's edits; `chosen` (batch * seq,) limits them to some tokens."""
-        a, b, bias = weights.current_factors()
-        if index.mask is None:
-            assert index.rows is not None
-            keep = index.keep if chosen is None else index.keep * chosen[index.rows].unsqueeze(-1)
-            return [Edit(index.rows, self._drop(keep, plan, b.shape[-1]), a, b, bias)]
-        keeps = index.keep if chosen is None else index.keep * chosen.unsqueeze(-1)
-        if plan.by != "group":
-            return [Edit(None, self._drop(keeps, plan, b.shape[-1]), a, b, bias)]
+    def _edits(self, name: str, plan: LayerPlan, index: PositionIndex) -> list[Edit]:
+        """One adapter's edits of all rows."""
+        a, b, bias = self.state.factors(cast(Intervention, self.loreft_weights[name]))
+        if index.mask is None or plan.by != "group":
+            return [Edit(index.rows, self._drop(index.keep, plan, b.shape[-1]), a, b, bias)]
         return [
             Edit(None, self._drop(keep, plan, b.shape[-1]), None if a is None else a[g], b[g], bias[g])
-            for g, keep in enumerate(keeps)
+            for g, keep in enumerate(index.keep)
         ]
+
+    def _edits_by_row(self, found: list[tuple[str, LayerPlan, PositionIndex]], names: Sequence[str]) -> list[Edit]:
+        """Edits of a batch whose row n is edited by adapter `names[n]`: adapters alike in one batched product."""
+        alike: dict[Any, list[tuple[str, Factors]]] = {}
+        shared: dict[Any, tuple[LayerPlan, PositionIndex]] = {}
+        for name, plan, index in found:
+            factors = self.state.factors(cast(Intervention, self.loreft_weights[name]))
+            key = (plan, factors[0] is None, factors[1].shape)
+            alike.setdefault(key, []).append((name, factors))
+            shared[key] = plan, index
+        edits: list[Edit] = []
+        for key, adapters in alike.items():
+            plan, index = shared[key]
+            which, chosen = self.state.rows_of([name for name, _ in adapters], names, index.keep.device)
+            a, b, bias = (
+                None if parts[0] is None else torch.stack(parts).index_select(0, which)
+                for parts in zip(*(factors for _, factors in adapters))
+            )
+            assert b is not None and bias is not None
+            edits += _by_row(index, plan, chosen, a, b, bias)
+        return edits
+
+    def active_weights(self) -> Iterator[Intervention]:
+        """What edits in a forward that names no adapters."""
+        if not self.disable_adapters:
+            for name in cast(Iterable[str], self.active_adapters):
+                if name in self.plans:
+                    yield cast(Intervention, self.loreft_weights[name])
 
     def _drop(self, keep: Tensor, plan: LayerPlan, d: int) -> Tensor:
         if not plan.dropout or not self.training:
             return keep
         return F.dropout(keep.expand(*keep.shape[:-1], d), plan.dropout)
 
-    def _rows(self, name: str, adapter_names: Sequence[str], index: PositionIndex, device: torch.device) -> Tensor:
-        """(batch * seq,) float32: 1 for the tokens of the rows that want adapter `name`."""
-        if len(adapter_names) != index.shape[0]:
-            raise ValueError(
-                f"adapter_names has {len(adapter_names)} entries for a batch of {index.shape[0]} rows; give one a row."
-            )
-        wanted = torch.tensor([float(row == name) for row in adapter_names], device=device)
-        return wanted.repeat_interleave(index.shape[1])
-
     def remove(self) -> None:
         """Take the hook off the block, and this layer out of it."""
         self._handle.remove()
+        self.state.layers.remove(self)
         delattr(self._block[0], CHILD)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -153,6 +165,25 @@ MERGE_REASON = (
     "matrix treats every position alike. Keep the adapter beside the model: it costs nothing while decoding. "
     "`unload()` gives the base model back without it."
 )
+
+
+def _by_row(
+    index: PositionIndex, plan: LayerPlan, chosen: Tensor, a: Tensor | None, b: Tensor, bias: Tensor
+) -> list[Edit]:
+    """Edits with factors of their own for each of the rows, (rows, ...); `chosen` (rows,) is 0 for rows left alone."""
+    rows = len(chosen)
+    if index.mask is not None:
+        masks = index.keep.unflatten(-2, (rows, -1)) * chosen.view(-1, 1, 1)  # ([G,] rows, seq, 1)
+        if plan.by != "group":
+            return [Edit(None, masks, a, b, bias)]
+        return [Edit(None, m, None if a is None else a[:, g], b[:, g], bias[:, g]) for g, m in enumerate(masks)]
+    assert index.rows is not None
+    at, keep = index.rows.unflatten(-1, (rows, -1)), index.keep.unflatten(-2, (rows, -1)) * chosen.view(-1, 1, 1)
+    if index.rows.ndim == 1:
+        return [Edit(at, keep, a, b, bias)]
+    # (G, rows, slots) and (rows, G, r, d): each pair of row and group has factors of its own.
+    at, keep = at.transpose(0, 1).flatten(0, 1), keep.transpose(0, 1).flatten(0, 1)
+    return [Edit(at, keep, None if a is None else a.flatten(0, 1), b.flatten(0, 1), bias.flatten(0, 1))]
 
 
 def _edit_output(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

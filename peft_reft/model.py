@@ -22,7 +22,7 @@ from .config import LoreftConfig
 from .interventions import INTERVENTIONS, Intervention, orthonormalise
 from .layer import CHILD, MERGE_REASON, LoreftLayer
 from .positions import Positions
-from .runtime import LayerPlan, attach, detach
+from .runtime import LayerPlan, attach, detach, share_plan
 
 
 class LoreftModel(BaseTuner):
@@ -80,7 +80,6 @@ class LoreftModel(BaseTuner):
         if peft_config.tie == "model" and len(sizes := {target.d for target, _ in self._targets.values()}) > 1:
             raise ValueError(f"tie='model' needs one hidden size, but the targets have {sorted(sizes)}.")
         self._shared: Intervention | None = None
-        self._plans: dict[LayerPlan, LayerPlan] = {}
         return peft_config
 
     def _is_in(self, name: str, modules: set[int]) -> bool:
@@ -153,7 +152,7 @@ class LoreftModel(BaseTuner):
             layer = LoreftLayer(target, state)
             target.add_module(CHILD, layer)
         plan = LayerPlan(peft_config.layout, spec.groups, by, peft_config.dropout)
-        layer.update_layer(adapter_name, intervention, self._plans.setdefault(plan, plan))
+        layer.update_layer(adapter_name, intervention, share_plan(plan))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # Called only to take PEFT's other wrappers out again. PEFT's own also copies a weight, which a classifier head
@@ -171,8 +170,7 @@ class LoreftModel(BaseTuner):
             raise ValueError("adapter_names chooses adapters row by row, which works in inference mode only.")
         if unknown := sorted({*adapter_names} - {*self.peft_config, "__base__"}):
             raise ValueError(f"adapter_names has {unknown}; there are {sorted(self.peft_config)} and '__base__'.")
-        beams = kwargs.get("num_beams") or 1
-        hook = partial(_set_adapter_names, adapter_names=[name for name in adapter_names for _ in range(beams)])
+        hook = partial(_set_adapter_names, adapter_names=adapter_names)
         layers = [module for module in self.modules() if isinstance(module, LoreftLayer)]
         handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
         try:

@@ -8,10 +8,10 @@ The first layer that asks has them computed; all others share the result. A hook
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .architectures import modules_of_encoder
+from .interventions import Factors, Intervention, factors_of
 from .positions import Arrangement, Layout, PositionIndex, arrange
 from .sources import (
     CONTINUOUS_BATCHING,
@@ -52,6 +53,12 @@ class LayerPlan:
     dropout: float
 
 
+@lru_cache(maxsize=256)
+def share_plan(plan: LayerPlan) -> LayerPlan:
+    """One object for all layers and adapters with that plan, whose positions are then computed once."""
+    return plan
+
+
 class PositionState:
     """Positions of the running forward. One object a base model, held by it and by all its LoReFT layers.
 
@@ -66,10 +73,13 @@ class PositionState:
     def __init__(self, model: nn.Module, labels_mark_prompts: bool, decoder: PositionState | None = None) -> None:
         self.labels_mark_prompts = labels_mark_prompts
         self.decoder = decoder
+        self.layers: list[Any] = []
         self.argument_names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._source: Source | None = None
         self._module: int | None = None
         self._computed: dict[Any, Any] = {}
+        self._factors: dict[int, Factors] = {}
+        self.recomputes = False
 
     @property
     def running(self) -> bool:
@@ -79,12 +89,14 @@ class PositionState:
     def begin(self, source: Source, module: nn.Module) -> None:
         self._source, self._module = source, id(module)
         self._computed = {}
+        self._factors = {}
 
     def end(self, module: nn.Module) -> None:
         """Forget the forward, if it is this module's that began it."""
         if self._module == id(module):
             self._source = self._module = None
             self._computed = {}
+            self._factors = {}
             if self.decoder is not None:
                 self.decoder.end(module)
 
@@ -139,9 +151,50 @@ class PositionState:
         self._computed[id(plan)] = index
         return index
 
+    def names_of_rows(self, adapter_names: Sequence[str], batch: int) -> Sequence[str]:
+        """Adapter names, one a row of the running forward: beams and `num_return_sequences` repeat each row's."""
+        if len(adapter_names) == batch:
+            return adapter_names
+        if isinstance(self._source, Step) and batch % len(adapter_names) == 0:
+            return [name for name in adapter_names for _ in range(batch // len(adapter_names))]
+        raise ValueError(
+            f"adapter_names has {len(adapter_names)} entries for a batch of {batch} rows; give one a row."
+        )
+
+    def rows_of(self, adapters: Sequence[str], names: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        """For each row the place of its adapter in `adapters`, or 0; and whether it is one of them, as 1.0 or 0.0.
+
+        Computed once for all layers.
+        """
+        key = (*adapters, device)
+        if key not in self._computed:
+            at = {name: place for place, name in enumerate(adapters)}
+            self._computed[key] = (
+                torch.tensor([at.get(name, 0) for name in names], device=device),
+                torch.tensor([float(name in at) for name in names], device=device),
+            )
+        return self._computed[key]
+
+    def factors(self, weights: Intervention) -> Factors:
+        """A, B and b of one layer's weights; in training those of all layers are computed together, once a forward."""
+        if id(weights) in self._factors and torch.is_grad_enabled():
+            return self._factors[id(weights)]
+        # What is recomputed must not reach back to what was computed outside of it; a shard is whole in its turn only.
+        one_by_one = self.recomputes or torch.distributed.is_initialized() or torch.compiler.is_compiling()
+        if one_by_one or not weights.trains:
+            return weights.current_factors()
+        alike: dict[Any, dict[int, Intervention]] = {}
+        for layer in self.layers:
+            for each in layer.active_weights():
+                key = type(each), *((p.shape, p.dtype, p.device, p.requires_grad) for p in each.parameters())
+                alike.setdefault(key, {})[id(each)] = each
+        for group in alike.values():
+            self._factors |= zip(group, factors_of(list(group.values())))
+        return self._factors[id(weights)] if id(weights) in self._factors else weights.current_factors()
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model is not in a forward.
-        return {**self.__dict__, "_source": None, "_module": None, "_computed": {}}
+        return {**self.__dict__, "_source": None, "_module": None, "_computed": {}, "_factors": {}}
 
 
 _CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
@@ -171,7 +224,10 @@ class _WithPositions:
 
 
 def _wrap_checkpoint_functions(model: nn.Module, state: PositionState) -> None:
+    state.recomputes = False
     for module in model.modules():
+        if vars(module).get("gradient_checkpointing") or "checkpoint_fn" in vars(module):
+            state.recomputes = True
         for name in _CHECKPOINT_FUNCTIONS:
             function = vars(module).get(name)
             if function is not None and not isinstance(function, _WithPositions):

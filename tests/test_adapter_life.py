@@ -156,6 +156,61 @@ def test_adapter_names_choose_row_by_row():
 
 
 @pytest.mark.parametrize(
+    ("tie", "positions"),
+    [
+        ("layer", "f2+l2"),
+        ("group", "f1+l2"),
+        ("position", "f1+l2"),
+        ("model", "f2+l2"),
+        ("layer", "all"),
+        ("group", "p+g2"),
+        ("layer", "f1+g"),
+    ],
+)
+def test_a_mixed_batch_equals_each_row_alone(tie, positions):
+    """Adapters alike (computed together), one of another formula, one of another rank, and the base."""
+    shared = dict(tie=tie, positions=positions)
+    model = adapted(**shared)
+    model.add_adapter("alike", config(**shared))
+    model.add_adapter("formula", config(**shared, intervention="lobireft"))
+    model.add_adapter("rank", config(**shared, r=2))
+    randomise(model)
+    names = ["alike", "rank", "__base__", "default", "formula", "alike", "default"]
+    ids = torch.randint(3, VOCAB, (len(names), 9))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = mask[3, :2] = 0
+    settings = dict(attention_mask=mask, max_new_tokens=4, do_sample=False, output_logits=True)
+    settings |= dict(return_dict_in_generate=True, pad_token_id=0)
+    mixed = torch.stack(model.generate(input_ids=ids, adapter_names=names, **settings).logits, 1)
+    for name in set(names):
+        rows = [row for row, wanted in enumerate(names) if wanted == name]
+        if name == "__base__":
+            with model.disable_adapter():
+                alone = torch.stack(model.generate(input_ids=ids, **settings).logits, 1)
+        else:
+            model.set_adapter(name)
+            alone = torch.stack(model.generate(input_ids=ids, **settings).logits, 1)
+        torch.testing.assert_close(mixed[rows], alone[rows], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("settings", [dict(num_beams=2), dict(do_sample=True, num_return_sequences=2)], ids=str)
+def test_rows_that_generate_repeats_keep_their_adapter(settings):
+    model = adapted()
+    model.add_adapter("second", config())
+    randomise(model)
+    mask = torch.ones_like(IDS)
+    found = {}
+    for how, names in {"mixed": ["second", "default", "__base__"], "second": ["second"] * 3}.items():
+        torch.manual_seed(0)
+        found[how] = model.generate(
+            input_ids=IDS, attention_mask=mask, max_new_tokens=4, pad_token_id=0, adapter_names=names, **settings
+        )
+    repeats = settings.get("num_return_sequences", 1)
+    assert torch.equal(found["mixed"][:repeats], found["second"][:repeats])
+    assert not torch.equal(found["mixed"], found["second"])
+
+
+@pytest.mark.parametrize(
     "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
 )
 @pytest.mark.parametrize("tie", ["layer", "model"])

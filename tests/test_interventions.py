@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_reft.interventions import INTERVENTIONS, Intervention, _Orthonormalise, orthonormalise
+from peft_reft.interventions import INTERVENTIONS, Intervention, _Orthonormalise, factors_of, orthonormalise
 
 D, R, N = 24, 4, 7
 NAMES = list(INTERVENTIONS)
@@ -384,13 +384,36 @@ def test_several_equal_as_many_alone(name, grad):
                 assert_close(together.get_parameter(key).grad[which], parameter.grad)
 
 
+@pytest.mark.parametrize("count", [None, 2])
+@pytest.mark.parametrize("name", list(INTERVENTIONS))
+def test_factors_computed_side_by_side(name, count):
+    """Values, gradients, and what is written back, as one by one."""
+    several, alone = ([skew(make(name, count=count)) for _ in range(3)] for _ in range(2))
+    for n, module in enumerate([*several, *alone]):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(1 + n % 3)
+    together, one_by_one = factors_of(several), [factors_of([module])[0] for module in alone]
+    for mine, expected in zip(together, one_by_one, strict=True):
+        for got, wanted in zip(mine, expected, strict=True):
+            assert (got is None) == (wanted is None)
+            if got is not None:
+                assert_close(got, wanted)
+    for factors in (together, one_by_one):
+        sum(((n + 1) * t.square()).sum() for n, parts in enumerate(factors) for t in parts if t is not None).backward()
+    for mine, expected in zip(several, alone, strict=True):
+        for key, parameter in mine.named_parameters():
+            assert_close(parameter, expected.get_parameter(key))
+            assert_close(parameter.grad, expected.get_parameter(key).grad)
+
+
 # What is kept between forwards without gradients.
 
 
 def calls(monkeypatch, module):
     counted = []
     original = type(module).factors
-    monkeypatch.setattr(type(module), "factors", lambda self: counted.append(1) or original(self))
+    monkeypatch.setattr(type(module), "factors", staticmethod(lambda p: counted.append(1) or original(p)))
     return counted
 
 

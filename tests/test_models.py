@@ -7,7 +7,7 @@ from peft import TaskType, get_peft_model
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
 
-from peft_reft import LoreftConfig
+from peft_reft import LoreftConfig, interventions
 from peft_reft.runtime import _WithPositions
 
 R = 4
@@ -398,3 +398,18 @@ def test_each_of_several_groups_is_trained_by_its_own_tokens_alone():
     for name in ("W", "b"):
         gradient = model.get_base_model().model.layers[0].loreft.loreft_weights["default"].get_parameter(name).grad
         assert gradient[0].abs().max() > 0 and torch.count_nonzero(gradient[1]) == 0
+
+
+@pytest.mark.parametrize("tie", ["layer", "model"])
+def test_one_decomposition_a_training_forward(monkeypatch, tie):
+    """... for all layers, not one for each."""
+    shapes = []
+    original = interventions.orthonormalise
+    monkeypatch.setattr(interventions, "orthonormalise", lambda a: shapes.append(tuple(a.shape)) or original(a))
+    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R, positions="f2+l2", tie=tie))
+    shapes.clear()
+    ids = batch()["input_ids"]
+    labels = ids.clone()
+    labels[:, :6] = -100
+    model.train()(input_ids=ids, labels=labels)
+    assert shapes == [(LAYERS, R, HIDDEN) if tie == "layer" else (R, HIDDEN)]
