@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 SMOLLM2 = outputs/SmolLM2-135M-Instruct
 
-.PHONY: quickstart test test-slow test-extras test-oldest support-table check format clean
+.PHONY: quickstart test test-slow test-extras test-oldest support-table bench bench-curves check format clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -62,6 +62,14 @@ support-table: $(BIN)/.installed $(VENV)-extras/.installed
 	rm -f docs/support.json
 	$(BIN)/python -m pytest -n 2 -m cell --support-table
 	GPTQMODEL_CPU_WORKERS=2 $(VENV)-extras/bin/python -m pytest tests/extras -m cell --support-table
+
+# Side by side with LoRA and IA3; about 40 minutes on two cores that have nothing else to do.
+bench: $(BIN)/.installed
+	$(BIN)/python -W ignore benchmarks/bench.py --out docs/performance.json $(ARGS)
+	$(BIN)/python benchmarks/table.py docs/performance.json docs/performance.md
+
+bench-curves: $(BIN)/.installed
+	$(BIN)/python -W ignore benchmarks/curves.py --out docs/performance.png $(ARGS)
 
 check: $(BIN)/.installed
 	$(BIN)/ruff check .

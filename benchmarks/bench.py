@@ -48,7 +48,6 @@ METHODS = {
     ),
     "LoReFT r=4 f7+l7": lambda: LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f7+l7"),
     "LoReFT r=8 f7+l7": lambda: LoreftConfig(task_type="CAUSAL_LM", r=8, positions="f7+l7"),
-    'LoReFT r=4 f7+l7, tie="group"': lambda: LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f7+l7", tie="group"),
     "LoReFT r=4 all": lambda: LoreftConfig(task_type="CAUSAL_LM", r=4, positions="all"),
 }
 
@@ -101,7 +100,8 @@ def step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], None
 
 def train(base: nn.Module, rounds: int, checkpointing: bool = False) -> dict[str, Ratio]:
     inputs = batch(4, 128, 64)
-    models = {"floor": floor(base), **{name: adapted(base, name) for name in METHODS}}
+    methods = ["LoRA r=8 (q, v)", "LoReFT r=4 f7+l7"] if checkpointing else METHODS
+    models = {"floor": floor(base), **{name: adapted(base, name) for name in methods}}
     if checkpointing:
         for model in models.values():
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -131,7 +131,7 @@ class Watch(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
-def decode(base: nn.Module, rounds: int, new: int = 33) -> dict[str, Ratio]:
+def decode(base: nn.Module, rounds: int, new: int = 9) -> dict[str, Ratio]:
     """The steps of `generate` after the first token."""
     inputs = batch(4, 64, 64)
     del inputs["labels"]
@@ -263,24 +263,41 @@ def many_adapters(base: nn.Module, rounds: int, count: int = 64) -> dict[str, Ra
     for name, model in models.items():
         runs[f"{name}: one for all rows"] = run(model)
         runs[f"{name}: one for each row"] = run(model, adapter_names=names)
-    return interleave(runs, "base", rounds)
+    return interleave(runs, "base", (rounds + 1) // 2)
+
+
+def profile(base: nn.Module, steps: int = 3) -> dict[str, dict[str, float]]:
+    """Operations that LoReFT adds to a step, a layer: how many, and their own microseconds."""
+    inputs, layers = batch(4, 128, 64), SMOLLM2["num_hidden_layers"]
+    found = []
+    for model in (floor(base), adapted(base, "LoReFT r=4 f7+l7")):
+        run = step(model, inputs)
+        run()
+        with torch.profiler.profile() as profiler:
+            for _ in range(steps):
+                run()
+        found.append({e.key: (e.count, e.self_cpu_time_total) for e in profiler.key_averages()})
+    without, ours = found
+    ours = {name: value for name, value in ours.items() if "mm" not in name and "Profiler" not in name}
+    rows = {
+        name: {
+            "calls": (count - without.get(name, (0, 0.0))[0]) / steps / layers,
+            "us": (microseconds - without.get(name, (0, 0.0))[1]) / steps / layers,
+        }
+        for name, (count, microseconds) in ours.items()
+    }
+    added = {name: row for name, row in rows.items() if row["calls"] > 0}
+    return dict(sorted(added.items(), key=lambda item: -item[1]["us"])[:12])
 
 
 TIMED = {
-    "train": ("training step, batch 4 x 128", "floor", train),
-    "checkpointing": (
-        "training step with gradient checkpointing",
-        "floor with it",
-        lambda base, rounds: train(base, rounds, checkpointing=True),
-    ),
-    "prefill": ("prefill, batch 4 x 64", "base", prefill),
-    "decode": ("decode, a token", "base", decode),
-    "adapters": ("prefill of 64 rows, 64 adapters loaded", "base", many_adapters),
+    "train": train,
+    "checkpointing": lambda base, rounds: train(base, rounds, checkpointing=True),
+    "prefill": prefill,
+    "decode": decode,
+    "adapters": many_adapters,
 }
-UNTIMED = {
-    "saved": ("saved for backward, batch 4 x 128", saved_for_backward),
-    "disk": ("on disk", on_disk),
-}
+UNTIMED = {"saved": saved_for_backward, "disk": on_disk, "profile": profile}
 
 
 def main() -> None:
@@ -298,10 +315,10 @@ def main() -> None:
         if name in TIMED:
             for threads in args.threads:
                 torch.set_num_threads(threads)
-                ratios = TIMED[name][2](base, args.rounds)
+                ratios = TIMED[name](base, args.rounds)
                 results[f"{name}, {threads} thread{'s' * (threads > 1)}"] = {k: vars(v) for k, v in ratios.items()}
         elif name in UNTIMED:
-            results[name] = UNTIMED[name][1](base)
+            results[name] = UNTIMED[name](base)
         else:
             torch.set_num_threads(1)
             results[name] = injection() if name == "injection" else orthogonalisation(args.rounds)
