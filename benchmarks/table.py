@@ -95,8 +95,8 @@ def main() -> None:
         lines += plain(
             "Where the overhead goes",
             "A training step of LoReFT r=4 f7+l7 less one of the floor, by `torch.profiler`, for each of 30 layers: "
-            "operations that LoReFT adds, by their own time. `aten::mul`, `add` and `copy_` are also run by the floor, "
-            "on much larger tensors, and what they show is mostly the scatter of those.",
+            "operations that LoReFT adds, by their own time. The floor runs `aten::mul`, `add` and `copy_` too, on "
+            "much larger tensors, and what they show is mostly the scatter of those.",
             results["profile"],
         )
     if Path(sys.argv[2]).with_name("performance.png").exists():

@@ -6,6 +6,8 @@ add_peft_type()  # before the modules below, whose classes name the type
 
 from .collator import DataCollatorForLoreft  # noqa: E402
 from .config import LoreftConfig  # noqa: E402
+from .hotswap import hotswap_adapter  # noqa: E402
+from .interchange import interchange, interchange_accuracy  # noqa: E402
 from .interventions import Intervention  # noqa: E402
 from .model import LoreftModel  # noqa: E402
 from .positions import Positions  # noqa: E402
@@ -14,4 +16,13 @@ register()
 
 __version__ = "0.1.0"
 
-__all__ = ["DataCollatorForLoreft", "Intervention", "LoreftConfig", "LoreftModel", "Positions"]
+__all__ = [
+    "DataCollatorForLoreft",
+    "Intervention",
+    "LoreftConfig",
+    "LoreftModel",
+    "Positions",
+    "hotswap_adapter",
+    "interchange",
+    "interchange_accuracy",
+]

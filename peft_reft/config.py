@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,12 +12,38 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from .hub import write_model_card
-from .interventions import INTERVENTIONS
+from .interventions import ACTIVATIONS, INTERVENTIONS
 from .layer_ranges import check_layers, first_layer, resolve_layers
 from .positions import Layout, Positions, union
 
 COMPONENTS = ("block", "attention", "mlp")
 TIES = ("position", "group", "layer", "model")
+DEFAULT_R = 8
+
+
+def _by_layer(mapping: dict[Any, Any], field: str, what: str) -> dict[str, Any]:
+    """A mapping from layers, its keys checked and in order."""
+    if not mapping:
+        raise ValueError(f"{field}={{}}: a mapping from layers to {what} needs at least one entry.")
+    for layers in mapping:
+        if not isinstance(layers, str | int):
+            raise ValueError(f"{field} has the key {layers!r}: expected layers such as '3', '-1' or '0-7'.")
+        check_layers(layers, field)
+    # JSON has strings for keys and sorts them. Slots of `intervention_positions` must not move by that.
+    ordered = sorted(mapping.items(), key=lambda item: first_layer(item[0]))
+    return {str(layers): value for layers, value in ordered}
+
+
+def _resolve(mapping: dict[str, Any], n_layers: int, field: str) -> dict[int, Any]:
+    """The value of each layer that `mapping` names, in order; ValueError if one has two."""
+    values: dict[int, Any] = {}
+    for layers, value in mapping.items():
+        for layer in resolve_layers(layers, n_layers, field):
+            if layer in values:
+                what = "specs" if field == "positions" else "ranks"
+                raise ValueError(f"{field}={mapping!r} gives layer {layer} two {what}.")
+            values[layer] = value
+    return dict(sorted(values.items()))
 
 
 @dataclass
@@ -26,19 +53,25 @@ class LoreftConfig(PeftConfig):
     The defaults are the paper's setting for commonsense reasoning, its best-tested one.
 
     Args:
-        r: Rank of the edited subspace, 1 to the hidden size.
+        r: Rank of the edited subspace, 1 to the hidden size. A mapping from layers to ranks gives each layer its own:
+            `{"0-11": 4, "12-": 8}`. The formulas `"red"` and `"bias"` have no rank; leave it as it is then.
         positions: Which tokens are edited, e.g. `"f7+l7"`: the first 7 and the last 7 of the prompt. Groups: `fN`,
             `lN` (first or last N prompt tokens), `p` (the prompt), `gN`, `g` (generated tokens), `all`. A mapping
             from layers to specs gives each layer its own: `{"0-11": "f5", "12-": "l5"}`.
         layers: Which blocks: `"all"`, a list of ints (negative ones count from the end), or `"0-7;16;-1"`.
         component: Whose output is edited: `"block"` (the residual stream after the block), `"attention"` or `"mlp"`.
-        intervention: The formula: `"loreft"`, `"noreft"`, `"direft"`, `"nodireft"`, `"consreft"`, `"lobireft"`.
+        intervention: The formula: `"loreft"`, `"noreft"`, `"direft"`, `"nodireft"`, `"consreft"`, `"lobireft"`,
+            `"red"` (scaling and bias), `"bias"`, `"interchange"` (see `peft_reft.interchange`).
+        act_fn: Activation f of the source, f(Wh + b), by transformers' name for it, such as `"relu"`; for `loreft`,
+            `noreft`, `direft`, `nodireft`.
+        gate: Whether the edit is multiplied by tanh(v·h + c), with v and c learned and 0 at the start.
         tie: The widest scope that shares one intervention: `"position"` (one for each position, the paper's untied
             formula), `"group"` (one for each group of the spec: the authors' code with `share_weights=False`),
             `"layer"` (the paper's tied), `"model"` (one for all layers).
         dropout: Probability of dropping each element of the edit, while training.
-        init_weights: `True`: the model is unchanged at the start (`consreft` has no such start: it begins by zeroing
-            its subspace); `"paper"`: as the authors' code; `False`: random, for tests.
+        init_weights: `True`: the model is unchanged at the start (not so, unless gated: `consreft`, which begins by
+            zeroing its subspace, and `loreft` and `direft` with `act_fn`, which begin as in `"paper"`); `"paper"`: as
+            the authors' code; `False`: random, for tests.
         target_modules: Names of the modules to edit the output of, as for any PEFT method; instead of `layers` and
             `component`. With a mapping in `positions`, layers are then counted among the modules that match.
         exclude_modules: Names of modules to leave out.
@@ -57,7 +90,9 @@ class LoreftConfig(PeftConfig):
         'LOREFT'
     """
 
-    r: int = field(default=8, metadata={"help": "Rank of the edited subspace."})
+    r: int | dict[str, int] = field(
+        default=DEFAULT_R, metadata={"help": "Rank of the edited subspace, or a mapping from layers to ranks."}
+    )
     positions: str | dict[str, str] = field(
         default="f7+l7", metadata={"help": "Which tokens: a spec such as 'f7+l7', or a mapping from layers to specs."}
     )
@@ -68,6 +103,8 @@ class LoreftConfig(PeftConfig):
         default="block", metadata={"help": "Whose output is edited: 'block', 'attention' or 'mlp'."}
     )
     intervention: str = field(default="loreft", metadata={"help": f"The formula, one of {', '.join(INTERVENTIONS)}."})
+    act_fn: str | None = field(default=None, metadata={"help": "Activation of the source, such as 'relu'."})
+    gate: bool = field(default=False, metadata={"help": "Whether a learned gate multiplies the edit."})
     tie: Literal["position", "group", "layer", "model"] = field(
         default="layer", metadata={"help": "The widest scope that shares one intervention."}
     )
@@ -98,15 +135,15 @@ class LoreftConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, list | tuple):
                 setattr(self, name, set(value))
-        if type(self.r) is not int or self.r < 1:
-            raise ValueError(f"r={self.r!r}: expected an int from 1 to the model's hidden size.")
         self._check_choice("component", COMPONENTS)
         self._check_choice("intervention", tuple(INTERVENTIONS))
         self._check_choice("tie", TIES)
         self._check_choice("init_weights", (True, False, "paper"))
+        self._check_formula()
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r}: expected a number from 0 to below 1.")
         check_layers(self.layers, "layers")
+        self._check_r()
         self._check_positions()
         if self.target_parameters:
             raise ValueError(
@@ -124,22 +161,43 @@ class LoreftConfig(PeftConfig):
         if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in allowed):
             raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}.")
 
+    def _check_formula(self) -> None:
+        formula = INTERVENTIONS[self.intervention]
+        self._check_choice("gate", (True, False))
+        self._check_choice("act_fn", (None, *ACTIVATIONS))
+        if self.act_fn is not None and not formula.takes_act_fn:
+            allowed = [name for name, each in INTERVENTIONS.items() if each.takes_act_fn]
+            raise ValueError(
+                f"act_fn={self.act_fn!r}: intervention={self.intervention!r} has no Wh + b for it to act on. "
+                f"Allowed with it: {', '.join(map(repr, allowed))}."
+            )
+        if self.gate and self.intervention == "interchange":
+            raise ValueError("gate=True: intervention='interchange' swaps hidden states and has no gate.")
+
+    def _check_r(self) -> None:
+        if isinstance(self.r, dict):
+            self.r = _by_layer(self.r, "r", "ranks")
+        for r in self.r.values() if isinstance(self.r, dict) else [self.r]:
+            if type(r) is not int or r < 1:
+                raise ValueError(f"r={self.r!r}: expected an int from 1 to the model's hidden size, or a mapping.")
+        if not INTERVENTIONS[self.intervention].has_rank and self.r != DEFAULT_R:
+            raise ValueError(f"r={self.r!r}: intervention={self.intervention!r} has no rank. Leave r out.")
+        if self.tie == "model" and isinstance(self.r, dict) and len({*self.r.values()}) > 1:
+            raise ValueError(f"r={self.r!r}: tie='model' shares one intervention, which has one rank.")
+
     def _check_positions(self) -> None:
         if isinstance(self.positions, dict):
-            if not self.positions:
-                raise ValueError("positions={}: a mapping from layers to specs needs at least one entry.")
-            for layers in self.positions:
-                if not isinstance(layers, str | int):
-                    raise ValueError(f"positions has the key {layers!r}: expected layers such as '3', '-1' or '0-7'.")
-                check_layers(layers, "positions")
-            # JSON has strings for keys and sorts them. Slots of `intervention_positions` must not move by that.
-            by_layer = sorted(self.positions.items(), key=lambda item: first_layer(item[0]))
-            self.positions = {str(layers): spec for layers, spec in by_layer}
+            self.positions = _by_layer(self.positions, "positions", "specs")
         for spec in self.specs:
             if self.tie == "position" and not spec.counted:
                 raise ValueError(
                     f"tie='position' needs a count for every group, but positions has the open-ended {str(spec)!r}. "
                     "Allowed with it: tie='group', 'layer' or 'model'."
+                )
+            if self.intervention == "interchange" and self.tie == "group" and not spec.counted:
+                raise ValueError(
+                    f"intervention='interchange' with tie='group' needs a count for every group, but positions has "
+                    f"{str(spec)!r}. Allowed with it: tie='layer' or 'model'."
                 )
 
     @property
@@ -162,19 +220,29 @@ class LoreftConfig(PeftConfig):
         chosen = resolve_layers(self.layers, n_layers, "layers")
         if isinstance(self.positions, str):
             return dict.fromkeys(chosen, Positions.parse(self.positions))
-        by_layer: dict[int, Positions] = {}
-        for layers, spec in self.positions.items():
-            for layer in resolve_layers(layers, n_layers, "positions"):
-                if layer in by_layer:
-                    raise ValueError(f"positions={self.positions!r} gives layer {layer} two specs.")
-                by_layer[layer] = Positions.parse(spec)
+        by_layer = {
+            layer: Positions.parse(spec) for layer, spec in _resolve(self.positions, n_layers, "positions").items()
+        }
         if self.layers == "all":
-            return dict(sorted(by_layer.items()))
+            return by_layer
         if missing := [layer for layer in chosen if layer not in by_layer]:
             raise ValueError(
                 f"layers={self.layers!r} has {missing}, but positions={self.positions!r} has no spec there."
             )
         return {layer: by_layer[layer] for layer in chosen}
+
+    def ranks(self, edited: Iterable[int], n_layers: int) -> dict[int, int | None]:
+        """The rank of each of the layers `edited`, in a model of `n_layers` blocks; None without one.
+
+        Raises:
+            ValueError: a layer is out of range, has two ranks, or is edited but has none.
+        """
+        if isinstance(self.r, int):
+            return dict.fromkeys(edited, self.r if INTERVENTIONS[self.intervention].has_rank else None)
+        by_layer = _resolve(self.r, n_layers, "r")
+        if missing := [layer for layer in edited if layer not in by_layer]:
+            raise ValueError(f"r={self.r!r} has no rank for layers {missing}, which are edited.")
+        return {layer: by_layer[layer] for layer in edited}
 
     @classmethod
     def from_pretrained(

@@ -14,23 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .interventions import inner_of, without_autocast
+from .factors import Factors
+from .rotation import without_autocast
 
 
 @dataclass(frozen=True)
 class Edit:
-    """``keep · Bᵀ(A h + b)``, to be added at some tokens. Float32 but for `rows`."""
+    """An edit, to be added at some tokens. Float32 but for `rows`."""
 
     rows: Tensor | None
     """(n,) or (G, n) int64 into the tokens; None: all of them, in order, in G equal parts if there are G factors."""
     keep: Tensor
-    """(n, 1) or (G, n, 1): 0 drops an empty slot; or (n, d) with dropout."""
-    a: Tensor | None
-    """(r, d) or (G, r, d), or None for a formula without one."""
-    b: Tensor
-    """As `a`."""
-    bias: Tensor
-    """(r,) or (G, r)."""
+    """(n, 1) or (G, n, 1): 0 drops an empty slot, another number scales; (..., r): for each coordinate."""
+    drop: Tensor | None
+    """(n, d) or (G, n, d): dropout, on what is added."""
+    factors: Factors
+    """Leading dimension G, or none."""
 
 
 def add_edits(hidden: Tensor, edits: list[Edit], in_place: bool) -> Tensor:
@@ -46,8 +45,15 @@ def add_edits(hidden: Tensor, edits: list[Edit], in_place: bool) -> Tensor:
     """
     # An edit of every token keeps `hidden` for its backward, as it came.
     in_place = in_place and all(edit.rows is not None for edit in edits)
-    tensors = [tensor for e in edits for tensor in (e.rows, e.keep, e.a, e.b, e.bias)]
     with without_autocast(hidden.device.type):
+        tensors: list[Tensor | None] = []
+        for edit in edits:
+            factors = edit.factors
+            if factors.is_affine and factors.b is not None:
+                tensors += [edit.rows, edit.keep, edit.drop, factors.a, factors.b, factors.bias]
+            else:  # differentiated by autograd; only adding is left
+                h = gather(hidden.reshape(-1, hidden.shape[-1]), edit.rows, factors.lead).float()
+                tensors += [edit.rows, factors.edit(h, edit.keep), edit.drop, None, None, None]
         return _AddEdits.apply(hidden, in_place, *tensors)
 
 
@@ -70,28 +76,34 @@ class _AddEdits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, in_place: bool, *tensors: Tensor | None) -> Tensor:
-        edits = [Edit(*tensors[at : at + 5]) for at in range(0, len(tensors), 5)]  # type: ignore[arg-type]
+        """Six tensors an edit: rows, keep, drop, A, B and b; or without B, the change itself instead of `keep`."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         saved: list[Tensor | None] = []
-        added = []
-        for edit in edits:
-            h = _gather(flat, edit.rows, edit.b).float()
-            inner = inner_of(h, edit.a, edit.bias)
-            if _is_thin(edit.keep):
-                inner = inner * edit.keep
-                change = inner @ edit.b
+        added, leads = [], []
+        for at in range(0, len(tensors), 6):
+            rows, keep, drop, a, b, bias = tensors[at : at + 6]
+            h = inner = None
+            assert keep is not None
+            if b is None:
+                change, keep = keep, None
             else:
-                change = inner @ edit.b * edit.keep
-            added.append(change.to(flat.dtype))
-            saved += [edit.rows, edit.keep, edit.a, edit.b, None if edit.a is None else h, inner]
+                h = gather(flat, rows, len(b) if b.ndim == 3 else None).float()
+                inner = Factors(a, b, bias).inner(h) * keep
+                change = inner @ b
+            leads.append(len(change) if change.ndim == 3 else None)
+            if drop is not None:
+                change = change * drop
+            added.append((rows, change.to(flat.dtype)))
+            saved += [rows, keep, drop, a, b, None if a is None else h, inner]
         ctx.save_for_backward(*saved)
+        ctx.leads = leads
         if in_place:
             ctx.mark_dirty(hidden)
             out = hidden
         else:
             out = hidden.clone(memory_format=torch.contiguous_format)
-        for edit, change in zip(edits, added):
-            _scatter_add(out.view_as(flat), edit.rows, change)
+        for rows, change in added:
+            _scatter_add(out.view_as(flat), rows, change)
         return out
 
     @staticmethod
@@ -106,30 +118,26 @@ class _AddEdits(torch.autograd.Function):
         # Not in place: autograd may have given the same gradient to the other branch of a residual sum.
         grad_hidden = grad.clone(memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
         out: list[Tensor | None] = []
-        for which in range(len(saved) // 6):
-            rows, keep, a, b, h, inner = saved[6 * which : 6 * which + 6]
-            g = _gather(flat, rows, b).float()
-            if _is_thin(keep):
-                g_inner = g @ b.mT * keep
-            else:
-                g = g * keep
-                g_inner = g @ b.mT
+        for n, lead in enumerate(ctx.leads):
+            rows, keep, drop, a, b, h, inner = saved[7 * n : 7 * n + 7]
+            g = gather(flat, rows, lead).float()
+            if drop is not None:
+                g = g * drop
+            if b is None:
+                out += [None, g, None, None, None, None]
+                continue
+            g_inner = g @ b.mT * keep
             g_a = None if a is None else g_inner.mT @ h
-            out += [None, None, g_a, inner.mT @ g, g_inner.sum(-2)]
+            out += [None, None, None, g_a, inner.mT @ g, g_inner.sum(-2)]
             if grad_hidden is not None and a is not None:
                 _scatter_add(grad_hidden.view_as(flat), rows, (g_inner @ a).to(grad.dtype))
         return grad_hidden, None, *out
 
 
-def _is_thin(keep: Tensor) -> bool:
-    """Whether `keep` is the same for all of a token's d elements: then it may as well act on r of them."""
-    return keep.shape[-1] == 1
-
-
-def _gather(flat: Tensor, rows: Tensor | None, b: Tensor) -> Tensor:
-    """(n, d) or (G, n, d)."""
+def gather(flat: Tensor, rows: Tensor | None, lead: int | None) -> Tensor:
+    """(n, d), or (G, n, d) with `lead` = G."""
     if rows is None:
-        return flat if b.ndim == 2 else flat.unflatten(0, (len(b), -1))
+        return flat if lead is None else flat.unflatten(0, (lead, -1))
     if rows.ndim == 1:
         return flat.index_select(0, rows)
     return flat.index_select(0, rows.flatten()).view(*rows.shape, flat.shape[-1])

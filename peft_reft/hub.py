@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard
 
+from .interventions import INTERVENTIONS
 from .positions import Positions
 
 if TYPE_CHECKING:
@@ -37,10 +38,15 @@ def describe(config: LoreftConfig) -> str:
     else:
         layers = "all layers" if config.layers == "all" else f"layers {config.layers}"
         where = f"the {config.component} output of {layers}"
-    return (
-        f"Formula `{config.intervention}`, rank {config.r}, on {where}. "
-        f"Edited tokens: {'; '.join(in_words)} (`positions={config.positions!r}`)."
-    )
+    ranks = [f"{r} in layers {layers}" for layers, r in config.r.items()] if isinstance(config.r, dict) else [config.r]
+    formula = f"Formula `{config.intervention}`"
+    if config.act_fn:
+        formula += f" with `act_fn={config.act_fn!r}`"
+    if config.gate:
+        formula += ", gated"
+    if INTERVENTIONS[config.intervention].has_rank:
+        formula += f", rank {', '.join(map(str, ranks))}"
+    return f"{formula}, on {where}. Edited tokens: {'; '.join(in_words)} (`positions={config.positions!r}`)."
 
 
 def snippet(directory: str, config: LoreftConfig) -> str:

@@ -1,122 +1,45 @@
-"""The edits: one abstract class, and one final class for each formula of the paper (arXiv 2404.03592).
+"""The edits: one abstract class, and one final class for each formula.
 
-Every formula here is affine of rank r, ``edit(h) = Bᵀ(A h + b)``, and a class is what it puts for A and B:
+A formula of rank r is ``edit(h) = Bᵀ z``, and a class is what it puts for z and B, f being `act_fn` (none: f(x) = x):
 
-===========  =====================  =========================  ==================
-name         Φ(h) − h               A, B                       source
-===========  =====================  =========================  ==================
-loreft       Rᵀ(Wh + b − Rh)        W − R, R                   eq. 2
-noreft       W2ᵀ(W1h + b − W2h)     W1 − W2, W2                table of ablations
-direft       Rᵀ(Wh + b)             W, R                       table of ablations
-nodireft     W2ᵀ(W1h + b)           W1, W2                     eq. 3 (DiReFT)
-consreft     Rᵀ(b − Rh)             −R, R                      table of ablations
-lobireft     Rᵀb                    none, R                    table of ablations
-===========  =====================  =========================  ==================
+===========  =======================  =========================
+name         Φ(h) − h                 source
+===========  =======================  =========================
+loreft       Rᵀ(f(Wh + b) − Rh)       arXiv 2404.03592, eq. 2
+noreft       W2ᵀ(f(W1h + b) − W2h)    its table of ablations
+direft       Rᵀf(Wh + b)              its table of ablations
+nodireft     W2ᵀf(W1h + b)            its eq. 3 (DiReFT)
+consreft     Rᵀ(b − Rh)               its table of ablations
+lobireft     Rᵀb                      its table of ablations
+interchange  Rᵀ(Rs − Rh)              its eq. 1 (DII, DAS)
+===========  =======================  =========================
 
-R has orthonormal rows. It is stored as it is used: the parameter holds R itself, training moves it along the tangent
-of the Stiefel manifold and every training forward pulls it back onto it (`orthonormal`). A saved R is thus exactly the
-R that computed, and training resumed from it goes on as if it had never stopped.
+Two have no rank: `red`, h ⊙ s + b − h (arXiv 2402.15179), and `bias`, a learned vector b. Any of them can be gated,
+``tanh(v·h + c) · edit(h)``. R has orthonormal rows, see `rotation.py`.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2CLS, ACT2FN
+
+from .factors import TENSORS, Factors
+from .rotation import on_manifold, orthonormalise, pulls_back, without_autocast
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    name: ACT2FN[name]
+    for name in ACT2CLS
+    if name not in ("prelu", "xielu")  # which have parameters of their own
+}
 
 InitWeights = bool | Literal["paper"]
-Factors = tuple[Tensor | None, Tensor, Tensor]
-"""A, B and b of ``edit(h) = Bᵀ(A h + b)``, float32."""
-
-_TOLERANCE = 4e-6
-"""Largest |L − I|, about half of |RRᵀ − I|, that counts as orthonormal: above what QR leaves in fp32 (4e-7), below the
-promised 1e-5."""
-
-
-def orthonormalise(a: Tensor) -> tuple[Tensor, Tensor]:
-    """Gram-Schmidt of the rows: ``a = L R`` with L lower triangular, positive diagonal, and R Rᵀ = I.
-
-    An `a` that is orthonormal already comes back bit for bit (L = I). That is what makes a reloaded adapter equal the
-    saved one exactly. QR with the signs fixed is this decomposition at any condition number; raw QR flips signs.
-
-    Args:
-        a: (..., r, d) float32, r <= d, of full rank.
-
-    Returns:
-        R (..., r, d) and L (..., r, r), float32.
-    """
-    q, upper = torch.linalg.qr(a.mT)
-    sign = torch.copysign(torch.ones((), device=a.device), upper.diagonal(dim1=-2, dim2=-1)).unsqueeze(-2)
-    lower = (upper * sign.mT).mT
-    eye = torch.eye(a.shape[-2], device=a.device)
-    is_orthonormal = (lower - eye).abs().amax((-2, -1), keepdim=True) <= _TOLERANCE
-    return torch.where(is_orthonormal, a, (q * sign).mT), torch.where(is_orthonormal, eye, lower)
-
-
-class _Orthonormalise(torch.autograd.Function):
-    """`orthonormalise` with its gradient, and the pull back onto the manifold.
-
-    With dX = L⁻¹dA, the differential is dR = dX − Φ(dX Rᵀ + R dXᵀ)R, Φ the lower triangle with half the diagonal
-    (the differential of a Cholesky factor). Written by hand because autograd through `torch.where` would take the
-    gradient of the identity, not of the projection, where `a` is orthonormal.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, pull_back: bool) -> Tensor:
-        r, lower = orthonormalise(a)
-        if pull_back:
-            # `.data`: the next forward before this one's backward (DPO, accumulation) writes the same bits again, and
-            # must not look like a change to autograd. From here on L = I.
-            a.data.copy_(r)
-            ctx.save_for_backward(r)
-        else:
-            ctx.save_for_backward(r, lower)
-        return r
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        r, *lower = ctx.saved_tensors
-        inner = grads[0] @ r.mT
-        symmetric = inner.tril() + inner.tril(-1).mT
-        grad = grads[0] - symmetric @ r
-        if lower:
-            grad = torch.linalg.solve_triangular(lower[0].mT, grad, upper=True)
-        return grad, None
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Autocast off for what runs inside; nothing at all where it is off already, which is nearly always."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
-def apply_factors(h: Tensor, a: Tensor | None, b: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """``A h + b`` and ``Bᵀ(A h + b)``.
-
-    Args:
-        h: (..., n, d) float32.
-        a: (..., r, d), or None for a formula without one.
-        b: (..., r, d).
-        bias: (..., r).
-
-    Returns:
-        (..., n, r) and (..., n, d).
-    """
-    inner = inner_of(h, a, bias)
-    return inner, inner @ b
-
-
-def inner_of(h: Tensor, a: Tensor | None, bias: Tensor) -> Tensor:
-    """``A h + b``, (..., n, r), of what `apply_factors` takes."""
-    if a is None:
-        return bias.unsqueeze(-2).expand(*h.shape[:-1], -1)
-    return torch.addmm(bias, h, a.mT) if h.ndim == 2 else h @ a.mT + bias.unsqueeze(-2)
 
 
 class Intervention(nn.Module, ABC):
@@ -124,11 +47,14 @@ class Intervention(nn.Module, ABC):
 
     Args:
         d: hidden size.
-        r: rank, 1 <= r <= d.
+        r: rank, 1 <= r <= d; None for a formula without one.
         count: how many independent interventions to hold, or None for one. They are computed side by side: parameters
             and inputs have a leading dimension G = `count` then.
         init_weights: True: Φ is the identity at the start wherever the formula allows; `"paper"`: as the authors'
             code; False: random, for tests.
+        act_fn: name of the activation f, one of `ACTIVATIONS` (transformers' `ACT2FN`).
+        gate: whether the edit is multiplied by tanh(v·h + c): d + 1 parameters more, and the identity at the start for
+            every formula, since v and c begin at 0 (and what is multiplied by them as in `"paper"`).
 
     Computation is in float32 with autocast off, whatever the type of parameters and input.
 
@@ -143,29 +69,53 @@ class Intervention(nn.Module, ABC):
     """
 
     R: nn.Parameter
-    W: nn.Parameter
-    W1: nn.Parameter
-    W2: nn.Parameter
     b: nn.Parameter
+    v: nn.Parameter
+    c: nn.Parameter
 
-    parameter_names: ClassVar[tuple[str, ...]]
-    """Names, as in the formula; `R` stands for a matrix with orthonormal rows, a lower-case name for a vector."""
+    parameter_shapes: ClassVar[dict[str, str]]
+    """Names, as in the formula, and the dimensions of each; `R` stands for a matrix with orthonormal rows."""
+    shapes_with_act_fn: ClassVar[dict[str, str]] = {}
+    """Parameters that come with `act_fn`."""
+    has_rank: ClassVar[bool] = True
+    takes_act_fn: ClassVar[bool] = False
 
-    def __init__(self, d: int, r: int, count: int | None = None, init_weights: InitWeights = True) -> None:
+    def __init__(
+        self,
+        d: int,
+        r: int | None,
+        count: int | None = None,
+        init_weights: InitWeights = True,
+        act_fn: str | None = None,
+        gate: bool = False,
+    ) -> None:
         super().__init__()
+        self.act_fn = act_fn
+        self.gated = gate
         lead = () if count is None else (count,)
-        for name in self.parameter_names:
-            shape = (*lead, r) if name.islower() else (*lead, r, d)
+        sizes: dict[str, Any] = {"d": d, "r": r, "1": 1}
+        self.shapes = {
+            **self.parameter_shapes,
+            **(self.shapes_with_act_fn if act_fn is not None else {}),
+            **({"v": "d", "c": "1"} if gate else {}),
+        }
+        for name, dimensions in self.shapes.items():
+            shape = (*lead, *(sizes[dimension] for dimension in dimensions))
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
         self._factors: tuple[tuple[tuple[int, int], ...], Factors] | None = None
         if not any(parameter.is_meta for parameter in self.parameters()):
             with torch.no_grad():
-                self.reset_parameters(init_weights)
+                self.reset_parameters("paper" if gate and init_weights is True else init_weights)
+                if gate and init_weights is not False:
+                    self.v.zero_()
+                    self.c.zero_()
+                elif gate:
+                    self.v.normal_(std=1 / math.sqrt(d))
+                    self.c.normal_()
 
-    @staticmethod
     @abstractmethod
-    def factors(p: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor]:
-        """A and B of ``edit(h) = Bᵀ(A h + b)``, each (..., r, d) float32; A is None where the formula has none.
+    def factors(self, p: Mapping[str, Tensor]) -> Factors:
+        """What the formula computes with, but for the gate.
 
         Args:
             p: the parameters by name, in float32, `R` with orthonormal rows.
@@ -173,7 +123,7 @@ class Intervention(nn.Module, ABC):
 
     @abstractmethod
     def reset_parameters(self, init_weights: InitWeights) -> None:
-        """Fill the parameters in place."""
+        """Fill the parameters of the formula in place."""
 
     def edit(self, h: Tensor) -> Tensor:
         """Φ(h) − h.
@@ -185,7 +135,7 @@ class Intervention(nn.Module, ABC):
             The edit, same shape, float32.
         """
         with without_autocast(h.device.type):
-            return apply_factors(h.float(), *self.current_factors())[1]
+            return self.current_factors().edit(h.float())
 
     @property
     def trains(self) -> bool:
@@ -193,26 +143,48 @@ class Intervention(nn.Module, ABC):
         return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
 
     def current_factors(self) -> Factors:
-        """A, B and b in float32; without gradients they are computed once and kept."""
+        """What it computes with, in float32; without gradients computed once and kept."""
         if self.trains:
             self._factors = None
             return factors_of([self])[0]
+        kept = self._factors  # read once: another thread may drop it
         if torch.compiler.is_compiling():  # a key that reads pointers cannot be traced
-            return self._factors[1] if self._factors else factors_of([self])[0]
-        parameters = list(self.parameters())
+            return kept[1] if kept else factors_of([self])[0]
         # Some optimisers (bitsandbytes, DeepSpeed) write through raw pointers or `.data`, unseen by `_version`. They
         # run between forwards with gradients and calls of `train()` or `eval()`; all these drop what is kept here.
-        if any(parameter.is_inference() for parameter in parameters):  # made in inference mode: no version to ask for
+        if any(
+            parameter.is_inference() for parameter in self.parameters()
+        ):  # made in inference mode: no version to ask for
             return factors_of([self])[0]
-        key = tuple((parameter.data_ptr(), parameter._version) for parameter in parameters)
-        if self._factors is None or self._factors[0] != key:
+        key = self._key()
+        if kept is None or kept[0] != key:
             with torch.no_grad():
-                self._factors = (key, factors_of([self])[0])
-        return self._factors[1]
+                kept = (key, factors_of([self])[0])
+            self._factors = kept
+        return kept[1]
 
     def rotation(self) -> Tensor:
         """R, (..., r, d) float32 with orthonormal rows to 1e-5, differentiable in the parameter."""
-        return _Orthonormalise.apply(self.R.float(), pulls_back(self.R))
+        return on_manifold(self.R.float(), pulls_back(self.R))
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Equal for those that `factors_of` can compute together."""
+        parameters = ((p.shape, p.dtype, p.device, p.requires_grad) for p in self.parameters())
+        return type(self), self.act_fn, *parameters
+
+    @torch.inference_mode()
+    def refresh(self) -> None:
+        """After a change of the parameters: compute again what is kept, in place, where a compiled graph reads it."""
+        if self._factors is not None:
+            old, new = self._factors[1], factors_of([self])[0]
+            for name in TENSORS:
+                if (tensor := getattr(old, name)) is not None and tensor is not getattr(new, name):
+                    tensor.copy_(getattr(new, name))
+            self._factors = (self._key(), old)
+
+    def _key(self) -> tuple[tuple[int, int], ...]:
+        return tuple((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
 
     def train(self, mode: bool = True) -> Intervention:
         self._factors = None
@@ -233,143 +205,189 @@ class Intervention(nn.Module, ABC):
                 getattr(self, name).uniform_(-bound, bound)
 
 
-def pulls_back(stored: Tensor) -> bool:
-    """Whether computing with the parameter `stored` of R also brings it back onto the manifold."""
-    return (
-        stored.requires_grad
-        and torch.is_grad_enabled()
-        and stored.dtype == torch.float32
-        # A sharded parameter (FSDP, ZeRO-3) is a temporary copy here: writing to it would be lost, or worse, kept.
-        and not torch.distributed.is_initialized()
-        and not torch.compiler.is_compiling()
-    )
-
-
 def factors_of(interventions: Sequence[Intervention]) -> list[Factors]:
-    """A, B and b of interventions of one formula, shape and type, differentiable in their parameters.
+    """What interventions of one formula, shape and type compute with, differentiable in their parameters.
 
     Several are computed side by side: one stacked decomposition costs hardly more than one of a single R.
     """
     first = interventions[0]
+    p: dict[str, Tensor]
     if len(interventions) == 1:
-        p = {name: first.rotation() if name == "R" else getattr(first, name).float() for name in first.parameter_names}
-        return [(*first.factors(p), p["b"])]
-    p = {name: torch.stack([getattr(each, name) for each in interventions]).float() for name in first.parameter_names}
+        p = {name: getattr(first, name).float() for name in first.shapes}
+        if "R" in p:
+            p["R"] = first.rotation()
+        return [_factors(first, p)]
+    p = {name: torch.stack([getattr(each, name) for each in interventions]).float() for name in first.shapes}
     if "R" in p:
         stored = [each.R for each in interventions]
         pull_back = pulls_back(stored[0])
-        p["R"] = _Orthonormalise.apply(p["R"], pull_back)
+        p["R"] = on_manifold(p["R"], pull_back)
         if pull_back:
             for parameter, r in zip(stored, p["R"].detach()):
                 parameter.data.copy_(r)
-    a, b = first.factors(p)
-    return list(zip([None] * len(interventions) if a is None else a.unbind(), b.unbind(), p["b"].unbind()))
+    together = _factors(first, p)
+    each_of = {name: tensor.unbind() for name in TENSORS if (tensor := getattr(together, name)) is not None}
+    return [
+        replace(together, **{name: tensors[n] for name, tensors in each_of.items()}) for n in range(len(interventions))
+    ]
 
 
-@final
-class LoReFT(Intervention):
-    """Rᵀ(Wh + b − Rh); paper, eq. 2. Parameters: 2·r·d + r."""
-
-    parameter_names = ("R", "W", "b")
-
-    @staticmethod
-    def factors(p: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor]:
-        return p["W"] - p["R"], p["R"]
-
-    def reset_parameters(self, init_weights: InitWeights) -> None:
-        self._random_rotation("R")
-        self._linear("W", "b")
-        if init_weights is True:
-            self.W.copy_(self.R)
-            self.b.zero_()
+def _factors(intervention: Intervention, p: Mapping[str, Tensor]) -> Factors:
+    factors = intervention.factors(p)
+    return replace(factors, gate=p["v"], gate_bias=p["c"]) if intervention.gated else factors
 
 
-@final
-class NoReFT(Intervention):
-    """W2ᵀ(W1h + b − W2h): LoReFT without the constraint. Parameters: 2·r·d + r."""
+class LowRank(Intervention):
+    """``Bᵀ(f(S h + b) − B h)``, of which some formulas lack S, or the subtraction."""
 
-    parameter_names = ("W1", "W2", "b")
+    source: ClassVar[str | None]
+    """Name of S."""
+    basis: ClassVar[str]
+    """Name of B."""
+    subtracts: ClassVar[bool]
 
-    @staticmethod
-    def factors(p: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor]:
-        return p["W1"] - p["W2"], p["W2"]
-
-    def reset_parameters(self, init_weights: InitWeights) -> None:
-        self._linear("W2")
-        self._linear("W1", "b")
-        if init_weights is True:
-            self.W1.copy_(self.W2)
-            self.b.zero_()
-
-
-@final
-class DiReFT(Intervention):
-    """Rᵀ(Wh + b): LoReFT without the −Rh. Parameters: 2·r·d + r."""
-
-    parameter_names = ("R", "W", "b")
-
-    @staticmethod
-    def factors(p: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor]:
-        return p["W"], p["R"]
+    def factors(self, p: Mapping[str, Tensor]) -> Factors:
+        b, source = p[self.basis], p[self.source] if self.source else None
+        if self.act_fn is not None:
+            return Factors(
+                source, b, p["b"], c=b if self.subtracts else None, c_bias=p.get("p"), act=ACTIVATIONS[self.act_fn]
+            )
+        if not self.subtracts:
+            return Factors(source, b, p["b"])
+        return Factors(-b if source is None else source - b, b, p["b"])
 
     def reset_parameters(self, init_weights: InitWeights) -> None:
-        self._random_rotation("R")
-        self._linear("W", "b")
-        if init_weights is True:
-            self.W.zero_()
+        rotates = self.basis == "R"
+        if rotates:
+            self._random_rotation("R")
+        else:
+            self._linear(self.basis, "p" if "p" in self.shapes else None)
+        if self.source is None:
+            self.b.uniform_()
+            if init_weights is True:
+                self.b.zero_()
+            return
+        self._linear(self.source, "b")
+        if init_weights is not True:
+            return
+        if self.act_fn is None:
+            source = getattr(self, self.source)
+            source.copy_(getattr(self, self.basis)) if self.subtracts else source.zero_()
             self.b.zero_()
+        elif not rotates:  # f may be flat at 0, where W1 = 0 would never learn
+            getattr(self, self.basis).zero_()
 
 
 @final
-class NoDiReFT(Intervention):
-    """W2ᵀ(W1h + b); paper, eq. 3, where it is called DiReFT. Parameters: 2·r·d + r."""
+class LoReFT(LowRank):
+    """Rᵀ(f(Wh + b) − Rh); paper, eq. 2. Parameters: 2·r·d + r. With `act_fn`, no identity start unless gated."""
 
-    parameter_names = ("W1", "W2", "b")
-
-    @staticmethod
-    def factors(p: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor]:
-        return p["W1"], p["W2"]
-
-    def reset_parameters(self, init_weights: InitWeights) -> None:
-        self._linear("W2")
-        self._linear("W1", "b")
-        if init_weights is True:
-            self.W1.zero_()
-            self.b.zero_()
+    parameter_shapes = {"R": "rd", "W": "rd", "b": "r"}
+    source, basis, subtracts = "W", "R", True
+    takes_act_fn = True
 
 
 @final
-class ConsReFT(Intervention):
-    """Rᵀ(b − Rh): the subspace is set to a constant. Parameters: r·d + r. No b makes this the identity."""
+class NoReFT(LowRank):
+    """W2ᵀ(f(W1h + b) − W2h): LoReFT without the constraint. Parameters: 2·r·d + r.
 
-    parameter_names = ("R", "b")
+    With `act_fn`, W2ᵀ(f(W1h + b) − W2h − p), as in the authors' code, and r parameters more; without, p is part of b.
+    """
 
-    @staticmethod
-    def factors(p: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor]:
-        return -p["R"], p["R"]
-
-    def reset_parameters(self, init_weights: InitWeights) -> None:
-        self._random_rotation("R")
-        self.b.uniform_()
-        if init_weights is True:
-            self.b.zero_()
+    parameter_shapes = {"W1": "rd", "W2": "rd", "b": "r"}
+    shapes_with_act_fn = {"p": "r"}
+    source, basis, subtracts = "W1", "W2", True
+    takes_act_fn = True
 
 
 @final
-class LobiReFT(Intervention):
+class DiReFT(LowRank):
+    """Rᵀf(Wh + b): LoReFT without the −Rh. Parameters: 2·r·d + r. With `act_fn`, no identity start unless gated."""
+
+    parameter_shapes = {"R": "rd", "W": "rd", "b": "r"}
+    source, basis, subtracts = "W", "R", False
+    takes_act_fn = True
+
+
+@final
+class NoDiReFT(LowRank):
+    """W2ᵀf(W1h + b); paper, eq. 3, where it is called DiReFT. Parameters: 2·r·d + r."""
+
+    parameter_shapes = {"W1": "rd", "W2": "rd", "b": "r"}
+    source, basis, subtracts = "W1", "W2", False
+    takes_act_fn = True
+
+
+@final
+class ConsReFT(LowRank):
+    """Rᵀ(b − Rh): the subspace is set to a constant. Parameters: r·d + r. Ungated, no b makes this the identity."""
+
+    parameter_shapes = {"R": "rd", "b": "r"}
+    source, basis, subtracts = None, "R", True
+
+
+@final
+class LobiReFT(LowRank):
     """Rᵀb: a learned vector of r coordinates. Parameters: r·d + r."""
 
-    parameter_names = ("R", "b")
+    parameter_shapes = {"R": "rd", "b": "r"}
+    source, basis, subtracts = None, "R", False
 
-    @staticmethod
-    def factors(p: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor]:
-        return None, p["R"]
+
+@final
+class Interchange(Intervention):
+    """Rᵀ(Rs − Rh), s being the hidden state of another run (`peft_reft.interchange`); paper, eq. 1. Parameters: r·d.
+
+    Without another run there is no s, and no edit.
+    """
+
+    parameter_shapes = {"R": "rd"}
+
+    def factors(self, p: Mapping[str, Tensor]) -> Factors:
+        return Factors(b=p["R"], c=p["R"])
+
+    def edit(self, h: Tensor, source: Tensor | None = None) -> Tensor:
+        if source is None:
+            return torch.zeros_like(h, dtype=torch.float32)
+        with without_autocast(h.device.type):
+            return replace(self.current_factors(), source=source.float()).edit(h.float())
 
     def reset_parameters(self, init_weights: InitWeights) -> None:
         self._random_rotation("R")
-        self.b.uniform_()
-        if init_weights is True:
-            self.b.zero_()
+
+
+class Elementwise(Intervention):
+    """An edit of every dimension by itself."""
+
+    has_rank = False
+
+    def reset_parameters(self, init_weights: InitWeights) -> None:
+        for name in self.parameter_shapes:
+            start = float(name == "s")
+            parameter = getattr(self, name)
+            parameter.fill_(start)
+            if init_weights is False or (init_weights == "paper" and self.gated):
+                parameter.add_(torch.randn_like(parameter) / math.sqrt(parameter.shape[-1]))
+
+
+@final
+class RED(Elementwise):
+    """h ⊙ s + b − h: scaling and bias; arXiv 2402.15179. Parameters: 2·d."""
+
+    parameter_shapes = {"s": "d", "b": "d"}
+
+    def factors(self, p: Mapping[str, Tensor]) -> Factors:
+        return Factors(scale=p["s"] - 1, shift=p["b"])
+
+
+@final
+class Bias(Elementwise):
+    """A learned vector b. Parameters: d."""
+
+    parameter_shapes = {"b": "d"}
+
+    def factors(self, p: Mapping[str, Tensor]) -> Factors:
+        return Factors(shift=p["b"])
 
 
 INTERVENTIONS: dict[str, type[Intervention]] = {
@@ -379,4 +397,7 @@ INTERVENTIONS: dict[str, type[Intervention]] = {
     "nodireft": NoDiReFT,
     "consreft": ConsReFT,
     "lobireft": LobiReFT,
+    "red": RED,
+    "bias": Bias,
+    "interchange": Interchange,
 }

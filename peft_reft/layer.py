@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from operator import itemgetter
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .edit import Edit, add_edits, may_change
-from .interventions import Factors, Intervention
+from .edit import Edit, add_edits, gather, may_change
+from .factors import Factors
+from .interventions import Interchange, Intervention
+from .merging import Folded, fold, projection_of, unfold
 from .positions import PositionIndex
-from .runtime import LayerPlan, PositionState
+from .state import LayerPlan, PositionState
 
 CHILD = "loreft"
 """Name of the layer in its block. Keys read `...layers.3.loreft.loreft_weights.<adapter>.R`."""
@@ -28,12 +32,15 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("loreft_weights",)
-    other_param_names = ("plans",)
+    other_param_names = ("plans", "scaling")
 
     def __init__(self, block: nn.Module, state: PositionState) -> None:
         super().__init__()
         self.loreft_weights = nn.ModuleDict()
         self.plans: dict[str, LayerPlan] = {}
+        self.scaling: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        self._folded: Folded | None = None
         self.state = state
         state.layers.append(self)
         self._block = (block,)  # in a tuple, or it would be registered as a child of its own child
@@ -43,8 +50,13 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, intervention: Intervention, plan: LayerPlan) -> None:
         """Add an adapter, or replace the one of that name."""
         self.loreft_weights[adapter_name] = intervention
-        self.plans[adapter_name] = plan
+        self.scaling[adapter_name] = 1.0
+        self.plans[adapter_name] = plan  # last: a forward in another thread looks here first
         self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def weights(self, adapter_name: str) -> Intervention:
+        """The intervention of an adapter; KeyError if it does not edit here."""
+        return cast(Intervention, self.loreft_weights[adapter_name])
 
     def forward(self, output: Any, inputs: Sequence[Any] = (), adapter_names: Sequence[str] | None = None) -> Any:
         """Edit a block's output.
@@ -57,7 +69,9 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
         Returns:
             The same structure with edited hidden states; the very same object where nothing is edited.
         """
-        if self.disable_adapters:
+        if self.disable_adapters or self.merged:
+            if adapter_names is not None and self.merged:
+                raise ValueError("adapter_names cannot choose among merged adapters; call `unmerge_adapter` first.")
             return output
         hidden = output[0] if isinstance(output, tuple) else output
         wanted = cast(Iterable[str], self.active_adapters) if adapter_names is None else dict.fromkeys(adapter_names)
@@ -74,20 +88,36 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
                 f"hidden states of shape {tuple(hidden.shape)}."
             )
         if adapter_names is None:
-            edits = [edit for name, plan, index in found for edit in self._edits(name, plan, index)]
+            edits = [edit for name, plan, index in found for edit in self._edits(name, plan, index, hidden)]
         else:
             edits = self._edits_by_row(found, self.state.names_of_rows(adapter_names, batch))
+        if not edits:
+            return output
         edited = add_edits(hidden, edits, may_change(hidden, inputs))
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
-    def _edits(self, name: str, plan: LayerPlan, index: PositionIndex) -> list[Edit]:
+    def _edits(self, name: str, plan: LayerPlan, index: PositionIndex, hidden: Tensor) -> list[Edit]:
         """One adapter's edits of all rows."""
-        a, b, bias = self.state.factors(cast(Intervention, self.loreft_weights[name]))
-        if index.mask is None or plan.by != "group":
-            return [Edit(index.rows, self._drop(index.keep, plan, b.shape[-1]), a, b, bias)]
+        weights = self.weights(name)
+        factors = self.state.factors(weights)
+        if isinstance(weights, Interchange):
+            at = gather(hidden.reshape(-1, hidden.shape[-1]), index.rows, factors.lead)
+            given = self.state.exchange((id(self), name), at, index, factors)
+        else:
+            given = [(factors, self.state.keep(index, factors))]
+        scale = self.scaling[name]
         return [
-            Edit(None, self._drop(keep, plan, b.shape[-1]), None if a is None else a[g], b[g], bias[g])
-            for g, keep in enumerate(index.keep)
+            edit
+            for factors, keep in given
+            for edit in self._by_group(index, keep if scale == 1.0 else keep * scale, plan, factors)
+        ]
+
+    def _by_group(self, index: PositionIndex, keep: Tensor, plan: LayerPlan, factors: Factors) -> list[Edit]:
+        if index.mask is None or plan.by != "group":
+            return [Edit(index.rows, keep, self._drop(keep, plan, factors), factors)]
+        return [
+            Edit(None, part, self._drop(part, plan, factors), factors.map(itemgetter(g)))
+            for g, part in enumerate(keep)
         ]
 
     def _edits_by_row(self, found: list[tuple[str, LayerPlan, PositionIndex]], names: Sequence[str]) -> list[Edit]:
@@ -95,20 +125,20 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
         alike: dict[Any, list[tuple[str, Factors]]] = {}
         shared: dict[Any, tuple[LayerPlan, PositionIndex]] = {}
         for name, plan, index in found:
-            factors = self.state.factors(cast(Intervention, self.loreft_weights[name]))
-            key = (plan, factors[0] is None, factors[1].shape)
+            weights = self.weights(name)
+            if isinstance(weights, Interchange):
+                raise ValueError(f"adapter_names has {name!r}, an interchange intervention: make it active instead.")
+            factors = self.state.factors(weights)
+            key = (plan, factors.kind)
             alike.setdefault(key, []).append((name, factors))
             shared[key] = plan, index
         edits: list[Edit] = []
         for key, adapters in alike.items():
             plan, index = shared[key]
-            which, chosen = self.state.rows_of([name for name, _ in adapters], names, index.keep.device)
-            a, b, bias = (
-                None if parts[0] is None else torch.stack(parts).index_select(0, which)
-                for parts in zip(*(factors for _, factors in adapters))
-            )
-            assert b is not None and bias is not None
-            edits += _by_row(index, plan, chosen, a, b, bias)
+            scales = tuple((name, self.scaling[name]) for name, _ in adapters)
+            which, scale = self.state.rows_of(scales, names, index.keep.device)
+            factors = Factors.stack([each for _, each in adapters]).map(partial(_of_rows, which=which))
+            edits += _by_row(index, self.state.keep(index, factors), plan, scale, factors)
         return edits
 
     def active_weights(self) -> Iterator[Intervention]:
@@ -116,18 +146,35 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
         if not self.disable_adapters:
             for name in cast(Iterable[str], self.active_adapters):
                 if name in self.plans:
-                    yield cast(Intervention, self.loreft_weights[name])
+                    yield self.weights(name)
 
-    def _drop(self, keep: Tensor, plan: LayerPlan, d: int) -> Tensor:
+    def _drop(self, keep: Tensor, plan: LayerPlan, factors: Factors) -> Tensor | None:
         if not plan.dropout or not self.training:
-            return keep
-        return F.dropout(keep.expand(*keep.shape[:-1], d), plan.dropout)
+            return None
+        return F.dropout(keep.new_ones(*keep.shape[:-1], factors.d), plan.dropout)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply the edits of `adapter` by `scale`: 1 as trained, 0 nothing, -1 the reverse; as in LoRA."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = float(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of all active adapters by `scale`."""
+        for name in cast(Iterable[str], self.active_adapters):
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scale of all active adapters by `scale`; None sets it to 1."""
+        for name in cast(Iterable[str], self.active_adapters):
+            if name in self.scaling:
+                self.scaling[name] = 1.0 if scale is None else self.scaling[name] / scale
 
     def remove(self) -> None:
         """Take the hook off the block, and this layer out of it."""
         self._handle.remove()
         self.state.layers.remove(self)
-        delattr(self._block[0], CHILD)
+        delattr(self.block, CHILD)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # A block has no `weight`. Only the device is taken from its parameters: 4-bit weights are of type uint8.
@@ -151,39 +198,90 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
 
     def _parameters_of_block(self) -> Iterator[nn.Parameter]:
         own = {id(parameter) for parameter in self.parameters()}
-        return (p for p in self._block[0].parameters() if id(p) not in own)
+        return (p for p in self.block.parameters() if id(p) not in own)
+
+    def why_not_merge(self, adapter_names: Iterable[str]) -> str | None:
+        """Why these adapters cannot be merged here, or None if they can."""
+        for name in adapter_names:
+            if name not in self.plans:
+                continue
+            plan, weights = self.plans[name], self.weights(name)
+            if {group.kind for group in plan.groups} != {"p", "g"}:
+                spec = "+".join(map(str, plan.groups))
+                return f"positions are {spec!r}, and a weight matrix treats every position alike (allowed: 'all')"
+            if plan.by != "all":
+                return f"prompt and answer have an edit each (tie={plan.by!r}; allowed: 'layer', 'model')"
+            if not weights.current_factors().is_affine:
+                return "the formula is not affine (allowed: those without act_fn and gate, and not 'interchange')"
+            try:
+                projection_of(self.block)
+            except ValueError as error:
+                return str(error)
+        return None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ValueError(MERGE_REASON)
+        """Fold the edits into the linear map whose output they edit; see `LoreftModel.merge_adapter`."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.plans]
+        if not names:
+            return
+        if reason := self.why_not_merge(names):
+            raise ValueError(f"LoReFT cannot be merged: {reason}.")
+        names = self.merged_adapters + names
+        self.unmerge()  # each edit is of the output as it was without the others
+        edits = [(name, self.weights(name)) for name in names]
+        self._folded = fold(
+            projection_of(self.block),
+            [(name, weights.current_factors(), self.scaling[name]) for name, weights in edits],
+            safe_merge,
+        )
+        self.merged_adapters = names
 
     def unmerge(self) -> None:
-        """Nothing is ever merged."""
+        """Take merged edits out of the weights."""
+        if self._folded is not None:
+            unfold(projection_of(self.block), self._folded)
+            self._folded = None
+            self.merged_adapters = []
+
+    @property
+    def block(self) -> nn.Module:
+        """The module whose output is edited."""
+        return self._block[0]
+
+    @property
+    def has_new_bias(self) -> bool:
+        """Whether merging gave the linear map a bias that it did not have."""
+        return self._folded is not None and self._folded.bias is None and projection_of(self.block).bias is not None
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled:
+            self.unmerge()  # before the block runs: the hook comes behind it
+        super().enable_adapters(enabled)
 
 
-MERGE_REASON = (
-    "LoReFT cannot be merged into the base model: it edits hidden states at a few token positions, and a weight "
-    "matrix treats every position alike. Keep the adapter beside the model: it costs nothing while decoding. "
-    "`unload()` gives the base model back without it."
-)
+def _of_rows(tensor: Tensor, which: Tensor) -> Tensor:
+    return tensor.index_select(0, which)
 
 
-def _by_row(
-    index: PositionIndex, plan: LayerPlan, chosen: Tensor, a: Tensor | None, b: Tensor, bias: Tensor
-) -> list[Edit]:
-    """Edits with factors of their own for each of the rows, (rows, ...); `chosen` (rows,) is 0 for rows left alone."""
-    rows = len(chosen)
+def _by_row(index: PositionIndex, keep: Tensor, plan: LayerPlan, scale: Tensor, factors: Factors) -> list[Edit]:
+    """Edits with factors of their own for each of the rows, (rows, ...); `scale` (rows,) is 0 for rows left alone."""
+    rows = len(scale)
+    keep = keep.unflatten(-2, (rows, -1)) * scale.view(-1, 1, 1)  # ([G,] rows, slots or seq, 1)
     if index.mask is not None:
-        masks = index.keep.unflatten(-2, (rows, -1)) * chosen.view(-1, 1, 1)  # ([G,] rows, seq, 1)
         if plan.by != "group":
-            return [Edit(None, masks, a, b, bias)]
-        return [Edit(None, m, None if a is None else a[:, g], b[:, g], bias[:, g]) for g, m in enumerate(masks)]
+            return [Edit(None, keep, None, factors)]
+        return [Edit(None, part, None, factors.map(partial(_of_group, g=g))) for g, part in enumerate(keep)]
     assert index.rows is not None
-    at, keep = index.rows.unflatten(-1, (rows, -1)), index.keep.unflatten(-2, (rows, -1)) * chosen.view(-1, 1, 1)
+    at = index.rows.unflatten(-1, (rows, -1))
     if index.rows.ndim == 1:
-        return [Edit(at, keep, a, b, bias)]
+        return [Edit(at, keep, None, factors)]
     # (G, rows, slots) and (rows, G, r, d): each pair of row and group has factors of its own.
     at, keep = at.transpose(0, 1).flatten(0, 1), keep.transpose(0, 1).flatten(0, 1)
-    return [Edit(at, keep, None if a is None else a.flatten(0, 1), b.flatten(0, 1), bias.flatten(0, 1))]
+    return [Edit(at, keep, None, factors.map(partial(torch.flatten, start_dim=0, end_dim=1)))]
+
+
+def _of_group(tensor: Tensor, g: int) -> Tensor:
+    return tensor[:, g]
 
 
 def _edit_output(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,11 +19,16 @@ from peft.tuners.tuners_utils import (
 from torch import Tensor, nn
 
 from .architectures import Target, find_targets, modules_of_decoder, modules_of_encoder, output_size
+from .composition import fill_weighted, weighted_config
 from .config import LoreftConfig
-from .interventions import INTERVENTIONS, Intervention, orthonormalise
-from .layer import CHILD, MERGE_REASON, LoreftLayer
+from .interventions import INTERVENTIONS, Intervention
+from .layer import CHILD, LoreftLayer
 from .positions import Positions
-from .runtime import LayerPlan, attach, detach, share_plan
+from .rotation import orthonormalise
+from .runtime import attach, detach
+from .state import LayerPlan, share_plan
+
+MERGE_ADVICE = "Keep the adapter beside the model; `unload()` gives the base model back without it."
 
 
 class LoreftModel(BaseTuner):
@@ -50,16 +56,9 @@ class LoreftModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: LoreftConfig, model_config: dict[str, Any]) -> LoreftConfig:
         """Decide what is edited where, before anything is changed: all that can be wrong raises here."""
         self._probe = copy.copy(peft_config)
+        targets = self._find_targets(peft_config)
         if peft_config.target_modules is None:
-            targets = find_targets(self.model, peft_config.component)
             self._probe.target_modules = {target.name for target in targets}
-        else:
-            names = [
-                name
-                for name, _ in self.model.named_modules()
-                if name and f".{CHILD}." not in f".{name}." and check_target_module_exists(peft_config, name)
-            ]
-            targets = [Target(name, layer, output_size(self.model, name)) for layer, name in enumerate(names)]
         encoder, self._decoder = modules_of_encoder(self.model), modules_of_decoder(self.model)
         outside = [t.name for t in targets if encoder and not self._is_in(t.name, encoder | (self._decoder or set()))]
         if outside:
@@ -68,19 +67,31 @@ class LoreftModel(BaseTuner):
                 f"{type(self.model).__name__}. Only modules of these can be edited: positions count in their inputs."
             )
         specs = peft_config.positions_by_layer(len(targets)) if targets else {}
-        self._targets: dict[str, tuple[Target, Positions]] = {}
+        ranks = peft_config.ranks(specs, len(targets)) if targets else {}
+        self._targets: dict[str, tuple[Target, Positions, int | None]] = {}
         for target in targets:
             if target.layer in specs:
-                if peft_config.r > target.d:
+                r = ranks[target.layer]
+                if r is not None and r > target.d:
                     raise ValueError(
-                        f"r={peft_config.r} is larger than the hidden size {target.d} of {target.name}: "
+                        f"r={r} is larger than the hidden size {target.d} of {target.name}: "
                         f"allowed are 1 to {target.d}."
                     )
-                self._targets[target.name] = (target, specs[target.layer])
-        if peft_config.tie == "model" and len(sizes := {target.d for target, _ in self._targets.values()}) > 1:
+                self._targets[target.name] = (target, specs[target.layer], r)
+        if peft_config.tie == "model" and len(sizes := {target.d for target, *_ in self._targets.values()}) > 1:
             raise ValueError(f"tie='model' needs one hidden size, but the targets have {sorted(sizes)}.")
         self._shared: Intervention | None = None
         return peft_config
+
+    def _find_targets(self, peft_config: LoreftConfig) -> list[Target]:
+        if peft_config.target_modules is None:
+            return find_targets(self.model, peft_config.component)
+        names = [
+            name
+            for name, _ in self.model.named_modules()
+            if name and f".{CHILD}." not in f".{name}." and check_target_module_exists(peft_config, name)
+        ]
+        return [Target(name, layer, output_size(self.model, name)) for layer, name in enumerate(names)]
 
     def _is_in(self, name: str, modules: set[int]) -> bool:
         return id(self.model.get_submodule(name)) in modules
@@ -117,9 +128,8 @@ class LoreftModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not autocast_adapter_dtype:
-            for module in self.modules():
-                if isinstance(module, LoreftLayer):
-                    module.cast_to_base(adapter_name)
+            for layer in self._layers():
+                layer.cast_to_base(adapter_name)
 
     def _create_and_replace(
         self,
@@ -131,7 +141,7 @@ class LoreftModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        chosen, spec = self._targets[current_key]
+        chosen, spec, r = self._targets[current_key]
         by = peft_config.tie if peft_config.tie in ("group", "position") else "all"
         count = {
             "all": None,
@@ -141,7 +151,7 @@ class LoreftModel(BaseTuner):
         intervention = self._shared
         if intervention is None:
             formula = INTERVENTIONS[peft_config.intervention]
-            intervention = formula(chosen.d, peft_config.r, count, peft_config.init_weights)
+            intervention = formula(chosen.d, r, count, peft_config.init_weights, peft_config.act_fn, peft_config.gate)
         if peft_config.tie == "model":
             self._shared = intervention
         layer = getattr(target, CHILD, None)
@@ -171,21 +181,110 @@ class LoreftModel(BaseTuner):
         if unknown := sorted({*adapter_names} - {*self.peft_config, "__base__"}):
             raise ValueError(f"adapter_names has {unknown}; there are {sorted(self.peft_config)} and '__base__'.")
         hook = partial(_set_adapter_names, adapter_names=adapter_names)
-        layers = [module for module in self.modules() if isinstance(module, LoreftLayer)]
-        handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
+        handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in self._layers()]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _check_merge_allowed(self) -> None:
-        raise ValueError(MERGE_REASON)
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply the edits of an adapter by `scale` in all layers: 1 as trained, 0 nothing, −1 the reverse.
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        It lasts until it is set again, and is not saved. Raises ValueError if there is no adapter of that name.
+        """
+        self._known([adapter])
+        for layer in self._layers():
+            layer.set_scale(adapter, scale)
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Add an adapter whose edit is exactly the weighted sum of the edits of `adapters`; see `composition.py`.
+
+        Args:
+            adapters: names of adapters of one kind: with one spec of positions, tied alike, on the same modules.
+            weights: one for each; negative ones subtract.
+            adapter_name: name of the new adapter. Those of rank r₁, r₂ ... give one of rank r₁ + r₂ ...
+
+        Raises:
+            ValueError: the sum is no single edit of this family; the message says what differs.
+        """
+        self._known(adapters)
+        if adapter_name in self.peft_config:
+            raise ValueError(f"adapter_name={adapter_name!r}: there is an adapter of that name already.")
+        if len(weights) != len(adapters):
+            raise ValueError(f"weights has {len(weights)} entries for {len(adapters)} adapters.")
+        chosen = {name: self.peft_config[name] for name in adapters}
+        config = weighted_config(chosen, len(self._find_targets(chosen[adapters[0]])))
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        for layer in self._layers():
+            if adapter_name in layer.plans:
+                summands = [
+                    (w, layer.loreft_weights[name]) for w, name in zip(weights, adapters) if name in layer.plans
+                ]
+                fill_weighted(layer.loreft_weights[adapter_name], summands)
+
+    def _layers(self) -> Iterator[LoreftLayer]:
+        return (module for module in self.model.modules() if isinstance(module, LoreftLayer))
+
+    def _known(self, adapters: Sequence[str]) -> None:
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or not adapters:
+            raise ValueError(f"Adapters {list(adapters)}: there are {sorted(self.peft_config)}.")
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold adapters into the weights, where that is exact: `component` "attention" or "mlp", positions "all".
+
+        The linear map whose output is edited takes up the edit, and a bias if it has none. Exact to the rounding of
+        the weights' type; `unmerge_adapter` takes it out again.
+
+        Args:
+            adapter_names: which; None for the active ones.
+            safe_merge: whether to raise, before a layer is changed, if its result is not finite.
+
+        Raises:
+            ValueError: it cannot be merged; the message says which condition fails, and no weight has changed.
+        """
+        self._check_merge_allowed(adapter_names)
+        for layer in self._layers():
+            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def _check_merge_allowed(self, adapter_names: list[str] | None = None) -> None:
+        names = list(self.active_adapters if adapter_names is None else adapter_names)
+        self._known(names)
+        blocks = {id(block) for lists in self.model.modules() if isinstance(lists, nn.ModuleList) for block in lists}
+        for layer in self._layers():
+            edited = [name for name in names if name in layer.plans]
+            reason = layer.why_not_merge(edited)
+            if edited and id(layer.block) in blocks:
+                reason = "a block's output is edited, which no single weight makes (allowed: 'attention', 'mlp')"
+            if reason:
+                raise ValueError(f"LoReFT cannot be merged into the weights: {reason}. {MERGE_ADVICE}")
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
         if merge:
-            self._check_merge_allowed()
-        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+            self.merge_adapter(adapter_names, safe_merge)
+            gained = [layer for layer in self._layers() if layer.has_new_bias]
+            if gained:
+                warnings.warn(
+                    f"{len(gained)} linear maps without a bias got one by merging. Most model configs cannot say so: "
+                    "a saved model may lose it when loaded with `from_pretrained`. Use it as it is, or keep the "
+                    "adapter.",
+                    stacklevel=2,
+                )
+        else:
+            self.unmerge_adapter()
+        model = super()._unload_and_optionally_merge(False, progressbar, safe_merge, adapter_names)
         for module in list(model.modules()):
             if isinstance(module, LoreftLayer):
                 module.remove()

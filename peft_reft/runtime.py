@@ -8,10 +8,8 @@ The first layer that asks has them computed; all others share the result. A hook
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .architectures import modules_of_encoder
-from .interventions import Factors, Intervention, factors_of
-from .positions import Arrangement, Layout, PositionIndex, arrange
 from .sources import (
     CONTINUOUS_BATCHING,
     IGNORED,
     POSITIONS,
+    SUBSPACES,
     Derived,
     Explicit,
     Generation,
@@ -32,170 +29,12 @@ from .sources import (
     Step,
     Unread,
     check_positions,
+    check_subspaces,
     is_matrix,
 )
+from .state import PositionState
 
 ATTRIBUTE = "peft_reft_state"
-
-Moment = list[tuple[Source | None, dict[Any, Any]]]
-"""Where a model's forward is, and its decoder's."""
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What one adapter does at one layer, read from its config once, at injection. Layers alike share one object."""
-
-    layout: Layout
-    """Groups of all the config's specs: how `intervention_positions` is laid out."""
-    groups: Layout
-    """Groups edited at this layer."""
-    by: Arrangement
-    dropout: float
-
-
-@lru_cache(maxsize=256)
-def share_plan(plan: LayerPlan) -> LayerPlan:
-    """One object for all layers and adapters with that plan, whose positions are then computed once."""
-    return plan
-
-
-class PositionState:
-    """Positions of the running forward. One object a base model, held by it and by all its LoReFT layers.
-
-    The decoder of an encoder-decoder model reads other tokens, and has a state of its own, `decoder`.
-
-    Args:
-        model: the base model; not kept.
-        labels_mark_prompts: whether labels are one a token, -100 over the prompt (causal language models).
-        decoder: state of the model's decoder.
-    """
-
-    def __init__(self, model: nn.Module, labels_mark_prompts: bool, decoder: PositionState | None = None) -> None:
-        self.labels_mark_prompts = labels_mark_prompts
-        self.decoder = decoder
-        self.layers: list[Any] = []
-        self.argument_names = list(inspect.signature(type(model).forward).parameters)[1:]
-        self._source: Source | None = None
-        self._module: int | None = None
-        self._computed: dict[Any, Any] = {}
-        self._factors: dict[int, Factors] = {}
-        self.recomputes = False
-
-    @property
-    def running(self) -> bool:
-        """Whether a forward has begun and not ended."""
-        return self._source is not None
-
-    def begin(self, source: Source, module: nn.Module) -> None:
-        self._source, self._module = source, id(module)
-        self._computed = {}
-        self._factors = {}
-
-    def end(self, module: nn.Module) -> None:
-        """Forget the forward, if it is this module's that began it."""
-        if self._module == id(module):
-            self._source = self._module = None
-            self._computed = {}
-            self._factors = {}
-            if self.decoder is not None:
-                self.decoder.end(module)
-
-    @contextmanager
-    def recomputing(self, moment: Moment) -> Iterator[None]:
-        """The state as it was at `moment`, for a part of that forward that activation checkpointing runs again."""
-        now = self.moment
-        self._go_to(moment)
-        try:
-            yield
-        finally:
-            self._go_to(now)
-
-    @property
-    def moment(self) -> Moment:
-        mine = [(self._source, self._computed)]
-        return mine if self.decoder is None else mine + self.decoder.moment
-
-    def _go_to(self, moment: Moment) -> None:
-        self._source, self._computed = moment[0]
-        if self.decoder is not None:
-            self.decoder._go_to(moment[1:])
-
-    def index(self, plan: LayerPlan, hidden: Tensor) -> PositionIndex | None:
-        """Positions for the running forward, or None if it edits none; computed once for all layers of one plan.
-
-        Args:
-            plan: of the layer that asks.
-            hidden: what it edits, (batch, seq, d) or (batch * seq, d).
-        """
-        # By identity: a decode step asks once a layer, and a hash of `plan` costs more.
-        index = self._computed[id(plan)] if id(plan) in self._computed else self._compute(plan, hidden)
-        if index is None or index.keep.device == hidden.device:
-            return index
-        if (id(plan), hidden.device) not in self._computed:  # a model spread over several devices (`device_map`)
-            self._computed[id(plan), hidden.device] = index.to(hidden.device)
-        return self._computed[id(plan), hidden.device]
-
-    def _compute(self, plan: LayerPlan, hidden: Tensor) -> PositionIndex | None:
-        if isinstance(self._source, Unread):
-            self._source = self._source.read(hidden)
-        if self._source is None:
-            raise RuntimeError(
-                "A module edited by LoReFT ran outside a forward of its model, so the positions of the prompt are "
-                "unknown. Call the model itself (or its `generate`), not one of its parts."
-            )
-        if plan.layout not in self._computed:
-            self._computed[plan.layout] = self._source.slots(plan.layout)
-        slots = self._computed[plan.layout]
-        seq = self._source.shape[1]
-        index = None if slots is None else arrange(slots, seq, plan.layout, plan.groups, plan.by)
-        self._computed[id(plan)] = index
-        return index
-
-    def names_of_rows(self, adapter_names: Sequence[str], batch: int) -> Sequence[str]:
-        """Adapter names, one a row of the running forward: beams and `num_return_sequences` repeat each row's."""
-        if len(adapter_names) == batch:
-            return adapter_names
-        if isinstance(self._source, Step) and batch % len(adapter_names) == 0:
-            return [name for name in adapter_names for _ in range(batch // len(adapter_names))]
-        raise ValueError(
-            f"adapter_names has {len(adapter_names)} entries for a batch of {batch} rows; give one a row."
-        )
-
-    def rows_of(self, adapters: Sequence[str], names: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
-        """For each row the place of its adapter in `adapters`, or 0; and whether it is one of them, as 1.0 or 0.0.
-
-        Computed once for all layers.
-        """
-        key = (*adapters, device)
-        if key not in self._computed:
-            at = {name: place for place, name in enumerate(adapters)}
-            self._computed[key] = (
-                torch.tensor([at.get(name, 0) for name in names], device=device),
-                torch.tensor([float(name in at) for name in names], device=device),
-            )
-        return self._computed[key]
-
-    def factors(self, weights: Intervention) -> Factors:
-        """A, B and b of one layer's weights; in training those of all layers are computed together, once a forward."""
-        if id(weights) in self._factors and torch.is_grad_enabled():
-            return self._factors[id(weights)]
-        # What is recomputed must not reach back to what was computed outside of it; a shard is whole in its turn only.
-        one_by_one = self.recomputes or torch.distributed.is_initialized() or torch.compiler.is_compiling()
-        if one_by_one or not weights.trains:
-            return weights.current_factors()
-        alike: dict[Any, dict[int, Intervention]] = {}
-        for layer in self.layers:
-            for each in layer.active_weights():
-                key = type(each), *((p.shape, p.dtype, p.device, p.requires_grad) for p in each.parameters())
-                alike.setdefault(key, {})[id(each)] = each
-        for group in alike.values():
-            self._factors |= zip(group, factors_of(list(group.values())))
-        return self._factors[id(weights)] if id(weights) in self._factors else weights.current_factors()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy of the model is not in a forward.
-        return {**self.__dict__, "_source": None, "_module": None, "_computed": {}, "_factors": {}}
-
 
 _CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
 """Attributes that hold a module's checkpoint function: transformers' models; torch's CheckpointWrapper."""
@@ -278,6 +117,7 @@ def _entrances(model: Any) -> list[nn.Module]:
 def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     state: PositionState = model.__dict__[ATTRIBUTE]
     positions = kwargs.pop(POSITIONS, None)
+    subspaces = check_subspaces(kwargs.pop(SUBSPACES, None))
     given = {**dict(zip(state.argument_names, args)), **kwargs}
     if "write_index" in kwargs:  # which only transformers' paged attention is given
         state.begin(CONTINUOUS_BATCHING, model)
@@ -288,15 +128,15 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     if state.decoder is not None:
         step = positions if isinstance(positions, Step) else None
         positions = None if step else positions
-        state.decoder.begin(step or _read_decoder(given, training), model)
+        state.decoder.begin(step or _read_decoder(given, training), model, subspaces)
     tokens = next((t for name in ("inputs_embeds", "input_ids") if (t := given.get(name)) is not None), None)
     if isinstance(positions, Step):
-        state.begin(positions, model)
+        state.begin(positions, model, subspaces)
     elif tokens is None:
-        state.begin(Unread(positions, given.get("attention_mask")), model)
+        state.begin(Unread(positions, given.get("attention_mask")), model, subspaces)
     elif positions is not None:
         shape = (tokens.shape[0], tokens.shape[1])
-        state.begin(Explicit(check_positions(positions, shape).to(tokens.device), shape), model)
+        state.begin(Explicit(check_positions(positions, shape).to(tokens.device), shape), model, subspaces)
     else:
         shape = (tokens.shape[0], tokens.shape[1])
         labels = given.get("labels")
@@ -311,6 +151,7 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
                 needs_labels=state.labels_mark_prompts and training,
             ),
             model,
+            subspaces,
         )
     return args, kwargs
 
@@ -343,10 +184,8 @@ def _before_encoder(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     return (args, kwargs) if within_its_model else _before_forward(encoder, args, kwargs)
 
 
-def _add_positions(
-    encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], positions: Any
-) -> tuple[Any, Any]:
-    return args, {**kwargs, POSITIONS: positions}
+def _add_given(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Any:
+    return args, {**kwargs, **given}
 
 
 def _after_forward(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -356,15 +195,16 @@ def _after_forward(model: nn.Module, args: tuple[Any, ...], output: Any) -> None
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     """`generate` of a model with LoReFT: notes the prompts, and hands each forward its positions."""
     explicit = kwargs.pop(POSITIONS, None)
+    subspaces = check_subspaces(kwargs.pop(SUBSPACES, None))
     original: Callable[..., Any] = type(model).generate
     handle = None
     if modules_of_encoder(model) is not None:
-        generation = Generation(None, None, 0, False)
-        if explicit is not None:  # they count in the encoder's input
-            hand_on = partial(_add_positions, positions=explicit)
+        generation = Generation(None, None, 0, subspaces, False)
+        if explicit is not None or subspaces is not None:  # positions count in the encoder's input
+            hand_on = partial(_add_given, given={POSITIONS: explicit, SUBSPACES: subspaces})
             handle = model.get_encoder().register_forward_pre_hook(hand_on, with_kwargs=True, prepend=True)
     else:
-        generation = _note_prompts(model, args, kwargs, explicit)
+        generation = _note_prompts(model, args, kwargs, explicit, subspaces)
     outer = model.__dict__.get("prepare_inputs_for_generation")  # a draft model may be this model itself
     prepare = partial(_prepare_inputs, model, generation)
     # `generate` reads from the signature what the model can take (`inputs_embeds`).
@@ -390,10 +230,14 @@ def _prepare_inputs(model: Any, generation: Generation, *args: Any, **kwargs: An
     cache = next((c for name in ("past_key_values", "cache_params") if (c := inputs.get(name)) is not None), None)
     start = generation.advance(cache, tokens.shape[1])
     inputs[POSITIONS] = Step(generation, start, (tokens.shape[0], tokens.shape[1]))
+    if generation.subspaces is not None:
+        inputs[SUBSPACES] = generation.subspaces
     return inputs
 
 
-def _note_prompts(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], explicit: Any) -> Generation:
+def _note_prompts(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], explicit: Any, subspaces: Tensor | None
+) -> Generation:
     names = ("inputs_embeds", "input_ids", "inputs")
     tokens = next((t for name in names if (t := kwargs.get(name)) is not None), args[0] if args else None)
     cache = kwargs.get("past_key_values")
@@ -415,7 +259,7 @@ def _note_prompts(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], exp
         kwargs.get(name, getattr(settings, name, None)) for name in drafts
     )
     # Not `model.device`, which is "meta" where weights are offloaded.
-    return Generation(real if tokens is None else real.to(tokens.device), explicit, past, rolls_back)
+    return Generation(real if tokens is None else real.to(tokens.device), explicit, past, subspaces, rolls_back)
 
 
 def _infer_mask(model: Any, tokens: Tensor, kwargs: dict[str, Any]) -> Tensor:

@@ -20,6 +20,7 @@ from .positions import (
 )
 
 POSITIONS = "intervention_positions"
+SUBSPACES = "subspaces"
 IGNORED = -100
 """The label of a token that is not trained on."""
 
@@ -205,6 +206,7 @@ class Generation:
     explicit: Tensor | None
     seen: int
     """Tokens in the cache."""
+    subspaces: Tensor | None
     rolls_back: bool
     """Whether rejected candidates are taken out of the cache again (assisted decoding)."""
     _resolved: dict[Layout, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
@@ -292,6 +294,32 @@ def check_positions(positions: Any, shape: tuple[int, int]) -> Tensor:
                 f"{shape[1]} tokens a row, and -1 for none."
             )
     return positions.long()
+
+
+def check_subspaces(subspaces: Any) -> Tensor | None:
+    """`subspaces` as int64 (batch, n), or (1, n) for all rows alike; -1 = none.
+
+    Args:
+        subspaces: row indices of R: a list of ints for all rows, a list of lists (one a row, of any length), or an
+            integer tensor (batch, n).
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if subspaces is None:
+        return None
+    if isinstance(subspaces, list | tuple | range):
+        rows: list[Any] = [list(row) if isinstance(row, list | tuple | range) else row for row in subspaces]
+        rows = rows if any(isinstance(row, list) for row in rows) else [rows]
+        if all(isinstance(row, list) and all(type(index) is int for index in row) for row in rows):
+            width = max(len(row) for row in rows)
+            subspaces = torch.tensor([row + [NO_POSITION] * (width - len(row)) for row in rows], dtype=torch.long)
+    if not isinstance(subspaces, Tensor) or subspaces.ndim != 2 or subspaces.is_floating_point():
+        raise ValueError(
+            f"{SUBSPACES}={subspaces!r}: expected row indices of R, as a list of ints for all rows, a list of lists "
+            "with one a row, or an integer tensor of shape (batch, n) with -1 for none."
+        )
+    return subspaces.long()
 
 
 def is_matrix(value: Any, shape: tuple[int, int]) -> bool:

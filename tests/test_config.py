@@ -45,7 +45,7 @@ def test_every_own_field_is_in_the_design_and_has_help():
     inherited = {field.name for field in dataclasses.fields(PeftConfig)}
     own = {field.name: field for field in dataclasses.fields(LoreftConfig) if field.name not in inherited}
     assert own.keys() == {
-        *("r", "positions", "layers", "component", "intervention", "tie", "dropout", "init_weights"),
+        *("r", "positions", "layers", "component", "intervention", "tie", "dropout", "init_weights", "act_fn", "gate"),
         *("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "trainable_token_indices"),
     }
     assert all(field.metadata["help"] for field in own.values())
@@ -82,6 +82,15 @@ def test_layers_become_a_list(layers):
         ("component", None, "'block', 'attention', 'mlp'"),
         ("intervention", "LoReFT", "'loreft', 'noreft', 'direft', 'nodireft', 'consreft', 'lobireft'"),
         ("intervention", ["loreft"], "'loreft', 'noreft'"),
+        ("intervention", "RED", "'red', 'bias'"),
+        ("r", {}, "at least one entry"),
+        ("r", {"0-3": 0}, "from 1"),
+        ("r", {"0-3": 4, "4-": 2.0}, "int"),
+        ("r", {"four": 4}, "'0-7'"),
+        ("act_fn", "Relu", "'relu'"),
+        ("act_fn", "prelu", "'relu'"),
+        ("gate", 1, "True, False"),
+        ("gate", None, "True, False"),
         ("tie", "none", "'position', 'group', 'layer', 'model'"),
         ("tie", True, "'position', 'group', 'layer', 'model'"),
         ("dropout", 1.0, "from 0 to below 1"),
@@ -120,7 +129,29 @@ def test_bad_values(name, value, allowed):
     with pytest.raises(ValueError) as error:
         LoreftConfig(**{name: value})
     message = str(error.value)
-    assert name in message and repr(value) in message and allowed in message
+    assert name in message and allowed in message
+    assert repr(value) in message or any(repr(key) in message for key in value)
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(intervention="red", r=4), r"r=4: intervention='red' has no rank"),
+        (dict(intervention="bias", r={"0-": 4}), r"intervention='bias' has no rank"),
+        (
+            dict(intervention="consreft", act_fn="relu"),
+            r"act_fn='relu'.*'consreft'.*'loreft', 'noreft', 'direft', 'nodi",
+        ),
+        (dict(intervention="red", act_fn="relu"), r"act_fn='relu'.*'red'"),
+        (dict(intervention="interchange", gate=True), r"gate=True.*'interchange'"),
+        (dict(intervention="interchange", tie="group", positions="p"), r"'interchange' with tie='group'.*'p'"),
+        (dict(r={"0": 4, "1-": 8}, tie="model"), r"r=\{'0': 4, '1-': 8\}: tie='model' shares one"),
+    ],
+    ids=readable,
+)
+def test_fields_that_contradict_each_other(fields, words):
+    with pytest.raises(ValueError, match=words):
+        LoreftConfig(**fields)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +199,8 @@ def test_unknown_task_types_are_peft_s_to_refuse():
 CONFIGS = [
     {},
     {"task_type": "CAUSAL_LM", "r": 3, "positions": "f2+l3+g", "layers": [0, -1], "component": "mlp"},
+    {"r": {"0-3": 2, "4-": 16}, "act_fn": "relu", "gate": True},
+    {"intervention": "red", "gate": True},
     {"layers": 5},
     {"layers": range(2, 8, 3)},
     {"layers": {7, 1}},
@@ -241,10 +274,10 @@ def test_what_is_accepted_can_be_saved_and_loaded(fields, tmp_path):
 def test_fields_of_a_newer_version_are_dropped_with_a_warning(loader, tmp_path):
     LoreftConfig(r=3).save_pretrained(tmp_path)
     filename = tmp_path / "adapter_config.json"
-    filename.write_text(json.dumps({**json.loads(filename.read_text()), "gate": "sigmoid"}))
-    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['gate'\] for class LoreftConfig"):
+    filename.write_text(json.dumps({**json.loads(filename.read_text()), "router": "sigmoid"}))
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['router'\] for class LoreftConfig"):
         loaded = loader.from_pretrained(str(tmp_path))
-    assert loaded == LoreftConfig(r=3) and not hasattr(loaded, "gate")
+    assert loaded == LoreftConfig(r=3) and not hasattr(loaded, "router")
 
 
 def test_a_value_of_a_newer_version_is_refused(tmp_path):

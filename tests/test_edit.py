@@ -1,9 +1,12 @@
 """The autograd function of a layer against the same lines written for autograd."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from peft_reft.edit import Edit, add_edits, may_change
+from peft_reft.factors import TENSORS, Factors
 
 TOKENS, D, R = 11, 6, 2
 
@@ -15,43 +18,81 @@ def make_edits(kind, generator):
     def keep(*shape):
         return (torch.rand(shape, generator=generator) > 0.3).float()
 
+    def low_rank(*lead):
+        return Factors(rand(*lead, R, D), rand(*lead, R, D), rand(*lead, R))
+
+    def non_linear(*lead):
+        return replace(
+            low_rank(*lead), c=rand(*lead, R, D), gate=rand(*lead, D), gate_bias=rand(*lead, 1), act=torch.tanh
+        )
+
+    def elementwise(*lead):
+        return Factors(scale=rand(*lead, D), shift=rand(*lead, D))
+
     rows = torch.randperm(TOKENS, generator=generator)
     return {
-        "gathered": [Edit(rows[:5], keep(5, 1), rand(R, D), rand(R, D), rand(R))],
-        "grouped": [Edit(rows[:6].view(2, 3), keep(2, 3, 1), rand(2, R, D), rand(2, R, D), rand(2, R))],
-        "dense": [Edit(None, keep(TOKENS, 1), rand(R, D), rand(R, D), rand(R))],
-        "constant": [Edit(rows[:5], keep(5, 1), None, rand(R, D), rand(R))],
-        "dropout": [Edit(rows[:5], keep(5, D) * 2, rand(R, D), rand(R, D), rand(R))],
+        "gathered": [Edit(rows[:5], keep(5, 1), None, low_rank())],
+        "grouped": [Edit(rows[:6].view(2, 3), keep(2, 3, 1), None, low_rank(2))],
+        "dense": [Edit(None, keep(TOKENS, 1), None, low_rank())],
+        "constant": [Edit(rows[:5], keep(5, 1), None, replace(low_rank(), a=None))],
+        "dropout": [Edit(rows[:5], keep(5, 1), keep(5, D) * 2, low_rank())],
+        "subspaces": [Edit(rows[:5], keep(5, R), None, low_rank())],
+        "non-linear": [Edit(rows[:5], keep(5, R), keep(5, D) * 2, non_linear())],
+        "non-linear, grouped": [Edit(rows[:6].view(2, 3), keep(2, 3, 1), None, non_linear(2))],
+        "non-linear, dense": [Edit(None, keep(TOKENS, 1), None, non_linear())],
+        "elementwise": [Edit(rows[:5], keep(5, 1), keep(5, D) * 2, elementwise())],
+        "elementwise, grouped": [Edit(rows[:6].view(2, 3), keep(2, 3, 1), None, elementwise(2))],
         "several": [
-            Edit(rows[:5], keep(5, 1), rand(R, D), rand(R, D), rand(R)),
-            Edit(rows[3:8], keep(5, 1), rand(R, D), rand(R, D), rand(R)),
-            Edit(None, keep(TOKENS, 1), None, rand(R, D), rand(R)),
+            Edit(rows[:5], keep(5, 1), None, low_rank()),
+            Edit(rows[3:8], keep(5, 1), None, low_rank()),
+            Edit(rows[2:6], keep(4, 1), None, non_linear()),
+            Edit(None, keep(TOKENS, 1), None, replace(low_rank(), a=None)),
         ],
     }[kind]
+
+
+KINDS = [
+    *("gathered", "grouped", "dense", "constant", "dropout", "subspaces", "several"),
+    *("non-linear", "non-linear, grouped", "non-linear, dense", "elementwise", "elementwise, grouped"),
+]
+
+
+def parameters_of(edits):
+    return [t for e in edits for name in TENSORS if (t := getattr(e.factors, name)) is not None]
 
 
 def plainly(flat, edits):
     """What `add_edits` says it computes, token by token."""
     out = list(flat)
     for e in edits:
-        grouped = e.b.ndim == 3
+        lead = (e.factors.shift if e.factors.b is None else e.factors.b[..., 0, :]).ndim == 2
         rows = torch.arange(TOKENS) if e.rows is None else e.rows
-        for g in range(e.b.shape[0] if grouped else 1):
-            pick = (lambda t, g=g: t[g]) if grouped else (lambda t: t)
+        for g in range(len(rows) if lead else 1):
+            pick = (lambda t, g=g: t[g]) if lead else (lambda t: t)
+            p = {name: pick(t) for name in TENSORS if (t := getattr(e.factors, name)) is not None}
             for at, row in enumerate(pick(rows).tolist()):
-                inner = pick(e.bias) if e.a is None else pick(e.a) @ flat[row] + pick(e.bias)
-                out[row] = out[row] + pick(e.keep)[at] * (inner @ pick(e.b))
+                h = flat[row]
+                if "b" in p:
+                    inner = p["bias"] if "a" not in p else p["a"] @ h + p["bias"]
+                    inner = inner if e.factors.act is None else e.factors.act(inner)
+                    inner = inner - p["c"] @ h if "c" in p else inner
+                    change = (pick(e.keep)[at] * inner) @ p["b"]
+                else:
+                    change = pick(e.keep)[at] * (h * p["scale"] + p["shift"])
+                if "gate" in p:
+                    change = change * torch.tanh(p["gate"] @ h + p["gate_bias"])
+                out[row] = out[row] + (change if e.drop is None else change * pick(e.drop)[at])
     return torch.stack(out)
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("kind", ["gathered", "grouped", "dense", "constant", "dropout", "several"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_value_and_gradients(kind, in_place):
     generator = torch.Generator().manual_seed(0)
     edits = make_edits(kind, generator)
     leaf = torch.randn(TOKENS, D, generator=generator).requires_grad_()
     upstream = torch.randn(TOKENS, D, generator=generator)
-    inputs = [leaf, *(t for e in edits for t in (e.a, e.b, e.bias) if t is not None)]
+    inputs = [leaf, *parameters_of(edits)]
 
     def run(function):
         residual = leaf + 1  # as a block ends
@@ -69,7 +110,12 @@ def test_value_and_gradients(kind, in_place):
 def test_in_place_is_in_place_and_keeps_nothing_but_the_gathered_tokens():
     generator = torch.Generator().manual_seed(0)
     edits = [
-        Edit(torch.arange(3), torch.ones(3, 1), *(torch.randn(*s).requires_grad_() for s in ((R, D), (R, D), (R,))))
+        Edit(
+            torch.arange(3),
+            torch.ones(3, 1),
+            None,
+            Factors(*(torch.randn(*s).requires_grad_() for s in ((R, D), (R, D), (R,)))),
+        )
     ]
     flat = torch.randn(1000, D, generator=generator).requires_grad_() + 0
     saved = []
@@ -96,7 +142,7 @@ def test_what_may_be_changed(make, expected):
 def test_an_output_that_was_kept_is_left_alone():
     """A block that ends by an operation which needs its output again: its gradient must stay right."""
     x = torch.randn(4, D, requires_grad=True)
-    edits = [Edit(torch.arange(2), torch.ones(2, 1), None, torch.randn(R, D), torch.randn(R))]
+    edits = [Edit(torch.arange(2), torch.ones(2, 1), None, Factors(b=torch.randn(R, D), bias=torch.randn(R)))]
     y = x.exp()
     out = add_edits(y, edits, may_change(y))
     torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], x.detach().exp())
@@ -107,23 +153,25 @@ def test_a_module_that_hands_its_input_through():
     given = torch.randn(4, D)
     before = given.clone()
     out = torch.nn.Dropout().eval()(given)
-    edits = [Edit(torch.arange(2), torch.ones(2, 1), None, torch.randn(R, D), torch.randn(R))]
+    edits = [Edit(torch.arange(2), torch.ones(2, 1), None, Factors(b=torch.randn(R, D), bias=torch.randn(R)))]
     edited = add_edits(out, edits, may_change(out, (given,)))
     assert torch.equal(given, before) and not torch.equal(edited, before)
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_autocast_does_not_lower_the_precision(in_place):
+@pytest.mark.parametrize("kind", ["gathered", "dense", "several"])
+def test_autocast_does_not_lower_the_precision(kind, in_place):
     generator = torch.Generator().manual_seed(0)
-    edits = make_edits("several", generator)
+    edits = make_edits(kind, generator)
     leaf = torch.randn(TOKENS, D, generator=generator).requires_grad_()
-    inputs = [leaf, *(t for e in edits for t in (e.a, e.b, e.bias) if t is not None)]
+    inputs = [leaf, *parameters_of(edits)]
+    affine = all(edit.factors.is_affine for edit in edits)
 
-    def run():
-        out = add_edits(leaf + 1, edits, in_place)
-        return [out, *torch.autograd.grad(out.square().sum(), inputs)]
+    def run(autocast):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            out = add_edits(leaf + 1, edits, in_place)
+        # The backward too, where it is written by hand; others run outside of autocast, as torch wants it.
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast and affine):
+            return [out, *torch.autograd.grad(out.square().sum(), inputs)]
 
-    exact = run()
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # the backward too
-        got = run()
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, exact, strict=True))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(run(True), run(False), strict=True))

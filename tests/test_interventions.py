@@ -9,11 +9,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_reft.interventions import INTERVENTIONS, Intervention, _Orthonormalise, factors_of, orthonormalise
+from peft_reft.factors import TENSORS
+from peft_reft.interventions import ACTIVATIONS, INTERVENTIONS, Intervention, factors_of
+from peft_reft.rotation import _Orthonormalise, orthonormalise
 
 D, R, N = 24, 4, 7
-NAMES = list(INTERVENTIONS)
-ROTATED = [name for name in NAMES if "R" in INTERVENTIONS[name].parameter_names]
+PLAIN = ["loreft", "noreft", "direft", "nodireft", "consreft", "lobireft"]
+# A name, and what is added to it.
+NAMES = [
+    *PLAIN,
+    *("red", "bias", "loreft relu", "noreft tanh", "direft gelu", "nodireft silu"),
+    *("loreft gate", "consreft gate", "red gate", "bias gate", "nodireft relu gate"),
+]
+ROTATED = [name for name in PLAIN if "R" in INTERVENTIONS[name].parameter_shapes]
+FUNCTIONS = {"relu": lambda x: x.clamp_min(0), "tanh": torch.tanh, "silu": lambda x: x * torch.sigmoid(x)}
+FUNCTIONS["gelu"] = lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2
 
 
 def gram_schmidt(a):
@@ -22,25 +32,33 @@ def gram_schmidt(a):
 
 
 def formula(name, parameters, h):
-    """Φ(h) − h as the paper writes it, for rows h; `parameters` by name."""
-    p = {key: value.to(h.dtype) for key, value in parameters.items()}
-    b = p["b"].unsqueeze(-2)
+    """Φ(h) − h as the papers write it, for rows h; `parameters` by name."""
+    name, *added = name.split()
+    p = {
+        key: value.to(h.dtype).unsqueeze(-2) if key.islower() else value.to(h.dtype)
+        for key, value in parameters.items()
+    }
+    f = next((FUNCTIONS[each] for each in added if each in FUNCTIONS), lambda x: x)
     if "R" in p:
-        r = gram_schmidt(p["R"])
-        inner = {
-            "loreft": lambda: h @ p["W"].mT + b - h @ r.mT,
-            "direft": lambda: h @ p["W"].mT + b,
-            "consreft": lambda: b - h @ r.mT,
-            "lobireft": lambda: b.expand(*h.shape[:-1], -1),
-        }[name]()
-        return inner @ r
-    inner = h @ p["W1"].mT + b - (h @ p["W2"].mT if name == "noreft" else 0)
-    return inner @ p["W2"]
+        p["R"] = gram_schmidt(p["R"])
+    change = {
+        "loreft": lambda: (f(h @ p["W"].mT + p["b"]) - h @ p["R"].mT) @ p["R"],
+        "noreft": lambda: (f(h @ p["W1"].mT + p["b"]) - h @ p["W2"].mT - p.get("p", 0)) @ p["W2"],
+        "direft": lambda: f(h @ p["W"].mT + p["b"]) @ p["R"],
+        "nodireft": lambda: f(h @ p["W1"].mT + p["b"]) @ p["W2"],
+        "consreft": lambda: (p["b"] - h @ p["R"].mT) @ p["R"],
+        "lobireft": lambda: p["b"].expand(*h.shape[:-1], -1) @ p["R"],
+        "red": lambda: h * p["s"] + p["b"] - h,
+        "bias": lambda: p["b"].expand_as(h),
+    }[name]()
+    return torch.tanh((p["v"] * h).sum(-1, keepdim=True) + p["c"]) * change if "gate" in added else change
 
 
 def make(name, d=D, r=R, count=None, init=False, seed=0):
     torch.manual_seed(seed)
-    return INTERVENTIONS[name](d, r, count, init)
+    name, *added = name.split()
+    act_fn = next((each for each in added if each in FUNCTIONS), None)
+    return INTERVENTIONS[name](d, r, count, init, act_fn, "gate" in added)
 
 
 def parameters_of(module):
@@ -93,8 +111,8 @@ def test_gradients(name, count):
     exact = {key: value.double().requires_grad_() for key, value in parameters_of(module).items()}
     h64 = h.detach().double().requires_grad_()
     formula(name, exact, h64).backward(upstream.double())
-    if h64.grad is None:  # lobireft: the edit does not depend on h
-        assert name == "lobireft" and h.grad is None
+    if h64.grad is None:  # the edit does not depend on h
+        assert name in ("lobireft", "bias") and h.grad is None
     else:
         assert_close(h.grad, h64.grad)
     for key, parameter in module.named_parameters():
@@ -238,14 +256,16 @@ def test_scale_does_not_matter(scale):
 @pytest.mark.parametrize("count", [None, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_number_of_parameters(name, count):
-    each = R * D + R if name in ("consreft", "lobireft") else 2 * R * D + R
-    module = make(name, count=count)
+    name, *added = name.split()
+    each = {"consreft": R * D + R, "lobireft": R * D + R, "red": 2 * D, "bias": D}.get(name, 2 * R * D + R)
+    each += (D + 1) * ("gate" in added) + R * (name == "noreft" and "tanh" in added)
+    module = make(" ".join([name, *added]), count=count)
     assert sum(parameter.numel() for parameter in module.parameters()) == each * (count or 1)
     assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in module.parameters())
 
 
 @pytest.mark.parametrize("count", [None, 3])
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "consreft"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("consreft", "loreft relu", "direft gelu")])
 def test_identity_at_the_start(name, count):
     """Exactly: not one bit of the model's output may change, in training and without gradients."""
     module = make(name, count=count, init=True)
@@ -259,10 +279,12 @@ def test_identity_at_the_start(name, count):
 def test_identity_start_can_learn(name):
     """A start at which every gradient is zero would never leave it."""
     module = make(name, init=True)
-    module.edit(torch.randn(N, D)).backward(torch.randn(N, D))
-    assert all(
-        parameter.grad.abs().max() > 0 for key, parameter in module.named_parameters() if key in ("W", "W1", "b")
-    )
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        module.edit(torch.randn(N, D)).backward(torch.randn(N, D))
+        optimizer.step()
+    assert all(parameter.grad.abs().max() > 0 for parameter in module.parameters())
 
 
 def test_consreft_starts_by_zeroing_its_subspace():
@@ -272,8 +294,22 @@ def test_consreft_starts_by_zeroing_its_subspace():
         assert_close((h + module.edit(h)) @ module.R.T, torch.zeros(N, R))
 
 
+@pytest.mark.parametrize("name", ["loreft relu", "direft gelu"])
+def test_an_activation_on_a_rotation_starts_as_the_paper(name):
+    """Rᵀf(Wh + b) is nowhere zero, and with W = 0 it would never learn where f is flat at 0."""
+    assert make(name, init=True).edit(torch.randn(N, D)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("act_fn", list(ACTIVATIONS))
+def test_every_activation(act_fn):
+    module = INTERVENTIONS["nodireft"](D, R, act_fn=act_fn, init_weights="paper")
+    module.edit(torch.randn(N, D)).sum().backward()
+    assert sum(parameter.numel() for parameter in module.parameters()) == 2 * R * D + R
+    assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
+
+
 @pytest.mark.parametrize("init", ["paper", False])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PLAIN)
 def test_other_starts_edit(name, init):
     """As `nn.Linear` and `torch.rand` start, in the authors' code; R orthonormal."""
     module = make(name, d=64, r=16, init=init)
@@ -385,7 +421,7 @@ def test_several_equal_as_many_alone(name, grad):
 
 
 @pytest.mark.parametrize("count", [None, 2])
-@pytest.mark.parametrize("name", list(INTERVENTIONS))
+@pytest.mark.parametrize("name", NAMES)
 def test_factors_computed_side_by_side(name, count):
     """Values, gradients, and what is written back, as one by one."""
     several, alone = ([skew(make(name, count=count)) for _ in range(3)] for _ in range(2))
@@ -395,12 +431,13 @@ def test_factors_computed_side_by_side(name, count):
                 parameter.mul_(1 + n % 3)
     together, one_by_one = factors_of(several), [factors_of([module])[0] for module in alone]
     for mine, expected in zip(together, one_by_one, strict=True):
-        for got, wanted in zip(mine, expected, strict=True):
+        for got, wanted in ((getattr(mine, key), getattr(expected, key)) for key in TENSORS):
             assert (got is None) == (wanted is None)
             if got is not None:
                 assert_close(got, wanted)
     for factors in (together, one_by_one):
-        sum(((n + 1) * t.square()).sum() for n, parts in enumerate(factors) for t in parts if t is not None).backward()
+        tensors = [(n, getattr(each, key)) for n, each in enumerate(factors) for key in TENSORS]
+        sum(((n + 1) * t.square()).sum() for n, t in tensors if t is not None).backward()
     for mine, expected in zip(several, alone, strict=True):
         for key, parameter in mine.named_parameters():
             assert_close(parameter, expected.get_parameter(key))
@@ -413,7 +450,7 @@ def test_factors_computed_side_by_side(name, count):
 def calls(monkeypatch, module):
     counted = []
     original = type(module).factors
-    monkeypatch.setattr(type(module), "factors", staticmethod(lambda p: counted.append(1) or original(p)))
+    monkeypatch.setattr(type(module), "factors", lambda self, p: counted.append(1) or original(self, p))
     return counted
 
 
@@ -527,4 +564,33 @@ def test_state_dict_has_the_parameters_and_nothing_else():
         module = make(name)
         with torch.no_grad():
             module.edit(torch.randn(N, D))
-        assert tuple(module.state_dict()) == kind.parameter_names
+        assert [*module.state_dict()] == [*kind.parameter_shapes]
+
+
+def test_interchange_puts_the_subspace_of_the_source_in():
+    """b + Rᵀ(Rs − Rb): in the subspace the source, beside it the base."""
+    module = INTERVENTIONS["interchange"](D, R)
+    base, source = torch.randn(N, D), torch.randn(N, D)
+    with torch.no_grad():
+        out = base + module.edit(base, source)
+        assert_close(out @ module.R.T, source @ module.R.T)
+        beside = torch.eye(D) - module.R.T @ module.R
+        assert_close(out @ beside, base @ beside)
+        assert torch.count_nonzero(module.edit(base)) == 0
+    assert sum(parameter.numel() for parameter in module.parameters()) == R * D
+
+
+def test_refresh_writes_into_what_is_kept():
+    """A compiled graph holds on to it."""
+    for name in NAMES:
+        module, other, h = make(name, seed=0).requires_grad_(False), make(name, seed=1), torch.randn(N, D)
+        module.edit(h)
+        kept = module._factors[1]
+        with torch.no_grad():
+            for key, parameter in module.named_parameters():
+                parameter.copy_(other.get_parameter(key))
+        module.refresh()
+        assert module._factors[1] is kept
+        assert_close(kept.edit(h), formula(name, parameters_of(module), h.double()))
+        module.edit(h)
+        assert module._factors[1] is kept

@@ -7,7 +7,7 @@ from peft import TaskType, get_peft_model
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
 
-from peft_reft import LoreftConfig, interventions
+from peft_reft import LoreftConfig, rotation
 from peft_reft.runtime import _WithPositions
 
 R = 4
@@ -404,8 +404,8 @@ def test_each_of_several_groups_is_trained_by_its_own_tokens_alone():
 def test_one_decomposition_a_training_forward(monkeypatch, tie):
     """... for all layers, not one for each."""
     shapes = []
-    original = interventions.orthonormalise
-    monkeypatch.setattr(interventions, "orthonormalise", lambda a: shapes.append(tuple(a.shape)) or original(a))
+    original = rotation.orthonormalise
+    monkeypatch.setattr(rotation, "orthonormalise", lambda a: shapes.append(tuple(a.shape)) or original(a))
     model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R, positions="f2+l2", tie=tie))
     shapes.clear()
     ids = batch()["input_ids"]

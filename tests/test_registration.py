@@ -65,6 +65,11 @@ def test_public_names():
         "LoreftConfig",
         "LoreftModel",
         "Positions",
+        "edit_norms",
+        "hotswap_adapter",
+        "interchange",
+        "interchange_accuracy",
+        "show_positions",
     ]
     assert all(hasattr(peft_reft, name) for name in peft_reft.__all__)
 

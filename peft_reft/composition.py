@@ -1,0 +1,81 @@
+"""One adapter whose edit is the weighted sum of the edits of several, where that is an edit of this family.
+
+Edits ``Bᵀf(A h + b)`` of rank r₁ and r₂ add up to one of rank r₁ + r₂ of the same form, which is `nodireft`: A, B and
+b are those of the summands, one below the other, and B times the weight. Without f every formula of rank r is such an
+edit. `red` and `bias` are scalings and biases, and add up to one scaling and bias: `red`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .config import DEFAULT_R, LoreftConfig
+from .interventions import INTERVENTIONS, Intervention
+
+_ALIKE = ("positions", "tie", "component", "target_modules", "exclude_modules", "act_fn")
+_NOT_SUBTRACTING = ("direft", "nodireft")
+
+
+def weighted_config(adapters: dict[str, LoreftConfig], n_layers: int) -> LoreftConfig:
+    """The config of the weighted sum, in a model of `n_layers` blocks. Raises ValueError if there is none."""
+    first_name, first = next(iter(adapters.items()))
+    for name, config in adapters.items():
+        for field in (*_ALIKE, "layers") if first.tie == "model" else _ALIKE:
+            if getattr(config, field) != getattr(first, field):
+                raise ValueError(
+                    f"The weighted sum is no single edit: {field}={getattr(first, field)!r} in {first_name!r}, "
+                    f"{getattr(config, field)!r} in {name!r}. Adapters must be alike in {field}."
+                )
+        for field in ("modules_to_save", "trainable_token_indices"):
+            if getattr(config, field):
+                raise ValueError(f"{name!r} has {field}={getattr(config, field)!r}, which cannot be added up.")
+        if config.gate or config.intervention == "interchange":
+            raise ValueError(
+                f"The weighted sum is no single edit: {name!r} has gate={config.gate} and "
+                f"intervention={config.intervention!r}. Not allowed: gate=True, 'interchange'."
+            )
+        if config.act_fn and config.intervention not in _NOT_SUBTRACTING:
+            raise ValueError(
+                f"The weighted sum is no single edit: {name!r} has act_fn={config.act_fn!r} and "
+                f"intervention={config.intervention!r}, which subtracts. Allowed with act_fn: 'direft', 'nodireft'."
+            )
+    with_rank = {INTERVENTIONS[config.intervention].has_rank for config in adapters.values()}
+    if len(with_rank) > 1:
+        formulas = {name: config.intervention for name, config in adapters.items()}
+        raise ValueError(f"The weighted sum is no single edit: some formulas have a rank, some have none: {formulas}.")
+    config = copy.copy(first)
+    config.dropout = 0.0  # each would have had its own
+    config.intervention, config.r = ("nodireft", {}) if with_rank == {True} else ("red", DEFAULT_R)
+    edited = {name: each.positions_by_layer(n_layers) for name, each in adapters.items()}
+    layers = sorted({layer for specs in edited.values() for layer in specs})
+    if any(each.layers != first.layers for each in adapters.values()):
+        config.layers = layers
+    if isinstance(config.r, dict):
+        ranks = {name: each.ranks(edited[name], n_layers) for name, each in adapters.items()}
+        sums = {str(layer): sum(of.get(layer) or 0 for of in ranks.values()) for layer in layers}
+        config.r = next(iter(sums.values())) if len({*sums.values()}) == 1 else sums
+    return config
+
+
+@torch.no_grad()
+def fill_weighted(target: Intervention, summands: Sequence[tuple[float, Intervention]]) -> None:
+    """Give `target` (`nodireft` or `red`) the parameters of the weighted sum, in the order of the summands."""
+    values: dict[str, Any]
+    found: list[tuple[float, Any]] = [(weight, intervention.current_factors()) for weight, intervention in summands]
+    if target.has_rank:
+        values = {
+            "W1": torch.cat([torch.zeros_like(f.b) if f.a is None else f.a for _, f in found], -2),
+            "W2": torch.cat([weight * f.b for weight, f in found], -2),
+            "b": torch.cat([f.bias for _, f in found], -1),
+        }
+    else:
+        values = {
+            "s": 1 + sum(weight * f.scale for weight, f in found if f.scale is not None),
+            "b": sum(weight * f.shift for weight, f in found),
+        }
+    for name, value in values.items():
+        getattr(target, name).copy_(torch.as_tensor(value))

@@ -1,0 +1,80 @@
+"""Put another adapter's weights into the place of one that is loaded, under the same name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from torch import nn
+
+from .config import LoreftConfig
+from .layer import LoreftLayer
+from .model import LoreftModel
+
+_MAY_DIFFER = (
+    "base_model_name_or_path",
+    "dropout",
+    "exclude_modules",
+    "inference_mode",
+    "init_weights",
+    "layers",
+    "peft_version",
+    "revision",
+    "target_modules",
+    "task_type",
+    "auto_mapping",
+)
+"""Fields that say nothing about what weights of the same names and shapes compute."""
+
+
+def hotswap_adapter(
+    model: nn.Module,
+    model_name_or_path: str,
+    adapter_name: str = "default",
+    torch_device: str | None = None,
+    **kwargs: Any,
+) -> None:
+    """Replace the weights of a loaded adapter by those of another of the same shape, in place.
+
+    What `peft.utils.hotswap.hotswap_adapter` does for LoRA. A model under `torch.compile` goes on without compiling
+    again. If anything does not fit, nothing is changed.
+
+    Args:
+        model: a PEFT model, or `torch.compile` of one.
+        model_name_or_path: folder or Hub name of the adapter to put in.
+        adapter_name: the adapter to replace; the name stays.
+        torch_device: where the file is read to; default: the CPU.
+        **kwargs: `subfolder`, `revision`, `token` and the like, for the Hub.
+
+    Raises:
+        ValueError: there is no such adapter, or formula, positions, ties, layers or shapes differ, or it is merged.
+    """
+    peft_model: Any = getattr(model, "_orig_mod", model)
+    loaded = peft_model.peft_config.get(adapter_name)
+    if not isinstance(loaded, LoreftConfig):
+        raise ValueError(f"adapter_name={adapter_name!r}: the model has no LoReFT adapter of that name.")
+    config = LoreftConfig.from_pretrained(model_name_or_path, **kwargs)
+    ours, theirs = loaded.to_dict(), config.to_dict()
+    for field in ours:
+        if field not in _MAY_DIFFER and ours[field] != theirs[field]:
+            raise ValueError(
+                f"The adapters are not alike: {field}={ours[field]!r} in {adapter_name!r}, {theirs[field]!r} in "
+                f"{model_name_or_path}. Use `load_adapter` instead."
+            )
+    layers = [module for module in peft_model.modules() if isinstance(module, LoreftLayer)]
+    if any(adapter_name in layer.merged_adapters for layer in layers):
+        raise ValueError(f"{adapter_name!r} is merged into the weights. Call `unmerge_adapter` first.")
+    weights = load_peft_weights(model_name_or_path, device=torch_device or "cpu", **kwargs)
+    parameters = dict(peft_model.named_parameters())
+    for name, tensor in LoreftModel._remap_adapter_state_dict_for_load(
+        peft_model, loaded, adapter_name, weights
+    ).items():
+        if name in parameters and parameters[name].shape != tensor.shape:
+            raise ValueError(
+                f"The adapters are not alike: {name} is {tuple(parameters[name].shape)} in {adapter_name!r}, "
+                f"{tuple(tensor.shape)} in {model_name_or_path}."
+            )
+    set_peft_model_state_dict(peft_model, weights, adapter_name)
+    for layer in layers:
+        if adapter_name in layer.plans:
+            layer.weights(adapter_name).refresh()

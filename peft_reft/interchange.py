@@ -1,0 +1,102 @@
+"""Interchange interventions and distributed alignment search (DAS), on the same layers and hooks as everything else.
+
+``DII(b, s, R) = b + Rᵀ(Rs − Rb)`` (arXiv 2404.03592, eq. 1; arXiv 2303.02536): a part of the base's hidden state, the
+subspace of R, is set to what it is in a run on another input, the source. If the output then is the one that a causal
+model gives for the same exchange of a variable, the subspace holds that variable. DAS learns R by gradient.
+
+The intervention is an adapter like any other (`LoreftConfig(intervention="interchange", ...)`): trained, saved and
+loaded like one. Without a source it does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .interventions import Interchange
+from .layer import LoreftLayer
+from .runtime import ATTRIBUTE
+from .sources import IGNORED, check_subspaces
+from .state import PositionState, SourceRun
+
+
+@contextmanager
+def interchange(model: nn.Module, source: Mapping[str, Any], subspaces: Any = None) -> Iterator[None]:
+    """Run `model` on `source`; inside the context its forwards (and `generate`) take their subspace from that run.
+
+    Nested contexts take different subspaces from different sources. The source run itself is without interchanges and
+    without gradients.
+
+    Args:
+        model: with an active adapter of `intervention="interchange"`.
+        source: inputs of the model, a row for each row of the base. Positions are found in them as in any forward, by
+            the adapter's spec or `intervention_positions`; the k-th position of the source goes to the k-th of the
+            base, so there must be as many slots in both.
+        subspaces: which rows of R are exchanged: ints for all rows of the batch, or a list (tensor (batch, n), −1 =
+            none) with those of each. Default: those given to the forward, or all.
+
+    Raises:
+        ValueError: no interchange intervention is active, or source and base do not have as many positions.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from peft_reft import LoreftConfig, interchange
+        >>> sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+        >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes)).eval()
+        >>> config = LoreftConfig(intervention="interchange", r=32, layers=[1], positions="l1", task_type="CAUSAL_LM")
+        >>> model = get_peft_model(base, config).eval()
+        >>> one, other = (dict(input_ids=torch.randint(100, (1, 6))) for _ in range(2))
+        >>> with interchange(model, source=other):
+        ...     logits = model(**one).logits[0, -1]
+        >>> torch.allclose(logits, model(**other).logits[0, -1], atol=1e-5)  # all of the last layer was exchanged
+        True
+    """
+    states = _states(model)
+    layers = [module for module in model.modules() if isinstance(module, LoreftLayer)]
+    if not any(isinstance(weights, Interchange) for layer in layers for weights in layer.active_weights()):
+        raise ValueError("The model has no active adapter with intervention='interchange'.")
+    runs = [SourceRun(check_subspaces(subspaces)) for _ in states]
+    for state, run in zip(states, runs):
+        state.source_runs.append(run)
+    try:
+        with torch.no_grad():
+            model(**source)
+        for run in runs:
+            run.collecting = False
+        yield
+    finally:
+        for state, run in zip(states, runs):
+            state.source_runs.remove(run)
+
+
+def _states(model: nn.Module) -> list[PositionState]:
+    state = next((module.__dict__[ATTRIBUTE] for module in model.modules() if ATTRIBUTE in module.__dict__), None)
+    if state is None:
+        raise ValueError(f"{type(model).__name__} has no LoReFT adapter.")
+    return [state] if state.decoder is None else [state, state.decoder]
+
+
+def interchange_accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of rows whose counterfactual output comes out.
+
+    Args:
+        logits: (batch, classes) of a classifier, or (batch, seq, vocabulary) of a causal language model.
+        labels: int64, the causal model's counterfactual answer: (batch,), or (batch, seq) with −100 where there is
+            none, as for training (the logits of a token are compared with the label of the next).
+
+    Returns:
+        From 0 to 1. A row of several labelled tokens counts if all of them are right.
+    """
+    predicted = logits.argmax(-1)
+    if labels.ndim == 1:
+        return (predicted == labels).float().mean().item()
+    labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    right = (predicted == labels) | (labels == IGNORED)
+    return right.all(1)[(labels != IGNORED).any(1)].float().mean().item()
