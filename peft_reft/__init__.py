@@ -9,6 +9,7 @@ from .config import LoreftConfig  # noqa: E402
 from .hotswap import hotswap_adapter  # noqa: E402
 from .interchange import interchange, interchange_accuracy  # noqa: E402
 from .interventions import Intervention  # noqa: E402
+from .looking import edit_norms, show_positions  # noqa: E402
 from .model import LoreftModel  # noqa: E402
 from .positions import Positions  # noqa: E402
 
@@ -22,7 +23,9 @@ __all__ = [
     "LoreftConfig",
     "LoreftModel",
     "Positions",
+    "edit_norms",
     "hotswap_adapter",
     "interchange",
     "interchange_accuracy",
+    "show_positions",
 ]

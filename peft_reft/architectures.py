@@ -52,7 +52,7 @@ def find_targets(model: nn.Module, component: str) -> list[Target]:
 
 
 def output_size(model: nn.Module, name: str) -> int:
-    """Size of the last dimension of what module `name` returns: its own if it is linear, else the hidden size."""
+    """Size of the last dimension of what module `name` returns: its `out_features`, else the hidden size."""
     module = model.get_submodule(name)
     own = getattr(module, "out_features", None)
     return own if isinstance(own, int) else _hidden_size(model, _text_config(model))
@@ -82,7 +82,8 @@ def _hidden_size(model: nn.Module, config: Any) -> int:
         if isinstance(size := getattr(config, name, None), int):
             return size
     raise ValueError(
-        f"The hidden size of {type(model).__name__} is unknown: its config has none of {', '.join(_SIZE_NAMES)}."
+        f"The hidden size of {type(model).__name__} is unknown: its config has none of {', '.join(_SIZE_NAMES)}. "
+        "Modules to edit in a network of your own need an attribute `out_features`, as `nn.Linear` has."
     )
 
 

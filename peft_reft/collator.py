@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from peft import TaskType
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .config import LoreftConfig
 from .positions import answers_of_batch, resolve
-from .sources import POSITIONS, check_batch
+from .sources import POSITIONS, SUBSPACES, check_batch, check_subspaces
 
 
 class DataCollatorForLoreft:
@@ -29,7 +29,8 @@ class DataCollatorForLoreft:
         The batch with `intervention_positions`: int64 (batch, n), columns of the tokens to edit, -1 where a slot is
         empty. Slots stand in the order of the groups of `config.layout`; of a row with several answers (packed
         documents, multi-turn chats) one answer after the other; each open-ended group (`p`, `g`) follows with one slot
-        a column.
+        a column. Where examples have `subspaces`, a list of row indices of R each, also these: int64 (batch, m), -1
+        where a row has fewer. An example's edits, and their gradients, then stay within those rows of R.
 
     Raises:
         ValueError: no row has a token to edit, or a packed row starts in the middle of a document.
@@ -51,8 +52,14 @@ class DataCollatorForLoreft:
         self.config = config
 
     def __call__(self, examples: Any, *args: Any, **kwargs: Any) -> Any:
+        subspaces = None
+        if any(isinstance(example, Mapping) and SUBSPACES in example for example in examples):
+            subspaces = check_subspaces([list(example[SUBSPACES]) for example in examples])
+            examples = [{name: v for name, v in example.items() if name != SUBSPACES} for example in examples]
         batch = self.base_collator(examples, *args, **kwargs)
         batch[POSITIONS] = self._positions(batch)
+        if subspaces is not None:
+            batch[SUBSPACES] = subspaces
         return batch
 
     def _positions(self, batch: Any) -> Tensor:

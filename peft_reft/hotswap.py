@@ -48,6 +48,17 @@ def hotswap_adapter(
 
     Raises:
         ValueError: there is no such adapter, or formula, positions, ties, layers or shapes differ, or it is merged.
+
+    Example:
+        >>> import tempfile
+        >>> from peft import get_peft_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from peft_reft import LoreftConfig, hotswap_adapter
+        >>> sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = get_peft_model(LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes)), LoreftConfig(r=4))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     hotswap_adapter(model, folder)
     """
     peft_model: Any = getattr(model, "_orig_mod", model)
     loaded = peft_model.peft_config.get(adapter_name)

@@ -93,6 +93,12 @@ def interchange_accuracy(logits: Tensor, labels: Tensor) -> float:
 
     Returns:
         From 0 to 1. A row of several labelled tokens counts if all of them are right.
+
+    Example:
+        >>> import torch
+        >>> from peft_reft import interchange_accuracy
+        >>> interchange_accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
+        0.5
     """
     predicted = logits.argmax(-1)
     if labels.ndim == 1:

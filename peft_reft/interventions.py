@@ -102,7 +102,8 @@ class Intervention(nn.Module, ABC):
         for name, dimensions in self.shapes.items():
             shape = (*lead, *(sizes[dimension] for dimension in dimensions))
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
-        self._factors: tuple[tuple[tuple[int, int], ...], Factors] | None = None
+        self._kept: Factors | None = None
+        self._kept_at: tuple[tuple[int, int], ...] = ()
         if not any(parameter.is_meta for parameter in self.parameters()):
             with torch.no_grad():
                 self.reset_parameters("paper" if gate and init_weights is True else init_weights)
@@ -145,23 +146,20 @@ class Intervention(nn.Module, ABC):
     def current_factors(self) -> Factors:
         """What it computes with, in float32; without gradients computed once and kept."""
         if self.trains:
-            self._factors = None
+            self._kept = None
             return factors_of([self])[0]
-        kept = self._factors  # read once: another thread may drop it
         if torch.compiler.is_compiling():  # a key that reads pointers cannot be traced
-            return kept[1] if kept else factors_of([self])[0]
+            return self._kept or factors_of([self])[0]
         # Some optimisers (bitsandbytes, DeepSpeed) write through raw pointers or `.data`, unseen by `_version`. They
         # run between forwards with gradients and calls of `train()` or `eval()`; all these drop what is kept here.
-        if any(
-            parameter.is_inference() for parameter in self.parameters()
-        ):  # made in inference mode: no version to ask for
+        if any(parameter.is_inference() for parameter in self.parameters()):  # these have no version to ask for
             return factors_of([self])[0]
-        key = self._key()
-        if kept is None or kept[0] != key:
+        kept, key = self._kept, self._key()  # read once: another thread may drop it
+        if kept is None or self._kept_at != key:
             with torch.no_grad():
-                kept = (key, factors_of([self])[0])
-            self._factors = kept
-        return kept[1]
+                kept = factors_of([self])[0]
+            self._kept, self._kept_at = kept, key
+        return kept
 
     def rotation(self) -> Tensor:
         """R, (..., r, d) float32 with orthonormal rows to 1e-5, differentiable in the parameter."""
@@ -176,22 +174,22 @@ class Intervention(nn.Module, ABC):
     @torch.inference_mode()
     def refresh(self) -> None:
         """After a change of the parameters: compute again what is kept, in place, where a compiled graph reads it."""
-        if self._factors is not None:
-            old, new = self._factors[1], factors_of([self])[0]
+        if self._kept is not None:
+            new = factors_of([self])[0]
             for name in TENSORS:
-                if (tensor := getattr(old, name)) is not None and tensor is not getattr(new, name):
+                if (tensor := getattr(self._kept, name)) is not None and tensor is not getattr(new, name):
                     tensor.copy_(getattr(new, name))
-            self._factors = (self._key(), old)
+            self._kept_at = self._key()
 
     def _key(self) -> tuple[tuple[int, int], ...]:
         return tuple((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
 
     def train(self, mode: bool = True) -> Intervention:
-        self._factors = None
+        self._kept = None
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_factors": None}
+        return {**self.__dict__, "_kept": None}
 
     def _random_rotation(self, name: str) -> None:
         parameter = getattr(self, name)

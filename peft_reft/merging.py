@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,7 @@ def projection_of(module: nn.Module) -> nn.Linear | Conv1D:
         ValueError: there is none that an edit could be folded into; the message says why.
     """
     name = type(module).__name__
+    found: list[Any] = [module]
     if type(module) not in (nn.Linear, Conv1D):
         takes = [argument for argument in inspect.signature(module.forward).parameters if argument in _RESIDUAL_NAMES]
         if takes:
@@ -65,13 +67,12 @@ def projection_of(module: nn.Module) -> nn.Linear | Conv1D:
                 f"{name} has no single linear map at its end by a known name ({', '.join(_OUTPUT_NAMES)}); it has: "
                 f"{children or 'no modules'}."
             )
-        module = found[0]
-    if type(module) not in (nn.Linear, Conv1D) or not module.weight.is_floating_point():
+    if type(found[0]) not in (nn.Linear, Conv1D) or not found[0].weight.is_floating_point():
         raise ValueError(
-            f"{name} ends with {type(module).__name__}: an edit can be folded into a plain `nn.Linear` or `Conv1D` "
+            f"{name} ends with {type(found[0]).__name__}: an edit can be folded into a plain `nn.Linear` or `Conv1D` "
             "only, not into quantised weights or those of another adapter."
         )
-    return module  # type: ignore[return-value]
+    return found[0]
 
 
 @torch.no_grad()

@@ -223,10 +223,8 @@ class LoreftModel(BaseTuner):
             raise
         for layer in self._layers():
             if adapter_name in layer.plans:
-                summands = [
-                    (w, layer.loreft_weights[name]) for w, name in zip(weights, adapters) if name in layer.plans
-                ]
-                fill_weighted(layer.loreft_weights[adapter_name], summands)
+                summands = [(w, layer.weights(name)) for w, name in zip(weights, adapters) if name in layer.plans]
+                fill_weighted(layer.weights(adapter_name), summands)
 
     def _layers(self) -> Iterator[LoreftLayer]:
         return (module for module in self.model.modules() if isinstance(module, LoreftLayer))

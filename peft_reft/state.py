@@ -22,7 +22,7 @@ Moment = list[tuple[Source | None, Tensor | None, dict[Any, Any]]]
 """Where a model's forward is, and its decoder's."""
 
 
-@dataclass
+@dataclass(eq=False)
 class SourceRun:
     """Hidden states of a run of the model on other inputs, to be put into this one (`peft_reft.interchange`)."""
 
@@ -193,7 +193,8 @@ class PositionState:
                     raise ValueError(
                         f"{SUBSPACES} names rows {low} to {high} of R; allowed: 0 to {r - 1}, -1 for none."
                     )
-            chosen = F.one_hot(subspaces.to(index.keep.device) + 1, r + 1).amax(1)[:, 1:].float().expand(batch, r)
+            rows = F.pad(subspaces.to(index.keep.device) + 1, (0, 1))  # 0: none
+            chosen = F.one_hot(rows, r + 1).amax(1)[:, 1:].float().expand(batch, r)
             if index.rows is None:
                 of_token = chosen.repeat_interleave(seq, 0)
             else:

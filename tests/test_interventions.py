@@ -585,12 +585,12 @@ def test_refresh_writes_into_what_is_kept():
     for name in NAMES:
         module, other, h = make(name, seed=0).requires_grad_(False), make(name, seed=1), torch.randn(N, D)
         module.edit(h)
-        kept = module._factors[1]
+        kept = module._kept
         with torch.no_grad():
             for key, parameter in module.named_parameters():
                 parameter.copy_(other.get_parameter(key))
         module.refresh()
-        assert module._factors[1] is kept
+        assert module._kept is kept
         assert_close(kept.edit(h), formula(name, parameters_of(module), h.double()))
         module.edit(h)
-        assert module._factors[1] is kept
+        assert module._kept is kept
