@@ -13,12 +13,15 @@ from torch import nn
 
 @dataclass
 class Ratio:
-    """Median over rounds of time over the reference's in the same round, with quartiles."""
+    """Median over rounds of time over the reference's in the same round, with quartiles; and fastest over fastest."""
 
     wall: float
     wall_quartiles: tuple[float, float]
     cpu: float
     cpu_quartiles: tuple[float, float]
+    wall_best: float
+    """Fastest round over the reference's fastest: what is left when the machine's neighbours were quiet."""
+    cpu_best: float
     milliseconds: float
     """Median wall time of one call."""
 
@@ -56,7 +59,19 @@ def interleave(runs: dict[str, Callable[[], object]], reference: str, rounds: in
         low, middle, high = statistics.quantiles(ratios, n=4)
         return middle, (low, high)
 
-    return {name: Ratio(*ratio(wall, name), *ratio(cpu, name), 1e3 * statistics.median(wall[name])) for name in names}
+    def best(times: dict[str, list[float]], name: str) -> float:
+        return min(times[name]) / min(times[reference])
+
+    return {
+        name: Ratio(
+            *ratio(wall, name),
+            *ratio(cpu, name),
+            best(wall, name),
+            best(cpu, name),
+            1e3 * statistics.median(wall[name]),
+        )
+        for name in names
+    }
 
 
 def share(model: nn.Module) -> nn.Module:

@@ -24,7 +24,8 @@ GOALS = {
 HEAD = """# Performance
 
 Written by `make bench`; do not edit. {machine}; {rounds} rounds, in each of which every method runs once, in turns; a
-ratio is the median over rounds of the time over that of the reference in the same round, with its quartiles.
+ratio is the median over rounds of the time over that of the reference in the same round, with its quartiles; behind
+the semicolon, the fastest round over the reference's fastest, which neighbours on the machine disturb least.
 SmolLM2-135M's shape, random weights. The *floor* is what no method can spare: the forward, and the backward of
 activations down to the output of the lowest block.
 """
@@ -44,7 +45,7 @@ def timed(results: dict, kind: str) -> list[str]:
             ratio = run[method]
             for what in ("cpu", "wall"):
                 low, high = ratio[f"{what}_quartiles"]
-                cells.append(f"{ratio[what]:.3f} ({low:.3f}–{high:.3f})")
+                cells.append(f"{ratio[what]:.3f} ({low:.3f}–{high:.3f}); {ratio[f'{what}_best']:.3f}")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
