@@ -1,0 +1,119 @@
+"""Two tasks in disjoint parts of one R, used alone or together (arXiv 2404.03592, the section on composing subspaces).
+
+    python examples/composition.py --data FOLDER
+    python examples/composition.py --data FOLDER --model outputs/SmolLM2-135M-Instruct --steps 120
+
+FOLDER has german/train.de, a sentence a line, and ultrafeedback_1k/ultrafeedback_1k.json, a list of `instruction` and
+`output`. Rows 0-3 of R learn to go on in German, rows 4-7 to follow instructions. Then the same questions are answered with the
+one, with the other and with both, and the share of German words among those of the answers is printed.
+"""
+
+import argparse
+import json
+import random
+import re
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from peft_reft import DataCollatorForLoreft, LoreftConfig
+
+GERMAN, INSTRUCTIONS = [0, 1, 2, 3], [4, 5, 6, 7]
+QUESTIONS = ["What do dogs like to do?", "Describe a park in summer.", "What are people doing on the street?"]
+GERMAN_WORDS = re.compile(
+    r"\b(der|die|das|den|dem|des|eine?[mnrs]?|und|oder|ist|sind|hat|haben|wird|auf|im|mit|von|vom|zu|zum|zur|bei|aus|für|"
+    r"nicht|sich|es|er|sie|ihre?|seine?|über|unter|vor|während|als|wie|auch|nach|mann|frau|kinder|junge|mädchen|männer|"
+    r"hund|straße|steht|sitzt|geht|spielt|einige|zwei|drei|viele|menschen)\b"
+)
+
+
+def examples_of(folder: Path, tokenizer, count: int) -> list[dict]:
+    """Examples of both tasks, with the rows of R that each may use."""
+
+    def example(text: str, answer: str, subspaces: list[int]) -> dict:
+        prompt, rest = tokenizer(text)["input_ids"], tokenizer(answer)["input_ids"][:48]
+        return {"input_ids": prompt + rest, "labels": [-100] * len(prompt) + rest, "subspaces": subspaces}
+
+    captions = (folder / "german" / "train.de").read_text(encoding="utf-8").splitlines()[:count]
+    rows = json.loads((folder / "ultrafeedback_1k" / "ultrafeedback_1k.json").read_text(encoding="utf-8"))[:count]
+    halves = [(caption.split()[:3], caption.split()[3:]) for caption in captions]
+    german = [example(" ".join(first), " " + " ".join(rest) + "\n", GERMAN) for first, rest in halves]
+    return german + [example(question(row["instruction"][:200]), row["output"], INSTRUCTIONS) for row in rows]
+
+
+def question(text: str) -> str:
+    return f"Question: {text}\nAnswer:"
+
+
+@torch.no_grad()
+def answers(model, tokenizer, subspaces: list[int]) -> list[str]:
+    tokenizer.padding_side = "left"
+    inputs = tokenizer([question(text) for text in QUESTIONS], return_tensors="pt", padding=True)
+    inputs.pop("token_type_ids", None)
+    out = model.generate(
+        **inputs.to(model.device), subspaces=subspaces, max_new_tokens=24, do_sample=False, repetition_penalty=1.1
+    )
+    return tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def share_of_german(texts: list[str]) -> float:
+    text = " ".join(texts).lower()
+    return len(GERMAN_WORDS.findall(text)) / max(1, len(text.split()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with german/ and ultrafeedback_1k/")
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id or folder")
+    parser.add_argument("--output", type=Path, default=Path("outputs/composition"))
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--examples", type=int, default=1000, help="of each task")
+    parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--positions", default="l1")
+    args = parser.parse_args()
+    set_seed(42)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    config = LoreftConfig(task_type="CAUSAL_LM", r=8, positions=args.positions)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(args.model), config)
+    model.print_trainable_parameters()
+    data = examples_of(args.data, tokenizer, args.examples)
+    random.shuffle(data)
+    tokenizer.padding_side = "right"
+    settings = TrainingArguments(
+        output_dir=str(args.output / "checkpoints"),
+        max_steps=args.steps,
+        per_device_train_batch_size=8,
+        learning_rate=args.learning_rate,
+        warmup_steps=args.steps // 10,
+        logging_steps=max(1, args.steps // 6),
+        remove_unused_columns=False,  # `subspaces` is not an argument of the model's forward, but of ours
+        save_strategy="no",
+        report_to="none",
+    )
+    collator = DataCollatorForLoreft(DataCollatorForSeq2Seq(tokenizer), config)
+    Trainer(model, settings, train_dataset=data, data_collator=collator).train()
+    model.save_pretrained(args.output / "adapter")
+
+    model.eval()
+    results = {}
+    used = {"neither": [], "German": GERMAN, "instructions": INSTRUCTIONS, "both": GERMAN + INSTRUCTIONS}
+    for name, subspaces in used.items():
+        given = answers(model, tokenizer, subspaces)
+        results[name] = {"share of German words": share_of_german(given), "answers": given}
+        print(f"\n{name}: {share_of_german(given):.0%} German words")
+        for text, answer in zip(QUESTIONS, given):
+            print(f"  {text:40} {' '.join(answer.split())}")
+    (args.output / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()
