@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import os
 import pkgutil
 import re
@@ -40,18 +41,25 @@ def model_id(tmp_path, tokenizer):
     return str(tmp_path / "model")
 
 
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+
+
 @pytest.mark.filterwarnings("ignore")  # the reader's warnings are third parties' and not what is tested here
-def test_readme(model_id, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if "```python" in p.read_text(encoding="utf-8")], ids=lambda p: p.name
+)
+def test_pages(page, model_id, tmp_path, monkeypatch, capsys):
+    """The code runs, and prints what comments below a `print` say."""
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) >= 3
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     data = Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in PAIRS])
-    names = {"model_id": model_id, "prompt_completion_data": data, "__name__": "readme"}
+    names = {"model_id": model_id, "prompt_completion_data": data, "__name__": "page"}
     for block in blocks:
         capsys.readouterr()
         exec(block, names)
-        for promised in re.findall(r"^# (\[.*)$", block, re.MULTILINE):
-            assert promised in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        for promised in re.findall(r"^# ([\[ ].*|layers .*)$", block, re.MULTILINE):
+            assert promised in printed
 
 
 def test_quickstart(model_id, tmp_path):
@@ -65,3 +73,38 @@ def test_quickstart(model_id, tmp_path):
     assert done.returncode == 0, done.stderr
     for words in ("Before:", "After:", "trainable params: 780", "KiB of weights", "the same answers"):
         assert words in done.stdout, done.stdout
+
+
+def run_example(*command):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_composition(model_id, tmp_path):
+    (tmp_path / "german").mkdir()
+    (tmp_path / "ultrafeedback_1k").mkdir()
+    (tmp_path / "german" / "train.de").write_text("a b c d e\nf g h i j\n" * 4, encoding="utf-8")
+    rows = [{"instruction": "a b", "input": "", "output": "c d"}] * 8
+    (tmp_path / "ultrafeedback_1k" / "ultrafeedback_1k.json").write_text(json.dumps(rows), encoding="utf-8")
+    command = ["examples/composition.py", "--data", str(tmp_path), "--model", model_id, "--steps", "2"]
+    out = run_example(*command, "--output", str(tmp_path / "out"))
+    assert all(f"\n{name}: " in out for name in ("neither", "German", "instructions", "both"))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(results["both"]["answers"]) == 3
+
+
+def test_das_equality(tmp_path):
+    command = ["examples/das_equality.py", "--steps", "3", "--align-steps", "3", "--layers", "0"]
+    out = run_example(*command, "--output", str(tmp_path))
+    assert "trained   layer 0:" in out and "random    layer 0:" in out
+
+
+@pytest.mark.slow
+def test_das_finds_the_variables_where_they_are_and_nowhere_else(tmp_path):
+    run_example("examples/das_equality.py", "--layers", "0", "--output", str(tmp_path))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["accuracy of the network"] > 0.98
+    assert results["interchange accuracy, trained"]["0"] > 0.95
+    assert results["interchange accuracy, random"]["0"] < 0.6
