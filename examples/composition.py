@@ -4,8 +4,8 @@
     python examples/composition.py --data FOLDER --model outputs/SmolLM2-135M-Instruct --steps 120
 
 FOLDER has german/train.de, a sentence a line, and ultrafeedback_1k/ultrafeedback_1k.json, a list of `instruction` and
-`output`. Rows 0-3 of R learn to go on in German, rows 4-7 to follow instructions. The same questions are then answered by the
-one, by the other and by both, and the share of German words in the answers is printed.
+`output`. Rows 0-3 of R learn to go on in German, rows 4-7 to follow instructions. The same questions are then answered
+by the one, by the other and by both, and the share of German words in the answers is printed.
 """
 
 import argparse
