@@ -152,7 +152,7 @@ class Intervention(nn.Module, ABC):
             return self._kept or factors_of([self])[0]
         # Some optimisers (bitsandbytes, DeepSpeed) write through raw pointers or `.data`, unseen by `_version`. They
         # run between forwards with gradients and calls of `train()` or `eval()`; all these drop what is kept here.
-        if any(parameter.is_inference() for parameter in self.parameters()):  # these have no version to ask for
+        if any(parameter.is_inference() for parameter in self._own()):  # no version to ask for
             return factors_of([self])[0]
         kept, key = self._kept, self._key()  # read once: another thread may drop it
         if kept is None or self._kept_at != key:
@@ -182,7 +182,11 @@ class Intervention(nn.Module, ABC):
             self._kept_at = self._key()
 
     def _key(self) -> tuple[tuple[int, int], ...]:
-        return tuple((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
+        return tuple([(parameter.data_ptr(), parameter._version) for parameter in self._own()])
+
+    def _own(self) -> list[nn.Parameter]:
+        # Not `parameters()`, which walks modules: a decode step that edits comes here once a layer.
+        return [parameter for parameter in self._parameters.values() if parameter is not None]
 
     def train(self, mode: bool = True) -> Intervention:
         self._kept = None

@@ -240,11 +240,12 @@ class PositionState:
 
     def factors(self, weights: Intervention) -> Factors:
         """A, B and b of one layer's weights; in training those of all layers are computed together, once a forward."""
-        if id(weights) in self._factors and torch.is_grad_enabled():
+        if not weights.trains:
+            return weights.current_factors()
+        if id(weights) in self._factors:
             return self._factors[id(weights)]
         # What is recomputed must not reach back to what was computed outside of it; a shard is whole in its turn only.
-        one_by_one = self.recomputes or torch.distributed.is_initialized() or torch.compiler.is_compiling()
-        if one_by_one or not weights.trains:
+        if self.recomputes or torch.distributed.is_initialized() or torch.compiler.is_compiling():
             return weights.current_factors()
         alike: dict[Any, dict[int, Intervention]] = {}
         for layer in self.layers:
