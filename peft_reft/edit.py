@@ -64,7 +64,7 @@ def _add_now(hidden: Tensor, edit: Edit) -> Tensor:
     flat, factors = hidden.view(-1, hidden.shape[-1]), edit.factors
     h = gather(flat, edit.rows, factors.lead)
     if edit.rows is None and h.ndim == 2 and factors.is_affine and factors.b is not None:
-        flat.addmm_(factors.inner(h).mul_(edit.keep), factors.b)
+        flat.addmm_(factors.inner(h) * edit.keep, factors.b)
     else:
         _scatter_add(flat, edit.rows, factors.edit(h, edit.keep))
     return hidden
