@@ -71,9 +71,9 @@ def main() -> None:
     if "inside" in results:
         lines += plain(
             "CPU time in LoReFT's own code",
-            "Over that of all else in the same steps; median, one thread. A difference of two long times has the scatter "
-            "of both (the quartiles above); this is a sum of short ones. It counts the hooks, the edits, their backward, "
-            "R, the optimiser; it cannot see effects on caches.",
+            "Over that of all else in the same steps; median, one thread. A difference of two long times has the "
+            "scatter of both (the quartiles above); this is a sum of short ones. It counts the hooks, the edits, their "
+            "backward, R and the optimiser, and cannot see effects on caches.",
             results["inside"],
         )
     if "saved" in results:
