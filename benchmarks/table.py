@@ -72,7 +72,7 @@ def main() -> None:
         lines += plain(
             "CPU time in LoReFT's own code",
             "Over that of all else in the same steps; median, one thread. A difference of two long times has the "
-            "scatter of both (the quartiles above); this is a sum of short ones. It counts the hooks, the edits, their "
+            "scatter of both (the quartiles above), a sum of short ones has not. It counts hooks, edits, their "
             "backward, R and the optimiser, and cannot see effects on caches.",
             results["inside"],
         )

@@ -3,9 +3,9 @@
     python examples/composition.py --data FOLDER
     python examples/composition.py --data FOLDER --model outputs/SmolLM2-135M-Instruct --steps 120
 
-FOLDER has german/train.de, a sentence a line, and ultrafeedback_1k/ultrafeedback_1k.json, a list of `instruction` and
-`output`. Rows 0-3 of R learn to go on in German, rows 4-7 to follow instructions. The same questions are then answered
-by the one, by the other and by both, and the share of German words in the answers is printed.
+FOLDER has german/train.de, a sentence a line, and ultrafeedback_1k/ultrafeedback_1k.json, lines of JSON with
+`instruction` and `output`. Rows 0-3 of R learn to go on in German, rows 4-7 to follow instructions. The same questions
+are then answered by the one, by the other and by both, and the share of German words in the answers is printed.
 """
 
 import argparse
@@ -44,7 +44,8 @@ def examples_of(folder: Path, tokenizer, count: int) -> list[dict]:
         return {"input_ids": prompt + rest, "labels": [-100] * len(prompt) + rest, "subspaces": subspaces}
 
     captions = (folder / "german" / "train.de").read_text(encoding="utf-8").splitlines()[:count]
-    rows = json.loads((folder / "ultrafeedback_1k" / "ultrafeedback_1k.json").read_text(encoding="utf-8"))[:count]
+    lines = (folder / "ultrafeedback_1k" / "ultrafeedback_1k.json").read_text(encoding="utf-8").splitlines()[:count]
+    rows = [json.loads(line) for line in lines]
     halves = [(caption.split()[:3], caption.split()[3:]) for caption in captions]
     german = [example(" ".join(first), " " + " ".join(rest) + "\n", GERMAN) for first, rest in halves]
     return german + [example(question(row["instruction"][:200]), row["output"], INSTRUCTIONS) for row in rows]

@@ -168,14 +168,17 @@ def test_adapter_names_choose_row_by_row():
     ],
 )
 def test_a_mixed_batch_equals_each_row_alone(tie, positions):
-    """Adapters alike (computed together), one of another formula, one of another rank, and the base."""
+    """Adapters alike (computed together), some of other formulas, one of another rank, and the base."""
     shared = dict(tie=tie, positions=positions)
     model = adapted(**shared)
     model.add_adapter("alike", config(**shared))
     model.add_adapter("formula", config(**shared, intervention="lobireft"))
     model.add_adapter("rank", config(**shared, r=2))
+    model.add_adapter("red", config(**shared, r=8, intervention="red"))
+    model.add_adapter("gated", config(**shared, gate=True))
+    model.add_adapter("curved", config(**shared, act_fn="tanh"))
     randomise(model)
-    names = ["alike", "rank", "__base__", "default", "formula", "alike", "default"]
+    names = ["alike", "rank", "__base__", "default", "formula", "red", "gated", "curved", "alike", "default", "gated"]
     ids = torch.randint(3, VOCAB, (len(names), 9))
     mask = torch.ones_like(ids)
     mask[0, :3] = mask[3, :2] = 0

@@ -86,8 +86,8 @@ def test_composition(model_id, tmp_path):
     (tmp_path / "german").mkdir()
     (tmp_path / "ultrafeedback_1k").mkdir()
     (tmp_path / "german" / "train.de").write_text("a b c d e\nf g h i j\n" * 4, encoding="utf-8")
-    rows = [{"instruction": "a b", "input": "", "output": "c d"}] * 8
-    (tmp_path / "ultrafeedback_1k" / "ultrafeedback_1k.json").write_text(json.dumps(rows), encoding="utf-8")
+    line = json.dumps({"instruction": "a b", "input": "", "output": "c d"})
+    (tmp_path / "ultrafeedback_1k" / "ultrafeedback_1k.json").write_text(f"{line}\n" * 8, encoding="utf-8")
     command = ["examples/composition.py", "--data", str(tmp_path), "--model", model_id, "--steps", "2"]
     out = run_example(*command, "--output", str(tmp_path / "out"))
     assert all(f"\n{name}: " in out for name in ("neither", "German", "instructions", "both"))

@@ -93,6 +93,22 @@ def test_untied_weights(tie, spec):
     assert_same(model, run(model, left_padded(rows), do_sample=False, prefill_chunk_size=5), rows)
 
 
+@pytest.mark.parametrize("spec", ["f3+l2", "f2+g", "all"])
+@pytest.mark.parametrize(
+    "formula",
+    [dict(intervention="red", r=8), dict(gate=True), dict(act_fn="tanh"), dict(r={"0": 1, "1-": 6})],
+    ids=str,
+)
+def test_every_formula(formula, spec):
+    """In place without gradients, in a step of decoding, and with gradients: the same."""
+    model = get_peft_model(
+        build("llama"), LoreftConfig(task_type="CAUSAL_LM", **{"r": 4, "positions": spec, **formula})
+    )
+    randomise(model.eval())
+    rows = prompts()
+    assert_same(model, run(model, left_padded(rows), do_sample=False), rows)
+
+
 @pytest.mark.cell("Device layouts", "Continuous batching (`generate_batch`)", refused=PAGED)
 def test_continuous_batching_is_refused(caplog):
     """Its forwards hold pieces of several requests; what a forward raises is in the request or in a log."""

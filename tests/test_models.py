@@ -116,6 +116,22 @@ def test_layers(layers, expected):
     assert edited == expected
 
 
+def test_ranks_by_layer(tmp_path):
+    config = LoreftConfig(task_type="CAUSAL_LM", r={"0": 2, "1-2": 5, "-1": 7}, layers=[0, 1])
+    with pytest.raises(ValueError, match=r"r=\{'0': 2, '1-2': 5, '-1': 7\} gives layer 2 two ranks"):
+        get_peft_model(build("llama"), config)
+    config = LoreftConfig(task_type="CAUSAL_LM", r={"0": 2, "2": 7})
+    with pytest.raises(ValueError, match=r"no rank for layers \[1\]"):
+        get_peft_model(build("llama"), config)
+    with pytest.raises(ValueError, match=r"r=33 is larger than the hidden size 32 of model\.layers\.1"):
+        get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r={"0": 2, "1-": 33}))
+    config = LoreftConfig(task_type="CAUSAL_LM", r={"0": 2, "1-": 5}, positions={"0": "f1", "1-": "l1"})
+    model = get_peft_model(build("llama"), config)
+    found = [block.loreft.loreft_weights.default.W.shape for block in model.get_base_model().model.layers]
+    assert found == [(2, HIDDEN), (5, HIDDEN), (5, HIDDEN)]
+    assert model.get_nb_trainable_parameters()[0] == 12 * (2 * HIDDEN + 1)
+
+
 def test_target_modules_and_exclude_modules():
     config = LoreftConfig(
         task_type="CAUSAL_LM", r=R, target_modules=["self_attn.o_proj"], exclude_modules=["layers.1.self_attn.o_proj"]

@@ -51,10 +51,18 @@ def test_reloaded_logits_are_bit_identical(family, low_cpu_mem_usage, tmp_path):
     assert torch.equal(trainable(input_ids=IDS).logits.detach(), before)  # with gradients: another path to R
 
 
-@pytest.mark.parametrize("intervention", ["loreft", "noreft", "direft", "nodireft", "consreft", "lobireft"])
+@pytest.mark.parametrize(
+    "formula",
+    [
+        *(dict(intervention=name) for name in ("loreft", "noreft", "direft", "nodireft", "consreft", "lobireft")),
+        *(dict(intervention="red", r=8), dict(intervention="bias", r=8, gate=True)),
+        *(dict(act_fn="relu", gate=True), dict(intervention="noreft", act_fn="gelu")),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("tie", ["layer", "group", "position", "model"])
-def test_every_formula_and_tie_comes_back(intervention, tie, tmp_path):
-    model = trained(build("llama"), intervention=intervention, tie=tie, positions={"0": "f2+l2", "1-": "f2+l1"})
+def test_every_formula_and_tie_comes_back(formula, tie, tmp_path):
+    model = trained(build("llama"), tie=tie, positions={"0": "f2+l2", "1-": "f2+l1"}, **formula)
     model.save_pretrained(tmp_path)
     for low_cpu_mem_usage in (False, True):
         loaded = PeftModel.from_pretrained(build("llama"), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
