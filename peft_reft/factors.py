@@ -113,7 +113,9 @@ class Factors:
             change = change if keep is None else change * keep
         if self.gate is not None:
             assert self.gate_bias is not None
-            change = change * torch.tanh(h @ self.gate.unsqueeze(-1) + self.gate_bias.unsqueeze(-2))
+            # Not a product of matrix and vector, whose last bit depends on where in memory the vector lies.
+            along = (h * self.gate.unsqueeze(-2)).sum(-1, keepdim=True)
+            change = change * torch.tanh(along + self.gate_bias.unsqueeze(-2))
         return change
 
 
