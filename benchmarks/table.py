@@ -31,6 +31,20 @@ activations down to the output of the lowest block.
 """
 
 
+GPU = """
+## On a GPU
+
+Nothing here was run on one. What would differ: kernels are launched, and small ones cost their launch. An edited layer
+launches five in the forward (gather, A h + b, times `keep`, times B, scatter-add) and seven in the backward; a decode
+step without edited tokens launches none. One Triton kernel could take the five: a program for each tile of edited
+tokens loads their hidden states by index, keeps the r coordinates in registers, and adds the product with B back to the
+same rows, which no other program touches. The layout it would want is the one in use: `rows` (n,) int64 and `keep`
+(n, 1), shared by all layers; A and B (r, d) contiguous, of all layers formed in one batched call; the saved tokens (n, d)
+for the backward. It would pay where launches bound a step, in decoding with `all` or `g` above all; under CUDA graphs or
+`torch.compile` (which captures the forward without a break) hardly at all. Only what can be run here is landed.
+""".strip()
+
+
 def timed(results: dict, kind: str) -> list[str]:
     runs = {key: value for key, value in results.items() if key.startswith(f"{kind}, ")}
     if not runs:
@@ -108,6 +122,7 @@ def main() -> None:
             "much larger tensors, and what they show is mostly the scatter of those.",
             results["profile"],
         )
+    lines += ["", *GPU.splitlines()]
     if Path(sys.argv[2]).with_name("performance.png").exists():
         lines += ["", "## Curves", "", "`make bench-curves`; a model of 4 blocks.", "", "![overhead](performance.png)"]
     Path(sys.argv[2]).write_text("\n".join(lines) + "\n")
