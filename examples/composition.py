@@ -3,9 +3,10 @@
     python examples/composition.py --data FOLDER
     python examples/composition.py --data FOLDER --model outputs/SmolLM2-135M-Instruct --steps 120
 
-FOLDER has german/train.de, a sentence a line, and ultrafeedback_1k/ultrafeedback_1k.json, lines of JSON with
-`instruction` and `output`. Rows 0-3 of R learn to go on in German, rows 4-7 to follow instructions. The same questions
-are then answered by the one, by the other and by both, and the share of German words in the answers is printed.
+FOLDER has german/train.en and german/train.de, a sentence a line, and ultrafeedback_1k/ultrafeedback_1k.json, lines of
+JSON with `instruction` and `output`. Rows 0-3 of R learn to answer in German (a caption by its translation), rows 4-7
+to follow instructions. The same questions are then answered by the one, by the other and by both, and the share of
+German words in the answers is printed.
 """
 
 import argparse
@@ -43,12 +44,14 @@ def examples_of(folder: Path, tokenizer, count: int) -> list[dict]:
         prompt, rest = tokenizer(text)["input_ids"], tokenizer(answer)["input_ids"][:48]
         return {"input_ids": prompt + rest, "labels": [-100] * len(prompt) + rest, "subspaces": subspaces}
 
-    captions = (folder / "german" / "train.de").read_text(encoding="utf-8").splitlines()[:count]
+    english, german = (
+        (folder / "german" / f"train.{language}").read_text(encoding="utf-8").splitlines()[:count]
+        for language in ("en", "de")
+    )
     lines = (folder / "ultrafeedback_1k" / "ultrafeedback_1k.json").read_text(encoding="utf-8").splitlines()[:count]
     rows = [json.loads(line) for line in lines]
-    halves = [(caption.split()[:3], caption.split()[3:]) for caption in captions]
-    german = [example(" ".join(first), " " + " ".join(rest) + "\n", GERMAN) for first, rest in halves]
-    return german + [example(question(row["instruction"][:200]), row["output"], INSTRUCTIONS) for row in rows]
+    captions = [example(question(text), f" {answer}\n", GERMAN) for text, answer in zip(english, german)]
+    return captions + [example(question(row["instruction"][:200]), f" {row['output']}", INSTRUCTIONS) for row in rows]
 
 
 def question(text: str) -> str:
@@ -79,7 +82,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--examples", type=int, default=1000, help="of each task")
     parser.add_argument("--learning-rate", type=float, default=5e-3)
-    parser.add_argument("--positions", default="l1")
+    parser.add_argument("--positions", default="f2+l4")
     args = parser.parse_args()
     set_seed(42)
     tokenizer = AutoTokenizer.from_pretrained(args.model)

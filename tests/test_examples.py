@@ -85,7 +85,8 @@ def run_example(*command):
 def test_composition(model_id, tmp_path):
     (tmp_path / "german").mkdir()
     (tmp_path / "ultrafeedback_1k").mkdir()
-    (tmp_path / "german" / "train.de").write_text("a b c d e\nf g h i j\n" * 4, encoding="utf-8")
+    for language in ("en", "de"):
+        (tmp_path / "german" / f"train.{language}").write_text("a b c d e\nf g h i j\n" * 4, encoding="utf-8")
     line = json.dumps({"instruction": "a b", "input": "", "output": "c d"})
     (tmp_path / "ultrafeedback_1k" / "ultrafeedback_1k.json").write_text(f"{line}\n" * 8, encoding="utf-8")
     command = ["examples/composition.py", "--data", str(tmp_path), "--model", model_id, "--steps", "2"]
