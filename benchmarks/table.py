@@ -40,7 +40,7 @@ step without edited tokens launches none. One Triton kernel could take the five:
 tokens loads their hidden states by index, keeps the r coordinates in registers, and adds the product with B back to
 the same rows, which no other program touches. The layout it would want is the one in use: `rows` (n,) int64 and `keep`
 (n, 1), shared by all layers; A and B (r, d) contiguous, those of all layers formed in one batched call; the edited
-tokens (n, d) saved for the backward. It would pay where launches bound a step, in decoding with `all` or `g` above all;
+tokens (n, d) saved for the backward. It would pay where launches bound a step, in decoding with `all` or `g` most;
 under CUDA graphs or `torch.compile`, which captures the forward without a break, hardly at all. Only what can be run
 here is landed.
 """.strip()

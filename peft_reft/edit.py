@@ -44,7 +44,8 @@ def add_edits(hidden: Tensor, edits: list[Edit], in_place: bool) -> Tensor:
         (..., d) of the type of `hidden`; `hidden` itself if it was changed.
     """
     with without_autocast(hidden.device.type):
-        if in_place and not torch.is_grad_enabled() and hidden.dtype == torch.float32 and len(edits) == 1:
+        plain = in_place and not torch.is_grad_enabled() and hidden.dtype == torch.float32
+        if plain and len(edits) == 1 and edits[0].drop is None:
             return _add_now(hidden, edits[0])
         # An edit of every token keeps `hidden` for its backward, as it came.
         in_place = in_place and all(edit.rows is not None for edit in edits)

@@ -107,6 +107,19 @@ def test_value_and_gradients(kind, in_place):
         torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_without_gradients(kind, in_place):
+    generator = torch.Generator().manual_seed(0)
+    edits = make_edits(kind, generator)
+    flat = torch.randn(TOKENS, D, generator=generator)
+    expected = plainly(flat.clone(), edits)
+    out = add_edits(flat, edits, in_place)
+    assert (out.data_ptr() == flat.data_ptr()) == in_place
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_in_place_is_in_place_and_keeps_nothing_but_the_gathered_tokens():
     generator = torch.Generator().manual_seed(0)
     edits = [
