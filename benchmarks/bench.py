@@ -8,6 +8,7 @@ the backward of activations (no weight's gradient) down to the output of the low
 """
 
 import argparse
+import inspect
 import json
 import os
 import platform
@@ -322,7 +323,7 @@ def inside(base: nn.Module, steps: int = 10) -> dict[str, dict[str, float]]:
         (runtime, "_after_forward"),
         (runtime, "_prepare_inputs"),
     ]
-    originals = [vars(owner)[name] for owner, name in places]
+    originals = [inspect.getattr_static(owner, name) for owner, name in places]
     found = {}
     try:
         for (owner, name), original in zip(places, originals):
