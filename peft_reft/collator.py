@@ -53,9 +53,10 @@ class DataCollatorForLoreft:
 
     def __call__(self, examples: Any, *args: Any, **kwargs: Any) -> Any:
         subspaces = None
-        if any(isinstance(example, Mapping) and SUBSPACES in example for example in examples):
-            subspaces = check_subspaces([list(example[SUBSPACES]) for example in examples])
-            examples = [{name: v for name, v in example.items() if name != SUBSPACES} for example in examples]
+        rows = examples if isinstance(examples, list | tuple) else []
+        if any(isinstance(row, Mapping) and SUBSPACES in row for row in rows):
+            subspaces = check_subspaces([list(row[SUBSPACES]) for row in rows])
+            examples = [{name: v for name, v in row.items() if name != SUBSPACES} for row in rows]
         batch = self.base_collator(examples, *args, **kwargs)
         batch[POSITIONS] = self._positions(batch)
         if subspaces is not None:

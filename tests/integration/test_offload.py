@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from peft_reft import LoreftConfig
 from peft_reft.positions import Positions
-from peft_reft.runtime import LayerPlan, PositionState
 from peft_reft.sources import Explicit
+from peft_reft.state import LayerPlan, PositionState
 
 CPU = torch.device("cpu")
 PARTS = ["model.embed_tokens", *(f"model.layers.{n}" for n in range(3)), "model.norm", "model.rotary_emb", "lm_head"]
