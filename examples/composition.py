@@ -1,12 +1,19 @@
 """Two tasks in disjoint parts of one R, used alone or together (arXiv 2404.03592, the section on composing subspaces).
 
     python examples/composition.py --data FOLDER
-    python examples/composition.py --data FOLDER --model outputs/SmolLM2-135M-Instruct --steps 120
+    python examples/composition.py --data FOLDER --model outputs/SmolLM2-135M-Instruct
 
 FOLDER has german/train.en and german/train.de, a sentence a line, and ultrafeedback_1k/ultrafeedback_1k.json, lines of
 JSON with `instruction` and `output`. Rows 0-3 of R learn to answer in German (a caption by its translation), rows 4-7
 to follow instructions. The same questions are then answered by the one, by the other and by both, and the share of
-German words in the answers is printed.
+German words in the answers is printed. On SmolLM2-135M-Instruct (60 steps, 9 minutes on a CPU):
+
+    neither       0%   Dogs are curious creatures that love exploring and discovering. They enjoy learning new ...
+    German       67%   Ein Land, eine neuen Mann während. Einen Mann ist einer Land.
+    instructions  0%   Dogs are highly social animals that enjoy interacting with their companions, including ...
+    both         55%   Einen während eine neuen Straße, die sich in einer Stadt ...
+
+A model of this size has little German to give; that the language follows the subspace is what can be seen.
 """
 
 import argparse
@@ -79,7 +86,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with german/ and ultrafeedback_1k/")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id or folder")
     parser.add_argument("--output", type=Path, default=Path("outputs/composition"))
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--examples", type=int, default=1000, help="of each task")
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--positions", default="f2+l4")
