@@ -81,6 +81,8 @@ def plain(title: str, about: str, rows: dict[str, dict[str, float]]) -> list[str
 def main() -> None:
     results = json.loads(Path(sys.argv[1]).read_text())
     lines = HEAD.format(**results).splitlines()
+    if "note" in results:  # of whoever ran it: what else the machine did
+        lines += ["", results["note"]]
     for kind in TITLES:
         lines += timed(results, kind)
     if "inside" in results:
