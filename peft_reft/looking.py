@@ -132,8 +132,7 @@ def _rows(tokenizer: Any, batch: Mapping[str, Any], config: LoreftConfig, spec: 
     of_token = np.full(ids.numel(), -1)
     for number, group in enumerate(spec.groups):
         index = arrange(slots, ids.shape[1], config.layout, (group,), "all")
-        edited = index.mask.squeeze(-1) if index.mask is not None else index.rows[index.keep.squeeze(-1) > 0]  # type: ignore[index]
-        of_token[edited.cpu().numpy()] = number
+        of_token[index.edited.cpu().numpy()] = number
     of_token = of_token.reshape(ids.shape)
     for row in range(len(ids)):
         real = torch.ones_like(ids[row], dtype=torch.bool) if mask is None else mask[row].bool()
@@ -223,10 +222,7 @@ def _recorded(layers: list[LoreftLayer], found: dict[int, np.ndarray]) -> Iterat
         norms = ((edited - h).norm(dim=-1) / h.norm(dim=-1)).reshape(-1)
         seen = torch.zeros_like(norms, dtype=torch.bool)
         for index in indices:
-            if index.mask is not None:
-                seen |= index.mask.reshape(-1, norms.shape[0]).any(0)
-            else:
-                seen[index.rows[index.keep.squeeze(-1) > 0]] = True
+            seen |= index.edited
         norms = torch.where(seen, norms, torch.nan).reshape(indices[0].shape)
         found[number[layer]] = norms.cpu().numpy()
 

@@ -378,6 +378,16 @@ class PositionIndex:
     shape: tuple[int, int]
     """(batch, seq) of the batch these belong to."""
 
+    @property
+    def edited(self) -> Tensor:
+        """(batch * seq,) bool: which tokens any of the interventions edits."""
+        if self.mask is not None:
+            return self.mask.reshape(-1, self.shape[0] * self.shape[1]).any(0)
+        assert self.rows is not None
+        found = torch.zeros(self.shape[0] * self.shape[1], dtype=torch.bool, device=self.rows.device)
+        found[self.rows[self.keep.squeeze(-1) > 0]] = True
+        return found
+
     def to(self, device: torch.device) -> PositionIndex:
         rows, mask = (None if tensor is None else tensor.to(device) for tensor in (self.rows, self.mask))
         return replace(self, rows=rows, keep=self.keep.to(device), mask=mask)
