@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -17,7 +17,7 @@ from .layer_ranges import check_layers, first_layer, resolve_layers
 from .positions import Layout, Positions, union
 
 COMPONENTS = ("block", "attention", "mlp")
-TIES = ("position", "group", "layer", "model")
+Tie = Literal["position", "group", "layer", "model"]
 DEFAULT_R = 8
 
 
@@ -56,8 +56,8 @@ class LoreftConfig(PeftConfig):
         r: Rank of the edited subspace, 1 to the hidden size. A mapping from layers to ranks gives each layer its own:
             `{"0-11": 4, "12-": 8}`. The formulas `"red"` and `"bias"` have no rank; leave it as it is then.
         positions: Which tokens are edited, e.g. `"f7+l7"`: the first 7 and the last 7 of the prompt. Groups: `fN`,
-            `lN` (first or last N prompt tokens), `p` (the prompt), `gN`, `g` (generated tokens), `all`. A mapping
-            from layers to specs gives each layer its own: `{"0-11": "f5", "12-": "l5"}`.
+            `lN` (first or last N prompt tokens), `lN~K` (N before the last K), `p` (the prompt), `gN`, `g` (generated
+            tokens), `all`. A mapping from layers to specs gives each layer its own: `{"0-11": "f5", "12-": "l5"}`.
         layers: Which blocks: `"all"`, a list of ints (negative ones count from the end), or `"0-7;16;-1"`.
         component: Whose output is edited: `"block"` (the residual stream after the block), `"attention"` or `"mlp"`.
         intervention: The formula: `"loreft"`, `"noreft"`, `"direft"`, `"nodireft"`, `"consreft"`, `"lobireft"`,
@@ -105,7 +105,7 @@ class LoreftConfig(PeftConfig):
     intervention: str = field(default="loreft", metadata={"help": f"The formula, one of {', '.join(INTERVENTIONS)}."})
     act_fn: str | None = field(default=None, metadata={"help": "Activation of the source, such as 'relu'."})
     gate: bool = field(default=False, metadata={"help": "Whether a learned gate multiplies the edit."})
-    tie: Literal["position", "group", "layer", "model"] = field(
+    tie: Tie = field(
         default="layer", metadata={"help": "The widest scope that shares one intervention."}
     )
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the edit, while training."})
@@ -137,7 +137,7 @@ class LoreftConfig(PeftConfig):
                 setattr(self, name, set(value))
         self._check_choice("component", COMPONENTS)
         self._check_choice("intervention", tuple(INTERVENTIONS))
-        self._check_choice("tie", TIES)
+        self._check_choice("tie", get_args(Tie))
         self._check_choice("init_weights", (True, False, "paper"))
         self._check_formula()
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:

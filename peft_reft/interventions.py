@@ -94,11 +94,7 @@ class Intervention(nn.Module, ABC):
         self.gated = gate
         lead = () if count is None else (count,)
         sizes: dict[str, Any] = {"d": d, "r": r, "1": 1}
-        self.shapes = {
-            **self.parameter_shapes,
-            **(self.shapes_with_act_fn if act_fn is not None else {}),
-            **({"v": "d", "c": "1"} if gate else {}),
-        }
+        self.shapes = self.shapes_of(act_fn, gate)
         for name, dimensions in self.shapes.items():
             shape = (*lead, *(sizes[dimension] for dimension in dimensions))
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
@@ -113,6 +109,12 @@ class Intervention(nn.Module, ABC):
                 elif gate:
                     self.v.normal_(std=1 / math.sqrt(d))
                     self.c.normal_()
+
+    @classmethod
+    def shapes_of(cls, act_fn: str | None, gate: bool) -> dict[str, str]:
+        """All its parameters, and the dimensions of each."""
+        with_act_fn = cls.shapes_with_act_fn if act_fn is not None else {}
+        return {**cls.parameter_shapes, **with_act_fn, **({"v": "d", "c": "1"} if gate else {})}
 
     @abstractmethod
     def factors(self, p: Mapping[str, Tensor]) -> Factors:

@@ -7,6 +7,7 @@ group    tokens                           prefill  decode
 =======  ===============================  =======  ======
 ``fN``   first N of the prompt            yes      no
 ``lN``   last N of the prompt             yes      no
+``lN~K`` the N before its last K          yes      no
 ``p``    the whole prompt                 yes      no
 ``gN``   first N generated                no       yes
 ``g``    all generated                    no       yes
@@ -34,8 +35,11 @@ Arrangement = Literal["all", "group", "position"]
 NO_POSITION = -1
 """Marks a slot that no token fills; PEFT and transformers use -100 for labels, positions start at 0."""
 
-_TOKEN = re.compile(r"(?P<kind>[flg])(?P<count>[0-9]+)|(?P<open>all|[pg])")
-_GRAMMAR = "fN, lN (first or last N prompt tokens), p (the prompt), gN, g (generated tokens), all (p+g); N >= 1"
+_TOKEN = re.compile(r"(?P<kind>[flg])(?P<count>[0-9]+)(?:~(?P<skip>[0-9]+))?|(?P<open>all|[pg])")
+_GRAMMAR = (
+    "fN, lN (first or last N prompt tokens), lN~K (N before the last K), p (the prompt), gN, g (generated tokens), "
+    "all (p+g); N, K >= 1"
+)
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,12 @@ class Group:
     """N of the spec's ``fN``, 0 without one."""
     s: int = 0
     """N of the spec's ``lN``, 0 without one."""
+    skip: int = 0
+    """K of the spec's ``lN~K``: how many tokens at the prompt's end are left out of it, 0 without one."""
 
     def __str__(self) -> str:
-        return f"{self.kind}{'' if self.count is None else self.count}"
+        skip = f"~{self.skip}" if self.kind == "l" and self.skip else ""
+        return f"{self.kind}{'' if self.count is None else self.count}{skip}"
 
 
 Layout = tuple[Group, ...]
@@ -106,6 +113,8 @@ class Positions:
         in_words = [f"the {end}" if count == 1 else f"the {end} {count}" for end, count in ends]
         tokens = "token" if [count for _, count in ends] == [1] else "tokens"
         parts = [f"{' and '.join(in_words)} {tokens} of the prompt"] if ends else []
+        if ends and (skip := self.groups[0].skip):
+            parts[0] += f" without its last {'token' if skip == 1 else f'{skip} tokens'}"
         parts += ["all tokens of the prompt" for g in self.groups if g.kind == "p"]
         generated = [g for g in self.groups if g.kind == "g"]
         how_many = {None: "all generated tokens", 1: "the first generated token"}
@@ -131,9 +140,11 @@ def _parse(spec: str) -> Positions:
         elif match["open"]:
             new = [Group(match["open"], None)]
         else:
-            new = [Group(match["kind"], int(match["count"]))]
+            new = [Group(match["kind"], int(match["count"]), skip=int(match["skip"] or 0))]
             if new[0].count == 0:
                 raise _spec_error(spec, at, stripped, "selects no token; leave it out, or give a count of 1 or more")
+            if match["skip"] is not None and (match["kind"] != "l" or not new[0].skip):
+                raise _spec_error(spec, at, stripped, f"is not a group. Allowed: {_GRAMMAR}")
         for group in new:
             for other in groups:
                 kinds = {group.kind, other.kind}
@@ -142,8 +153,8 @@ def _parse(spec: str) -> Positions:
             groups.append(group)
         start += len(term) + 1
     counts = {group.kind: group.count for group in groups}
-    p, s = counts.get("f") or 0, counts.get("l") or 0
-    return Positions(tuple(replace(group, p=p, s=s) for group in groups))
+    p, s, skip = counts.get("f") or 0, counts.get("l") or 0, max(group.skip for group in groups)
+    return Positions(tuple(replace(group, p=p, s=s, skip=skip) for group in groups))
 
 
 def _spec_error(spec: str, at: int, term: str, problem: str) -> ValueError:
@@ -288,9 +299,10 @@ def resolve(layout: Layout, answers: Answers) -> Tensor:
     group follows with one slot per column of the row, holding that column or -1.
 
     A prompt of L < p + s tokens has p cut to min(p, L // 2) and s to min(s, (L + 1) // 2), the paper's rule
-    (arXiv 2404.03592, section 3): prefix and suffix never meet and the last token always counts. ``lN`` slots are
-    filled from the right, so that the last slot is always the last token. From a document's second answer on there
-    is no prefix, and the suffix stops where the answer before it begins: a token is edited once.
+    (arXiv 2404.03592, section 3): prefix and suffix never meet and the last token always counts. With ``lN~K`` the
+    prompt is taken without its last K tokens. ``lN`` slots are filled from the right, so that the last slot is always
+    the last token. From a document's second answer on there is no prefix, and the suffix stops where the answer before
+    it begins: a token is edited once.
     """
     slots, regions = [], []
     column = torch.arange(answers.real.shape[1], device=answers.real.device)
@@ -303,7 +315,9 @@ def resolve(layout: Layout, answers: Answers) -> Tensor:
             regions.append(torch.where(answers.real & ~answers.generated, column, NO_POSITION))
         else:
             # In a chat, the suffix before a later answer lies behind the first one. It belongs to the prompt.
-            generated = answers.generated & ~_suffix_mask(group, answers) if group.s else answers.generated
+            generated = answers.generated
+            if group.s:
+                generated = generated & ~_mask(_suffix(group, answers).flatten(1), generated.shape[1])
             if group.count is None:
                 regions.append(torch.where(generated, column, NO_POSITION))
             else:
@@ -313,30 +327,26 @@ def resolve(layout: Layout, answers: Answers) -> Tensor:
     return torch.cat(regions, 1)
 
 
-def _kept(count: int, group: Group, answers: Answers, short: Tensor) -> Tensor:
-    """(batch, K): how many of `count` a prompt keeps, `short` being what it may have if it is a short one."""
-    length = answers.ends - answers.starts
-    return torch.where(length < group.p + group.s, short, count).clamp_max(count).unsqueeze(-1)
+def _kept(count: int, extra: int, group: Group, answers: Answers) -> Tensor:
+    """(batch, K, 1): how many of `count` a prompt keeps; a short one has half its tokens, `extra` 1 rounding up."""
+    length = (answers.ends - answers.starts - group.skip).clamp_min(0)
+    half = (length + extra).div(2, rounding_mode="floor")
+    return torch.where(length < group.p + group.s, half, count).clamp_max(count).unsqueeze(-1)
 
 
 def _prefix(group: Group, answers: Answers) -> Tensor:
     """Columns of an ``fN`` group, (batch, K, N)."""
     slot = torch.arange(group.p, device=answers.ends.device)
-    kept = _kept(group.p, group, answers, (answers.ends - answers.starts).div(2, rounding_mode="floor"))
-    return _columns(answers, answers.starts.unsqueeze(-1) + 1 + slot, (slot < kept) & answers.first.unsqueeze(-1))
+    valid = (slot < _kept(group.p, 0, group, answers)) & answers.first.unsqueeze(-1)
+    return _columns(answers, answers.starts.unsqueeze(-1) + 1 + slot, valid)
 
 
 def _suffix(group: Group, answers: Answers) -> Tensor:
-    """Columns of an ``lN`` group, (batch, K, N)."""
+    """Columns of the ``lN`` group of the spec, (batch, K, N)."""
     slot = torch.arange(group.s, device=answers.ends.device)
-    kept = _kept(group.s, group, answers, (answers.ends - answers.starts + 1).div(2, rounding_mode="floor"))
-    rank = answers.ends.unsqueeze(-1) - (group.s - 1) + slot
-    return _columns(answers, rank, (slot >= group.s - kept) & (rank > answers.lower.unsqueeze(-1)))
-
-
-def _suffix_mask(group: Group, answers: Answers) -> Tensor:
-    """Tokens of the ``lN`` group that stands in the same spec, (batch, seq) bool."""
-    return _mask(_suffix(group, answers).flatten(1), answers.real.shape[1])
+    rank = answers.ends.unsqueeze(-1) - group.skip - (group.s - 1) + slot
+    valid = (slot >= group.s - _kept(group.s, 1, group, answers)) & (rank > answers.lower.unsqueeze(-1))
+    return _columns(answers, rank, valid)
 
 
 def _first_generated(group: Group, answers: Answers, generated: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ PAGED = "its forwards hold pieces of several requests and do not say where their
 LENGTHS = [11, 3, 14, 6]
 NEW = 6
 FAMILIES = ["llama", "gpt2", "gemma3"]
-SPECS = ["f3+l2", "l1", "p", "g2", "f2+g", "all", {"0": "f2", "1-": "l3"}, {"0-1": "p", "2": "g3"}]
+SPECS = ["f3+l2", "l1", "f1+l2~1", "p", "g2", "f2+g", "all", {"0": "f2", "1-": "l3"}, {"0-1": "p", "2": "g3"}]
 
 pytestmark = pytest.mark.filterwarnings(
     # transformers, about options that a test combines on purpose

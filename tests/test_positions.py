@@ -44,7 +44,8 @@ def slots_of(document, starts, nth, groups):
     """Slots of the counted groups of one answer: a list of (group, slot within the group, column or -1)."""
     p = sum(group.count for group in groups if group.kind == "f")
     s = sum(group.count for group in groups if group.kind == "l")
-    length = starts[nth]  # the prompt of an answer is all of its document before it
+    skip = max(group.skip for group in groups)
+    length = max(0, starts[nth] - skip)  # the prompt of an answer is all of its document before it
     if length < p + s:
         p, s = min(p, length // 2), min(s, (length + 1) // 2)
     slots = []
@@ -56,7 +57,7 @@ def slots_of(document, starts, nth, groups):
             chosen = document[max(length - s, reach) : length]
             chosen = [NONE] * (group.count - len(chosen)) + chosen
         else:
-            chosen = document[:p] if group.kind == "f" else document[length : length + group.count]
+            chosen = document[:p] if group.kind == "f" else document[starts[nth] : starts[nth] + group.count]
             chosen = chosen if nth == 0 else []
             chosen = chosen + [NONE] * (group.count - len(chosen))
         slots += [(group, slot, column) for slot, column in enumerate(chosen)]
@@ -164,7 +165,8 @@ def specs(draw, kinds=("f", "l", "p", "gN", "g", "all")):
     for kind in rng.sample(kinds, rng.randint(1, len(kinds))):
         if not taken & set(covers[kind]):
             taken |= set(covers[kind])
-            terms.append(kind.rstrip("N") + (str(rng.randint(1, 7)) if kind in ("f", "l", "gN") else ""))
+            skip = f"~{rng.randint(1, 3)}" if kind == "l" and rng.random() < 0.3 else ""
+            terms.append(kind.rstrip("N") + (str(rng.randint(1, 7)) if kind in ("f", "l", "gN") else "") + skip)
     return "+".join(terms)
 
 
@@ -214,6 +216,7 @@ def edited(index):
         ("all", [("p", None), ("g", None)]),
         (" f3 +  l2 ", [("f", 3), ("l", 2)]),
         ("f007", [("f", 7)]),
+        ("f1+l3~2", [("f", 1), ("l", 3)]),
     ],
 )
 def test_good_specs(spec, groups):
@@ -243,6 +246,10 @@ def test_good_specs(spec, groups):
         ("f0", "f0", 0),
         ("f2+l0", "l0", 3),
         ("g00", "g00", 0),
+        ("l3~0", "l3~0", 0),
+        ("l3~", "l3~", 0),
+        ("f1+f3~1", "f3~1", 3),
+        ("g3~1", "g3~1", 0),
     ],
 )
 def test_bad_terms_are_pointed_at(spec, term, at):
@@ -307,6 +314,8 @@ def test_a_spec_survives_str(spec):
         ("g", "all generated tokens"),
         ("g4", "the first 4 generated tokens"),
         ("all", "all tokens of the prompt and all generated tokens"),
+        ("l1~1", "the last token of the prompt without its last token"),
+        ("f2+l2~3", "the first 2 and the last 2 tokens of the prompt without its last 3 tokens"),
         ("f2+l3+g", "the first 2 and the last 3 tokens of the prompt and all generated tokens"),
     ],
 )
@@ -353,6 +362,14 @@ U, S = UNSUPERVISED, 7
         ("f4", [1] * 4, None, [0, 1, 2, 3]),
         ("f4", [1] * 3, None, [0, -1, -1, -1]),
         ("l4", [1] * 3, None, [-1, -1, 1, 2]),
+        # without the last tokens of the prompt
+        ("l1~1", [1] * 4, None, [2]),
+        ("l2~1", [1] * 4, [U, U, U, S], [0, 1]),
+        ("f2+l2~1", [1] * 5, None, [0, 1, 2, 3]),
+        ("f2+l2~1", [1] * 4, None, [0, -1, 1, 2]),
+        ("l1~3", [1] * 3, None, [-1]),
+        ("l2~1", [1] * 7, [U, U, U, U, S, U, S], [1, 2, -1, 4]),
+        ("l1~1+g", [1] * 5, [U, U, U, S, S], [1, -1, -1, -1, 3, 4]),
         # several turns: no prefix again; a suffix of the second answer stops where the first answer begins
         ("f1+l2", [1] * 8, [U, U, U, S, U, U, U, S], [0, 1, 2, -1, 5, 6]),
         ("f1+l3", [1] * 7, [U, U, U, U, S, U, S], [0, 1, 2, 3, -1, -1, 4, 5]),

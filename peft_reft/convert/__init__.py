@@ -1,0 +1,21 @@
+"""Adapters of other libraries, in and out.
+
+Each function does one folder and computes nothing but what the formats differ in: logits before and after are equal to
+rounding. Nothing is unpickled without `weights_only=True`.
+
+Example, also as `peft-reft convert --from pyreft SRC DST --positions f2+l2`:
+
+    >>> from peft_reft.convert import from_pyreft
+    >>> adapter = from_pyreft("tests/parity/pyreft/loreft_tied", positions="f2+l2")
+    >>> adapter.config.layers, adapter.config.r, adapter.config.tie
+    ([0, 1, 2], 4, 'layer')
+    >>> adapter.weights["model.layers.0"]["W"].shape
+    torch.Size([4, 32])
+"""
+
+from .adapters import from_adapters
+from .easysteer import to_easysteer
+from .ours import Adapter
+from .pyreft import from_pyreft, to_pyreft
+
+__all__ = ["Adapter", "from_adapters", "from_pyreft", "to_easysteer", "to_pyreft"]
