@@ -105,9 +105,7 @@ class LoreftConfig(PeftConfig):
     intervention: str = field(default="loreft", metadata={"help": f"The formula, one of {', '.join(INTERVENTIONS)}."})
     act_fn: str | None = field(default=None, metadata={"help": "Activation of the source, such as 'relu'."})
     gate: bool = field(default=False, metadata={"help": "Whether a learned gate multiplies the edit."})
-    tie: Tie = field(
-        default="layer", metadata={"help": "The widest scope that shares one intervention."}
-    )
+    tie: Tie = field(default="layer", metadata={"help": "The widest scope that shares one intervention."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the edit, while training."})
     init_weights: bool | Literal["paper"] = field(
         default=True, metadata={"help": "True (identity at the start), 'paper', or False (random, for tests)."}

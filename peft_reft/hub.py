@@ -1,11 +1,25 @@
-"""The model card: the snippet that loads the adapter, its tags, and its settings in words."""
+"""The model card: the snippet that loads the adapter, its tags, its settings in words, its size.
+
+`push_to_hub` and trainers write a card of their own over the one that `save_pretrained` made, and what they write
+lacks the import without which nobody can load the adapter. So a card that is saved beside a LoReFT adapter is
+completed, whoever saves it (`complete_all_cards`).
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, RepoCard
+from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 
 from .interventions import INTERVENTIONS
 from .positions import Positions
@@ -16,6 +30,11 @@ if TYPE_CHECKING:
 _START, _END = "<!-- peft_reft: start -->", "<!-- peft_reft: end -->"
 _TEMPLATE_MARK = "# Model Card for Model ID"
 _VERSIONS = "### Framework versions"
+_PIPELINE = "from transformers import pipeline\n"
+_IMPORT = "import peft_reft  # makes the LOREFT method known to PEFT: pip install peft-reft\n"
+
+_pushed_to: ContextVar[str | None] = ContextVar("_pushed_to", default=None)
+"""The repository that `push_to_hub` is at work on."""
 
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
@@ -49,15 +68,28 @@ def describe(config: LoreftConfig) -> str:
     return f"{formula}, on {where}. Edited tokens: {'; '.join(in_words)} (`positions={config.positions!r}`)."
 
 
-def snippet(directory: str, config: LoreftConfig) -> str:
-    """Python that loads the adapter from beside its folder; no path of the machine it was made on gets published."""
-    name = os.path.basename(os.path.abspath(directory))
+def snippet(directory: str, config: LoreftConfig, name: str | None = None) -> str:
+    """Python that loads the adapter, from the Hub if it goes by `name` there, else from beside its folder.
+
+    No path of the machine it was made on gets published.
+    """
+    name = _pushed_to.get() or name or os.path.basename(os.path.abspath(directory))
     auto_class = _AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)), "AutoPeftModel")
     return (
-        f"import peft_reft  # makes the LOREFT method known to PEFT: pip install peft-reft\n"
-        f"from peft import {auto_class}\n\n"
+        f"{_IMPORT}from peft import {auto_class}\n\n"
         f'model = {auto_class}.from_pretrained("{name}")  # the folder, or its name on the Hub'
     )
+
+
+def size(directory: str) -> str:
+    """Parameters and bytes of the weights in `directory`, in words; empty without them."""
+    path = os.path.join(directory, SAFETENSORS_WEIGHTS_NAME)
+    try:
+        with safe_open(path, framework="pt") as file:
+            parameters = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return ""
+    return f" Size: {parameters:,} parameters, {math.ceil(os.path.getsize(path) / 1024):,} KiB."
 
 
 def write_model_card(directory: str, config: LoreftConfig) -> None:
@@ -77,13 +109,58 @@ def write_model_card(directory: str, config: LoreftConfig) -> None:
     text = card.text
     if _TEMPLATE_MARK in text:
         text = f"# LoReFT adapter\n\n{text[text.index(_VERSIONS) :] if _VERSIONS in text else ''}"
+    if _PIPELINE in text and _IMPORT not in text.partition(_PIPELINE)[0]:
+        text = text.replace(_PIPELINE, _IMPORT + _PIPELINE, 1)
+    hub_name = re.search(r'pipeline\(.*model="([^"/]+/[^"/]+)"', text)  # TRL's example has it
     before, _, rest = text.partition(_START) if _START in text else text.partition(f"\n{_VERSIONS}")
     after = rest.partition(_END)[2] if _START in text else f"{_VERSIONS}{rest}" if rest else ""
+    code = snippet(directory, config, hub_name and hub_name[1])
     section = (
         f"{_START}\nA LoReFT adapter (representation finetuning, arXiv 2404.03592)"
         + (f" for `{config.base_model_name_or_path}`" if config.base_model_name_or_path else "")
-        + f".\n\n## How to load it\n\n```python\n{snippet(directory, config)}\n```\n\n## What it does\n\n"
-        + f"{describe(config)}\n{_END}"
+        + f".\n\n## How to load it\n\n```python\n{code}\n```\n\n## What it does\n\n"
+        + f"{describe(config)}{size(directory)}\n{_END}"
     )
     card.text = f"{before.rstrip()}\n\n{section}\n\n{after.strip()}".strip() + "\n"
-    card.save(filename)
+    with open(filename, "w", encoding="utf-8", newline="") as file:  # not `save`, which would come here again
+        file.write(str(card))
+
+
+def complete_all_cards() -> None:
+    """Have our section in every card that is saved beside a LoReFT adapter. Calling it again is harmless."""
+    _wrap(RepoCard, "save", _save_and_complete)
+    _wrap(PeftModel, "push_to_hub", _push_by_name)
+
+
+def _save_and_complete(save: Callable[..., Any], card: RepoCard, filepath: Any, *args: Any, **kwargs: Any) -> None:
+    save(card, filepath, *args, **kwargs)
+    directory, name = os.path.split(filepath)
+    try:
+        with open(os.path.join(directory, CONFIG_NAME)) as file:
+            of_loreft = json.load(file).get("peft_type") == "LOREFT"
+    except (OSError, ValueError):
+        return
+    if name == "README.md" and of_loreft:
+        from .config import LoreftConfig  # which imports this module
+
+        write_model_card(directory, LoreftConfig.from_pretrained(directory))
+
+
+def _push_by_name(push: Callable[..., Any], model: PeftModel, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    token = _pushed_to.set(repo_id)
+    try:
+        return push(model, repo_id, *args, **kwargs)
+    finally:
+        _pushed_to.reset(token)
+
+
+def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
+    inner = getattr(owner, name)
+    inner = getattr(inner, "_before_peft_reft", inner)
+
+    @wraps(inner)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(inner, *args, **kwargs)
+
+    wrapped._before_peft_reft = inner  # type: ignore[attr-defined]
+    setattr(owner, name, wrapped)

@@ -111,7 +111,7 @@ class Positions:
             if g.kind in "fl"
         ]
         in_words = [f"the {end}" if count == 1 else f"the {end} {count}" for end, count in ends]
-        tokens = "token" if [count for _, count in ends] == [1] else "tokens"
+        tokens = "token" if ends and ends[-1][1] == 1 else "tokens"
         parts = [f"{' and '.join(in_words)} {tokens} of the prompt"] if ends else []
         if ends and (skip := self.groups[0].skip):
             parts[0] += f" without its last {'token' if skip == 1 else f'{skip} tokens'}"

@@ -34,9 +34,11 @@ def register() -> None:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
     from .config import LoreftConfig
+    from .hub import complete_all_cards
     from .model import LoreftModel
 
     peft_type = PeftType(NAME)
     for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
         mapping.pop(peft_type, None)  # a reloaded module brings new classes, and PEFT refuses to register twice
     register_peft_method(name=NAME.lower(), config_cls=LoreftConfig, model_cls=LoreftModel, prefix=LoreftModel.prefix)
+    complete_all_cards()

@@ -310,6 +310,8 @@ def test_a_spec_survives_str(spec):
         ("l2+f3", "the first 3 and the last 2 tokens of the prompt"),
         ("f5", "the first 5 tokens of the prompt"),
         ("l5", "the last 5 tokens of the prompt"),
+        ("f2+l1", "the first 2 and the last token of the prompt"),
+        ("f1+l2", "the first and the last 2 tokens of the prompt"),
         ("p", "all tokens of the prompt"),
         ("g", "all generated tokens"),
         ("g4", "the first 4 generated tokens"),

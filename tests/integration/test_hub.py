@@ -1,0 +1,146 @@
+"""Sharing adapters, with the real client of `huggingface_hub` and a Hub on loopback; nothing in the client is mocked.
+
+A client reads `HF_ENDPOINT` when it is imported: what it does is a script in a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from .hub_server import TOKEN, Hub
+
+PREAMBLE = """
+    import peft_reft, torch
+    from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    def base():
+        torch.manual_seed(0)
+        sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+        return LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+    def adapted(seed=1, **kwargs):
+        fields = dict(task_type="CAUSAL_LM", r=2, positions="f2+l1", init_weights=False)
+        model = base()
+        torch.manual_seed(seed)
+        return get_peft_model(model, peft_reft.LoreftConfig(**{**fields, **kwargs})).eval()
+    ids = torch.arange(8).unsqueeze(0)
+    def same(one, other):
+        with torch.no_grad():
+            return torch.equal(one(ids).logits, other(ids).logits)
+"""
+
+
+@pytest.fixture
+def hub():
+    with Hub() as server:
+        yield server
+
+
+@pytest.fixture
+def client(hub, tmp_path):
+    """Runs a script as one who has a token, and a cache of their own."""
+
+    def run(script, token=TOKEN, fails=False):
+        code = textwrap.dedent(PREAMBLE) + textwrap.dedent(script)
+        env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / f"home-{bool(token)}"), "HF_HUB_DISABLE_XET": "1"}
+        env |= {"HF_TOKEN": token} if token else {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+        )
+        assert (done.returncode != 0) is fails, done.stderr[-3000:]
+        return done.stderr if fails else done.stdout
+
+    return run
+
+
+def assert_our_card(card, name):
+    front, text = card.split("---\n", 2)[1:]
+    assert "- loreft" in front and "- peft" in front and "library_name: peft" in front
+    assert "import peft_reft" in text and f'from_pretrained("{name}")' in text
+    assert "the first 2 and the last token of the prompt" in text and "parameters" in text
+    assert text.count("## How to load it") == 1
+
+
+def test_push_load_revisions_and_private(hub, client):
+    client(
+        """
+        base().save_pretrained("base"); base().push_to_hub("someone/base")
+        one, two = adapted(1), adapted(2)
+        for model in one, two:
+            model.peft_config["default"].base_model_name_or_path = "someone/base"
+        print(one.push_to_hub("someone/shared"))
+        from huggingface_hub import create_branch
+        create_branch("someone/shared", branch="v2")
+        two.push_to_hub("someone/shared", revision="v2")
+        assert not same(one, two)
+        assert same(PeftModel.from_pretrained(base(), "someone/shared").eval(), one)
+        assert same(PeftModel.from_pretrained(base(), "someone/shared", revision="v2").eval(), two)
+        assert same(AutoPeftModelForCausalLM.from_pretrained("someone/shared").eval(), one)
+        model = base()
+        model.load_adapter("someone/shared")
+        assert same(model.eval(), one)
+        one.push_to_hub("someone/hidden", private=True)
+        assert same(PeftModel.from_pretrained(base(), "someone/hidden").eval(), one)
+        """
+    )
+    files = hub.files("someone/shared")
+    assert {*files} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert hub.files("someone/shared", "v2")["adapter_model.safetensors"] != files["adapter_model.safetensors"]
+    assert_our_card(files["README.md"].decode(), "someone/shared")
+    assert_our_card(hub.files("someone/shared", "v2")["README.md"].decode(), "someone/shared")
+    assert "base_model: someone/base" in files["README.md"].decode()
+    assert str(os.getcwd()) not in b"".join(files.values()).decode("latin1")
+    assert ("PUT", "/lfs/" + next(iter(hub.blobs))) in hub.requests  # weights went the way of large files
+
+    # Somebody else sees what is public, and is told what is not there.
+    assert "loaded" in client('PeftModel.from_pretrained(base(), "someone/shared"); print("loaded")', token=None)
+    assert "someone/hidden" in client('PeftModel.from_pretrained(base(), "someone/hidden")', token=None, fails=True)
+    missing = client('PeftModel.from_pretrained(base(), "someone/shared", revision="v3")', token=None, fails=True)
+    assert "v3" in missing
+
+
+def test_a_trainer_pushes_the_same_card(hub, client):
+    """TRL's trainers write a card of their own over the one that saving made; so does transformers' Trainer."""
+    pytest.importorskip("trl")
+    client(
+        """
+        import datasets
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+        from trl import SFTConfig, SFTTrainer
+        words = {word: n for n, word in enumerate(["<pad>", "<s>", "</s>", "a", "b", "c", "d", "e"])}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="a"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+        rows = datasets.Dataset.from_list([{"prompt": "a b c", "completion": " d e"}] * 4)
+        common = dict(max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True, save_steps=1)
+        trainer = SFTTrainer(
+            base(),
+            args=SFTConfig(output_dir="by-trl", bf16=False, hub_model_id="someone/by-trl", **common),
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=peft_reft.LoreftConfig(task_type="CAUSAL_LM", r=2, positions="f2+l1"),
+        )
+        trainer.train()
+        trainer.push_to_hub(dataset_name="mine")
+        assert same(PeftModel.from_pretrained(base(), "someone/by-trl").eval(), trainer.model.eval())
+        tokens = rows.map(lambda row: {"input_ids": [3, 4, 5, 6], "labels": [-100, -100, 5, 6]})
+        model = adapted()
+        plain = Trainer(
+            model,
+            TrainingArguments(output_dir="plain", push_to_hub=True, hub_strategy="every_save", **common),
+            train_dataset=tokens,
+        )
+        plain.train()
+        plain.push_to_hub()
+        """
+    )
+    card = hub.files("someone/by-trl")["README.md"].decode()
+    assert_our_card(card, "someone/by-trl")
+    assert "trained using [TRL]" in card and card.index("import peft_reft") < card.index(
+        "from transformers import pipe"
+    )
+    assert_our_card(hub.files("someone/plain")["README.md"].decode(), "plain")
