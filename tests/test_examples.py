@@ -19,7 +19,7 @@ from transformers.utils import logging
 import peft_reft
 
 ROOT = Path(__file__).parent.parent
-MODULES = [f"peft_reft.{module.name}" for module in pkgutil.iter_modules(peft_reft.__path__)]
+MODULES = [module.name for module in pkgutil.walk_packages(peft_reft.__path__, "peft_reft.")]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -110,7 +110,9 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{asked.get('organization') or USER}/{asked['name']}"
         if name in self.hub.repositories:
             return self._answer(409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"})
-        self.hub.repositories[name] = Repository(name, private=bool(asked.get("private")))
+        self.hub.repositories[name] = Repository(
+            name, private="private" in (asked.get("visibility"), asked.get("private") and "private")
+        )
         self._answer(200, {"url": f"{self.hub.url}/{name}", "name": name, "id": name})
 
     def branch(self, body, repository, revision):

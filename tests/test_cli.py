@@ -1,0 +1,250 @@
+"""The command `peft-reft`: what a user types, and what they read."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from peft_reft import LoreftConfig
+from peft_reft.cli import main
+
+PARITY = Path(__file__).parent / "parity"
+ROWS = [{"prompt": "a b c d e f", "completion": " 1 2 3"}, {"prompt": "g h i", "completion": " 4 5"}] * 4
+
+
+@pytest.fixture
+def model_id(tmp_path, tokenizer):
+    build("llama").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def adapter(tmp_path, model_id):
+    torch.manual_seed(0)
+    config = LoreftConfig(task_type="CAUSAL_LM", r=2, positions="f2+l1", init_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_id), config)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    return str(tmp_path / "adapter")
+
+
+def rows_file(folder, rows=ROWS):
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def train_arguments(tmp_path, model_id, **more):
+    given = {
+        "model_name_or_path": model_id,
+        "dataset_name": rows_file(tmp_path),
+        "output_dir": str(tmp_path / "out"),
+        "r": "2",
+        "positions": "f2+l2",
+        "max_steps": "3",
+        "use_cpu": "true",
+        "bf16": "false",
+        "per_device_train_batch_size": "4",
+        "disable_tqdm": "true",
+        **more,
+    }
+    return ["train", *(word for name, value in given.items() if value is not None for word in (f"--{name}", value))]
+
+
+def in_a_process(arguments, **kwargs):
+    """The installed script, as a shell runs it."""
+    script = Path(sys.executable).parent / "peft-reft"
+    return subprocess.Popen(
+        [str(script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_train_generate_inspect(tmp_path, model_id, capsys):
+    assert main(train_arguments(tmp_path, model_id, layers="[0, -1]", tie="group", dropout="0.1")) == 0
+    said = capsys.readouterr().out
+    assert "trainable params" in said and "peft-reft generate" in said
+    config = LoreftConfig.from_pretrained(tmp_path / "out")
+    assert (config.r, config.positions, config.layers, config.tie, config.dropout) == (
+        2,
+        "f2+l2",
+        [0, -1],
+        "group",
+        0.1,
+    )
+    moved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert any(tensor.abs().sum() > 0 for name, tensor in moved.items() if name.endswith(".b"))
+    out = str(tmp_path / "out")
+    assert main(["generate", out, "a b c", "d e", "--max-new-tokens", "4", "--compare"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "> a b c" and "> d e" in lines and sum(line.startswith("without: ") for line in lines) == 2
+    assert main(["inspect", out]) == 0
+    said = capsys.readouterr().out
+    assert "the first 2 and the last 2 tokens of the prompt" in said and "orthogonality error" in said
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_train_from_yaml(tmp_path, model_id):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"model_name_or_path: {model_id}\ndataset_name: {rows_file(tmp_path)}\noutput_dir: {tmp_path / 'out'}\n"
+        "max_steps: 1\nuse_cpu: true\nbf16: false\nr: {'0': 2, '1-': 3}\npositions: {'0': f2, '1-': l1}\ngate: true\n"
+    )
+    assert main(["train", "--config", str(path), "--intervention", "nodireft", "--act_fn", "relu"]) == 0
+    config = LoreftConfig.from_pretrained(tmp_path / "out")
+    assert (config.r, config.positions) == ({"0": 2, "1-": 3}, {"0": "f2", "1-": "l1"})
+    assert (config.intervention, config.act_fn, config.gate) == ("nodireft", "relu", True)
+
+
+def test_interrupted_training_goes_on_where_it_stopped(tmp_path, model_id):
+    arguments = train_arguments(tmp_path, model_id, max_steps="200", logging_steps="1")
+    process = in_a_process(arguments)
+    read = []
+    for line in process.stdout:
+        read.append(line)
+        if "'loss'" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate()
+    assert process.returncode == 130, err[-3000:]
+    step = int(re.search(r"Stopped after step (\d+)", out)[1])
+    assert 1 <= step < 200 and "Traceback" not in err
+    state = json.loads((tmp_path / "out" / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    assert state["global_step"] == step
+    again = in_a_process(
+        [*train_arguments(tmp_path, model_id, max_steps=str(step + 1)), "--resume_from_checkpoint", "true"]
+    )
+    out, err = again.communicate()
+    assert again.returncode == 0, err[-3000:]
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_generate_is_what_the_model_says(adapter, model_id, tokenizer, capsys):
+    assert main(["generate", adapter, "a b c d", "--raw", "--max-new-tokens", "5"]) == 0
+    said = capsys.readouterr().out.strip()
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_id), adapter).eval()
+    inputs = tokenizer("a b c d", return_tensors="pt")
+    expected = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert said == tokenizer.decode(expected, skip_special_tokens=True).strip()
+
+
+def test_chat_ends_with_an_empty_line(adapter, monkeypatch, capsys):
+    said = iter(["a b", "c d", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(said))
+    assert main(["chat", adapter, "--max-new-tokens", "3"]) == 0
+    assert len(capsys.readouterr().out.strip().splitlines()) >= 1
+
+
+def test_inspect_as_json(adapter, capsys):
+    assert main(["inspect", adapter, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    model = load_file(Path(adapter) / "adapter_model.safetensors")
+    assert said["parameters"] == sum(tensor.numel() for tensor in model.values())
+    assert said["config"]["positions"] == "f2+l1"
+    key = next(name for name in model if name.endswith(".W"))
+    layer = next(row for row in said["layers"] if row["module"] in key)
+    assert layer["|W|"] == pytest.approx(model[key].norm().item()) and layer["orthogonality error"] < 1e-5
+    assert layer["|W - R|"] == pytest.approx((model[key] - model[key.replace(".W", ".R")]).norm().item())
+
+
+def test_show_positions(model_id, capsys):
+    arguments = ["show-positions", "a b c d e", "--tokenizer", model_id, "--positions", "f1+l2"]
+    assert main(arguments) == 0
+    assert "[f1: a" in capsys.readouterr().out
+    assert main([*arguments[:-1], '{"0": "f1", "1-": "l1"}', "--chat"]) == 0
+    assert "layers 1-: l1" in capsys.readouterr().out
+
+
+def test_convert_there_and_back(tmp_path, capsys):
+    source = str(PARITY / "pyreft" / "loreft_untied")
+    ours, theirs, steer = (str(tmp_path / name) for name in ("ours", "theirs", "steer"))
+    assert main(["convert", "--from", "pyreft", source, ours, "--positions", "f2+l2"]) == 0
+    assert "for another family give --base" in capsys.readouterr().out
+    assert main(["convert", "--to", "pyreft", ours, theirs]) == 0
+    assert "'f2+l2'" in capsys.readouterr().out
+    assert {p.name for p in Path(theirs).iterdir()} == {p.name for p in Path(source).iterdir()}
+    assert main(["convert", "--to", "easysteer", ours, steer]) == 0
+    adapters = str(PARITY / "adapters" / "nodireft")
+    arguments = ["convert", "--from", "adapters", adapters, str(tmp_path / "from_adapters")]
+    assert main(arguments) == 1
+    assert "intervention" in capsys.readouterr().err
+    assert main([*arguments, "--intervention", "nodireft"]) == 0
+
+
+def test_export(tmp_path, tokenizer, capsys):
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, pad_token_id=0)).eval()
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    fields = dict(task_type="CAUSAL_LM", r=2, positions="all", component="mlp", init_weights=False)
+    model = get_peft_model(base, LoreftConfig(**fields)).eval()
+    model.save_pretrained(str(tmp_path / "adapter"))
+    assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "whole")]) == 0
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    ids = torch.arange(3, 13).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.allclose(whole(ids).logits, model(ids).logits, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*linear maps without a bias")
+def test_export_says_why_not(tmp_path, adapter, model_id, capsys):
+    assert main(["export", adapter, str(tmp_path / "whole")]) == 1
+    assert "cannot be merged" in capsys.readouterr().err
+    fields = dict(task_type="CAUSAL_LM", r=2, positions="all", component="mlp", init_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_id), LoreftConfig(**fields))
+    model.save_pretrained(str(tmp_path / "mlp"))
+    assert main(["export", str(tmp_path / "mlp"), str(tmp_path / "whole")]) == 1
+    assert "has no bias in the base model" in capsys.readouterr().err
+    assert not (tmp_path / "whole").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["inspect", "/no/such/folder"], "no folder"),
+        (["generate", "/no/such/folder", "hello"], "/no/such/folder"),
+        (["convert", "--from", "pyreft", "x", "y"], "--positions is missing"),
+        (["convert", "--from", "pyreft", "x", "y", "--positions", "q7"], "no folder"),
+        (["train", "--output_dir", "x"], "--model_name_or_path is missing"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_errors_are_a_line_without_a_traceback(arguments, said, capsys):
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error and error.count("\n") <= 3
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["convert", "a", "b"], ["inspect", "a", "--nonsense"]])
+def test_wrong_arguments(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def test_help(capsys):
+    for arguments in ([], ["convert"], ["generate"], ["train"]):
+        with pytest.raises(SystemExit) as stopped:
+            main([*arguments, "--help"])
+        assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    for words in ("--learning_rate", "--load_in_4bit", "--positions", "Exit codes", "--act-fn"):
+        assert words in said
+
+
+def test_the_installed_script():
+    process = in_a_process(["inspect", "/no/such/folder"], env={**os.environ, "COLUMNS": "100"})
+    out, err = process.communicate()
+    assert process.returncode == 1 and "no folder" in err and out == ""
