@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 SMOLLM2 = outputs/SmolLM2-135M-Instruct
 
-.PHONY: quickstart test test-slow test-extras test-oldest support-table bench bench-curves check format clean
+.PHONY: quickstart test test-slow test-extras test-oldest support-table bench bench-curves docs check format clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,7 +36,7 @@ $(VENV)-extras/.installed: pyproject.toml constraints.txt constraints-extras.txt
 	$(VENV)-extras/bin/python -m pip install -q -c $(VENV)-extras/constraints.txt torch setuptools wheel ninja
 	$(VENV)-extras/bin/python -m pip install -q -c $(VENV)-extras/constraints.txt -e ".[test]"
 	DS_BUILD_OPS=0 $(VENV)-extras/bin/python -m pip install -q -c $(VENV)-extras/constraints.txt \
-		--no-build-isolation gptqmodel optimum deepspeed
+		--no-build-isolation gptqmodel optimum deepspeed lm_eval
 	@touch $@
 
 test-extras: $(VENV)-extras/.installed
@@ -71,6 +71,15 @@ bench: $(BIN)/.installed
 bench-curves: $(BIN)/.installed
 	$(BIN)/python -W ignore benchmarks/curves.py --out docs/performance.png $(ARGS)
 
+# site/; --strict: a broken link or reference is an error.
+$(VENV)-docs/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install -q -c constraints.txt mkdocs-material "mkdocstrings[python]" ruff
+	@touch $@
+
+docs: $(VENV)-docs/.installed
+	$(VENV)-docs/bin/mkdocs build --strict $(ARGS)
+
 check: $(BIN)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -81,4 +90,4 @@ format: $(BIN)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-extras $(VENV)-oldest outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-extras $(VENV)-oldest $(VENV)-docs site outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -35,7 +35,7 @@ class DataCollatorForLoreft:
     Raises:
         ValueError: no row has a token to edit, or a packed row starts in the middle of a document.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft_reft import DataCollatorForLoreft, LoreftConfig
         >>> def collate(rows):

@@ -83,7 +83,7 @@ class LoreftConfig(PeftConfig):
         ValueError: a field has a value that no model could use; the message names the field and the value. What
             depends on the model (a layer or a rank out of range) raises when the adapter is added to it.
 
-    Example:
+    Examples:
         >>> from peft_reft import LoreftConfig
         >>> config = LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f5+l5", layers=[2, 5, -1])
         >>> config.peft_type.value

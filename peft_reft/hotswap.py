@@ -49,7 +49,7 @@ def hotswap_adapter(
     Raises:
         ValueError: there is no such adapter, or formula, positions, ties, layers or shapes differ, or it is merged.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from peft import get_peft_model
         >>> from transformers import LlamaConfig, LlamaForCausalLM

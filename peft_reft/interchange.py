@@ -43,7 +43,7 @@ def interchange(model: nn.Module, source: Mapping[str, Any], subspaces: Any = No
     Raises:
         ValueError: no interchange intervention is active, or source and base do not have as many positions.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft import get_peft_model
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -94,7 +94,7 @@ def interchange_accuracy(logits: Tensor, labels: Tensor) -> float:
     Returns:
         From 0 to 1. A row of several labelled tokens counts if all of them are right.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft_reft import interchange_accuracy
         >>> interchange_accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))

@@ -58,7 +58,7 @@ class Intervention(nn.Module, ABC):
 
     Computation is in float32 with autocast off, whatever the type of parameters and input.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft_reft.interventions import INTERVENTIONS
         >>> loreft = INTERVENTIONS["loreft"](d=16, r=2, init_weights="paper")

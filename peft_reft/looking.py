@@ -56,7 +56,7 @@ def show_positions(tokenizer: Any, batch_or_text: Any, config: LoreftConfig) -> 
             `position_ids` and `intervention_positions`, read as the model reads them.
         config: the adapter's config.
 
-    Example:
+    Examples:
         >>> from peft_reft import LoreftConfig, show_positions
         >>> class Characters:  # stands for a tokenizer
         ...     def __call__(self, text):
@@ -170,7 +170,7 @@ def edit_norms(model: nn.Module, batch: Mapping[str, Any]) -> np.ndarray:
         (layers, batch, seq) float32: one entry for each edited module, in the order of the model; NaN where no token
         is edited.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft import get_peft_model
         >>> from transformers import LlamaConfig, LlamaForCausalLM

@@ -37,7 +37,7 @@ class LoreftModel(BaseTuner):
     Made by `peft.get_peft_model(model, LoreftConfig(...))` rather than by hand. Blocks are not replaced: each edited
     module gains one child, `loreft`, and a forward hook. Names and weights of the base model stay as they are.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft import get_peft_model
         >>> from transformers import LlamaConfig, LlamaForCausalLM

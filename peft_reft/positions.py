@@ -78,7 +78,7 @@ def slots_per_answer(layout: Layout) -> int:
 class Positions:
     """A parsed position spec.
 
-    Example:
+    Examples:
         >>> from peft_reft import Positions
         >>> spec = Positions.parse("f7+l7")
         >>> [str(group) for group in spec.groups]

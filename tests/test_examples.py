@@ -6,6 +6,7 @@ import json
 import os
 import pkgutil
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from integration.conftest import PAIRS
 from transformers.utils import logging
 
 import peft_reft
+from peft_reft.cli import main as peft_reft_command
 
 ROOT = Path(__file__).parent.parent
 MODULES = [module.name for module in pkgutil.walk_packages(peft_reft.__path__, "peft_reft.")]
@@ -42,20 +44,28 @@ def model_id(tmp_path, tokenizer):
 
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+WITH_CODE = [page for page in PAGES if re.search("```(python|bash)", page.read_text(encoding="utf-8"))]
 
 
 @pytest.mark.filterwarnings("ignore")  # the reader's warnings are third parties' and not what is tested here
-@pytest.mark.parametrize(
-    "page", [p for p in PAGES if "```python" in p.read_text(encoding="utf-8")], ids=lambda p: p.name
-)
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda p: p.name)
 def test_pages(page, model_id, tmp_path, monkeypatch, capsys):
     """The code runs, and prints what comments below a `print` say."""
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(r"```(python|bash)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     data = Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in PAIRS])
     names = {"model_id": model_id, "prompt_completion_data": data, "__name__": "page"}
-    for block in blocks:
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    Path("mine.jsonl").write_text("\n".join(json.dumps({"prompt": p, "completion": c}) for p, c in PAIRS))
+    for language, block in blocks:
         capsys.readouterr()
+        if language == "bash":
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line)
+                assert words[0] == "peft-reft", line
+                words = [model_id if word == "HuggingFaceTB/SmolLM2-135M-Instruct" else word for word in words[1:]]
+                assert peft_reft_command(words) == 0, line
+            continue
         exec(block, names)
         printed = capsys.readouterr().out
         for promised in re.findall(r"^# ([\[ ].*|layers .*)$", block, re.MULTILINE):
@@ -109,3 +119,17 @@ def test_das_finds_the_variables_where_they_are_and_nowhere_else(tmp_path):
     assert results["accuracy of the network"] > 0.98
     assert results["interchange accuracy, trained"]["0"] > 0.95
     assert results["interchange accuracy, random"]["0"] < 0.6
+
+
+def test_metamathqa(tmp_path):
+    """PEFT's script gets a folder that it can read, in a process that knows the method."""
+    folder = tmp_path / "peft" / "method_comparison" / "MetaMathQA"
+    folder.mkdir(parents=True)
+    (folder / "run.py").write_text(
+        "import json, sys; from peft import PeftConfig\n"
+        "config = PeftConfig.from_pretrained(sys.argv[-1])\n"
+        "print(config.peft_type.value, config.r, config.positions)\n"
+        "print(json.load(open(sys.argv[-1] + '/training_params.json')))\n"
+    )
+    out = run_example("examples/metamathqa.py", "--peft", str(tmp_path / "peft"), "--r", "3")
+    assert "LOREFT 3 all\n{'optimizer_kwargs': {'lr': 0.0009}}" in out

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_reft import LoreftConfig
 
-lm_eval = pytest.importorskip("lm_eval")  # `make test-other-tools` installs it
+lm_eval = pytest.importorskip("lm_eval")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "lm_eval_loreft.py"
 ROWS = [("a b c d e f", ["1 2", "3", "4 5 6"], 1), ("g h", ["i", "j k"], 0), ("l m n o", ["p q r s", "t"], 1)]
 
