@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 SMOLLM2 = outputs/SmolLM2-135M-Instruct
 
-.PHONY: quickstart test test-slow test-extras test-oldest support-table bench bench-curves docs check format clean
+.PHONY: quickstart test test-slow test-extras test-oldest support-table bench bench-curves docs dist check format clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -79,6 +79,13 @@ $(VENV)-docs/.installed: pyproject.toml constraints.txt
 
 docs: $(VENV)-docs/.installed
 	$(VENV)-docs/bin/mkdocs build --strict $(ARGS)
+
+# Wheel and sdist, each installed into a clean environment and used, without and with each extra that adds to it.
+dist: $(BIN)/.installed
+	rm -rf dist
+	$(BIN)/python -m pip install -q build
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python tests/check_dist.py dist $(ARGS)
 
 check: $(BIN)/.installed
 	$(BIN)/ruff check .
