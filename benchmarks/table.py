@@ -34,11 +34,11 @@ activations down to the output of the lowest block.
 GPU = """
 ## What is left of a training step, and why
 
-The goal of 1 % of a step is missed by about a tenth of it ("CPU time in LoReFT's own code"). What is left, in the order of
-the table above: AdamW on the adapter's own parameters, which every method has; the gradient of the hidden states, which
-the backward copies once a layer before it adds to it, since autograd may have handed the same tensor to another branch (a
-residual sum does) and nobody may change it in place; gathers and scatter-adds of the edited rows; five dispatches a layer
-of a few microseconds each, which a wider model does not feel.
+The goal of 1 % of a step is missed by up to a fifth of it ("CPU time in LoReFT's own code"). What is left, in the
+order of the table above: AdamW on the adapter's own parameters, which every method has; the gradient of the hidden
+states, which the backward copies once a layer before it adds to it, since autograd may have handed the same tensor to
+another branch (a residual sum does) and nobody may change it in place; gathers and scatter-adds of the edited rows;
+and dispatches of a few microseconds each, which a wider model does not feel.
 
 ## On a GPU
 

@@ -1,0 +1,147 @@
+"""Memorisation: how many tokens can one edit of one token hold? (paper, appendix on memorisation)
+
+    python examples/memorisation.py                                        # LLaMA-7B, a GPU
+    python examples/memorisation.py --preset cpu --data FOLDER --model SMOLLM2_FOLDER
+
+One rank-1 edit at one layer, at the last token of the prompt `ALIC#ID1->`, is trained to make the model recite the
+first n tokens of Alice in Wonderland, of the same tokens shuffled, and of random tokens. The score is the share of the
+n tokens up to the first mistake, generating greedily. FOLDER has alice/alice29.txt. Results are kept in
+OUTPUT/results.json; the figure is OUTPUT/memorisation.png (extra `viz`).
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from recipe import Results, arguments
+from torch.optim import AdamW
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup, set_seed
+
+from peft_reft import LoreftConfig
+
+PROMPTS = {"Alice": "ALIC#ID1->", "Alice, shuffled": "SHUF#ID1->", "random": "RAND#ID1->"}
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": dict(
+        model="huggyllama/llama-7b",
+        data=".",
+        texts=[*PROMPTS],
+        layers=[0, 5, 10, 15, 20, 25, 31],
+        lengths=[16, 32, 64, 128, 256, 512, 1024, 2048],
+        intervention="consreft",
+        steps=1000,
+        learning_rate=4e-3,
+        seed=42,
+    ),
+    "cpu": dict(
+        model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        data=".",
+        texts=[*PROMPTS],
+        layers=[2, 10, 18, 26],
+        lengths=[4, 8, 16, 32],
+        intervention="loreft",
+        steps=150,
+        learning_rate=4e-2,
+        seed=42,
+    ),
+}
+
+
+def tokens_of(text: str, length: int, tokenizer: Any, folder: Path, seed: int) -> list[int]:
+    if text == "random":
+        return random.Random(seed).choices(range(10, tokenizer.vocab_size), k=length)
+    alice = (folder / "alice" / "alice29.txt").read_text(encoding="utf-8", errors="replace")
+    start = alice.index("Alice was beginning")
+    tokens = tokenizer(alice[start : start + 12 * length], add_special_tokens=False)["input_ids"][:length]
+    if text == "Alice, shuffled":
+        random.Random(seed).shuffle(tokens)
+    return tokens
+
+
+def recited(model: Any, prompt: torch.Tensor, answer: list[int]) -> float:
+    """Share of the answer's tokens before the first that is wrong."""
+    out = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=len(answer),
+        min_new_tokens=len(answer),
+        do_sample=False,
+    )
+    right = [a == b for a, b in zip(out[0, prompt.shape[1] :].tolist(), answer)]
+    return [*right, False].index(False) / len(answer)
+
+
+def figure(runs: list[dict[str, Any]], args: Any, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn, axes = plt.subplots(1, len(args.texts), figsize=(3.2 * len(args.texts), 3), squeeze=False, sharey=True)
+    for text, axis in zip(args.texts, axes[0]):
+        grid = [
+            [
+                next(r["recited"] for r in runs if (r["text"], r["layer"], r["length"]) == (text, layer, n))
+                for n in args.lengths
+            ]
+            for layer in args.layers
+        ]
+        axis.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        for y, row in enumerate(grid):
+            for x, value in enumerate(row):
+                axis.text(
+                    x, y, f"{value:.0%}", ha="center", va="center", color="w" if value < 0.6 else "k", fontsize=8
+                )
+        axis.set_title(text)
+        axis.set_xticks(range(len(args.lengths)), args.lengths)
+        axis.set_yticks(range(len(args.layers)), args.layers)
+        axis.set_xlabel("tokens")
+    axes[0][0].set_ylabel("layer")
+    drawn.tight_layout()
+    drawn.savefig(path, dpi=150)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(__doc__, PRESETS, argv)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    base = AutoModelForCausalLM.from_pretrained(args.model)
+    base = base.to("cuda" if torch.cuda.is_available() else "cpu")
+    results = Results(args.output / "results.json")
+
+    def run(text: str, layer: int, length: int, **settings: Any) -> dict[str, Any]:
+        set_seed(args.seed)
+        answer = tokens_of(text, length, tokenizer, Path(args.data), args.seed)
+        prompt = torch.tensor([tokenizer(PROMPTS[text])["input_ids"]], device=base.device)
+        config = LoreftConfig(
+            task_type="CAUSAL_LM", r=1, positions="l1", layers=[layer], intervention=args.intervention
+        )
+        model = get_peft_model(base, config)
+        ids = torch.cat([prompt, torch.tensor([answer], device=base.device)], 1)
+        labels = ids.clone()
+        labels[:, : prompt.shape[1]] = -100
+        weights = [p for p in model.parameters() if p.requires_grad]
+        optimizer = AdamW(weights, lr=args.learning_rate, weight_decay=0.0)
+        schedule = get_linear_schedule_with_warmup(optimizer, args.steps // 10, args.steps)
+        for _ in range(args.steps):
+            loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        share = recited(model.eval(), prompt, answer)
+        model.unload()
+        return {"recited": share, "loss": loss.item(), "parameters": sum(p.numel() for p in weights)}
+
+    cells = [(text, layer, n) for text in args.texts for layer in args.layers for n in args.lengths]
+    common = dict(intervention=args.intervention, steps=args.steps, learning_rate=args.learning_rate, seed=args.seed)
+    runs = [results.run(run, text=t, layer=layer, length=n, **common) for t, layer, n in tqdm(cells)]
+    figure(runs, args, args.output / "memorisation.png")
+    for text in args.texts:
+        print(f"{text}: the longest that some layer recites whole:", end=" ")
+        print(max([r["length"] for r in runs if r["text"] == text and r["recited"] == 1], default=0), "tokens")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The paper's experiments in examples/, each for a few steps on tiny models and made-up data."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import build
+
+ROOT = Path(__file__).parent.parent
+SENTENCES = ["a b c d", "e f g", "h i j k l", "m n", "o p q r", "s t u"]
+
+
+def recipe(name, *arguments, succeeds=True):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, f"examples/{name}.py", "--preset", "cpu", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert (done.returncode == 0) is succeeds, done.stderr[-3000:]
+    return done.stdout if succeeds else done.stderr
+
+
+@pytest.fixture
+def model(tmp_path, tokenizer):
+    build("llama").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def encoder(tmp_path, tokenizer):
+    build("bert").save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    return tmp_path / "encoder"
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    for name in ("trec", "cola", "alice", "ultrafeedback_1k"):
+        (folder / name).mkdir(parents=True)
+    lines = [f"{n % 2} {text}" for n, text in enumerate(SENTENCES * 4)]
+    for part in ("train", "test"):
+        (folder / "trec" / f"{part}.txt").write_text("\n".join(lines))
+    table = "\n".join(f"src\t{line[0]}\t\t{line[2:]}" for line in lines)
+    for part in ("in_domain_train", "in_domain_dev", "out_of_domain_dev"):
+        (folder / "cola" / f"{part}.tsv").write_text(table)
+    (folder / "alice" / "alice29.txt").write_text("Alice was beginning " + "a b c d e f g h " * 40)
+    rows = [json.dumps({"instruction": text, "input": "", "output": "1 2 3"}) for text in SENTENCES * 2]
+    (folder / "ultrafeedback_1k" / "ultrafeedback_1k.json").write_text("\n".join(rows))
+    return folder
+
+
+def test_glue(encoder, data, tmp_path):
+    arguments = ["--data", data, "--model", encoder, "--output", tmp_path / "out", "--steps", 2, "--batch", 4]
+    arguments += ["--learning-rates", "1e-3", "3e-3", "--seeds", 1, 2, "--r", 2]
+    out = recipe("glue", *arguments)
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith(("| cola", "| trec"))]
+    assert [(row[0].strip("| "), row[1]) for row in rows] == [
+        (task, method) for task in ("cola", "trec") for method in ("loreft", "lora", "head")
+    ]
+    parameters = {row[1]: int(row[2]) for row in rows}
+    assert parameters["head"] == 0 < parameters["loreft"]
+    runs = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(runs) == 2 * 3 * 3  # two rates with the first seed, and the second seed at the better one
+    before = (tmp_path / "out" / "results.json").read_text()
+    assert recipe("glue", *arguments) == out, "what is there is not run again"
+    assert (tmp_path / "out" / "results.json").read_text() == before
+    assert "cola and trec" in recipe("glue", *arguments, "--tasks", "sst2", succeeds=False)
+
+
+def test_memorisation(model, data, tmp_path):
+    arguments = ["--data", data, "--model", model, "--output", tmp_path / "out", "--steps", 60, "--lengths", 1, 2]
+    recipe("memorisation", *arguments, "--layers", 1, 2, "--texts", "Alice", "random", "--learning-rate", 0.3)
+    runs = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {(run["text"], run["layer"], run["length"]) for run in runs} == {
+        (text, layer, length) for text in ("Alice", "random") for layer in (1, 2) for length in (1, 2)
+    }
+    assert all(run["parameters"] == 65 for run in runs)  # 2 r d + r
+    assert any(run["recited"] == 1 for run in runs if run["length"] == 1), "one token can be learned"
+    assert (tmp_path / "out" / "memorisation.png").stat().st_size > 5000
+
+
+def test_qlora_style(model, data, tmp_path):
+    out = recipe("qlora_style", "--data", data, "--model", model, "--output", tmp_path / "out", "--steps", 2)
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["method"] for row in rows] == ["loreft", "lora"] and "| loreft |" in out
+    assert rows[0]["parameters"] == 3 * (2 * 4 * 32 + 4)
+    assert all(row["peak MiB"] > 100 for row in rows)
+
+
+def test_preference(model, data, tmp_path):
+    recipe("preference", "--data", data, "--model", model, "--output", tmp_path / "out", "--steps", 4)
+    curve = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [point["step"] for point in curve] == [1, 2, 3, 4]
+    assert curve[0]["margin"] == 0, "the adapter starts as the reference"
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_sweep(encoder, data, tmp_path):
+    arguments = ["--data", data, "--model", encoder, "--output", tmp_path / "out", "--steps", 1, "--batch", 4]
+    out = recipe("sweep", *arguments, "--tasks", "trec", "--learning-rates", "1e-3", "3e-3", "--seeds", 1)
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert [row["field"] for row in table] == [
+        *("positions", "layers", "r", "tie", "dropout", "learning_rate"),
+        *("default", "found"),
+    ]
+    for row in table[:5]:
+        tried = json.loads(row["dev"])
+        assert tried[json.dumps(row["chosen"])] == max(tried.values())
+    assert "| trec | found | test " in out
