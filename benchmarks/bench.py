@@ -15,7 +15,8 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin make any contention look like cost
@@ -295,13 +296,13 @@ def profile(base: nn.Module, steps: int = 3) -> dict[str, dict[str, float]]:
     return dict(sorted(added.items(), key=lambda item: -item[1]["us"])[:12])
 
 
-def inside(base: nn.Module, steps: int = 10) -> dict[str, dict[str, float]]:
-    """CPU time spent in LoReFT's own code, over that of all else in the same steps; one thread.
+@contextmanager
+def own_time() -> Iterator[Callable[[Callable[[], object], int], tuple[float, float]]]:
+    """Gives `measure(run, times)`: median CPU seconds of a `run` in LoReFT's own code, and in all else; one thread.
 
     A difference of two long times has the scatter of both. This is a sum of short ones, and has hardly any; what it
     cannot see is what LoReFT does to the caches of others.
     """
-    torch.set_num_threads(1)
     spent = [0.0]
 
     def timed(function: Callable[..., object]) -> Callable[..., object]:
@@ -314,6 +315,15 @@ def inside(base: nn.Module, steps: int = 10) -> dict[str, dict[str, float]]:
 
         return run
 
+    def measure(run: Callable[[], object], times: int) -> tuple[float, float]:
+        run()
+        found = []
+        for _ in range(times):
+            spent[0], began = 0.0, time.thread_time()
+            run()
+            found.append((spent[0], time.thread_time() - began - spent[0]))
+        return statistics.median(own for own, _ in found), statistics.median(other for _, other in found)
+
     places = [
         (LoreftLayer, "forward"),
         (_AddEdits, "backward"),
@@ -324,12 +334,22 @@ def inside(base: nn.Module, steps: int = 10) -> dict[str, dict[str, float]]:
         (runtime, "_prepare_inputs"),
     ]
     originals = [inspect.getattr_static(owner, name) for owner, name in places]
-    found = {}
+    torch.set_num_threads(1)
     try:
         for (owner, name), original in zip(places, originals):
             function = timed(getattr(owner, name))
             setattr(owner, name, staticmethod(function) if isinstance(original, staticmethod) else function)
-        given = {"attention_mask": torch.ones(4, 64, dtype=torch.long), "input_ids": batch(4, 64, 64)["input_ids"]}
+        yield measure
+    finally:
+        for (owner, name), original in zip(places, originals):
+            setattr(owner, name, original)
+
+
+def inside(base: nn.Module, steps: int = 10) -> dict[str, dict[str, float]]:
+    """CPU time spent in LoReFT's own code, over that of all else in the same steps."""
+    given = {"attention_mask": torch.ones(4, 64, dtype=torch.long), "input_ids": batch(4, 64, 64)["input_ids"]}
+    found: dict[str, dict[str, float]] = {}
+    with own_time() as measure:
         for method in METHODS:
             if not method.startswith("LoReFT"):
                 continue
@@ -342,16 +362,8 @@ def inside(base: nn.Module, steps: int = 10) -> dict[str, dict[str, float]]:
             }
             found[method] = {}
             for name, run in runs.items():
-                run()
-                shares = []
-                for _ in range(steps):
-                    spent[0], began = 0.0, time.thread_time()
-                    run()
-                    shares.append(spent[0] / (time.thread_time() - began - spent[0]))
-                found[method][name] = statistics.median(shares)
-    finally:
-        for (owner, name), original in zip(places, originals):
-            setattr(owner, name, original)
+                own, other = measure(run, steps)
+                found[method][name] = own / other
     return found
 
 

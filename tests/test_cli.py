@@ -248,3 +248,22 @@ def test_the_installed_script():
     process = in_a_process(["inspect", "/no/such/folder"], env={**os.environ, "COLUMNS": "100"})
     out, err = process.communicate()
     assert process.returncode == 1 and "no folder" in err and out == ""
+
+
+def test_train_under_accelerate_launch(tmp_path, model_id):
+    """Two processes on the CPU: one adapter, said once."""
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "-m",
+        "peft_reft.cli",
+    ]
+    arguments = train_arguments(tmp_path, model_id, max_steps="2", per_device_train_batch_size="2")
+    done = subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("trainable params") == 1 and done.stdout.count("Saved to") == 1
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
