@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 SMOLLM2 = outputs/SmolLM2-135M-Instruct
 
-.PHONY: quickstart test test-slow test-extras test-oldest support-table bench bench-curves docs dist check format clean
+.PHONY: quickstart test test-slow test-extras test-oldest support-table bench bench-curves bench-others docs dist check format clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -68,6 +68,19 @@ bench: $(BIN)/.installed
 	$(BIN)/python -W ignore benchmarks/bench.py --out docs/performance.json $(ARGS)
 	$(BIN)/python benchmarks/table.py docs/performance.json docs/performance.md
 
+# The same workload with pyreft and adapters, in environments with the versions that they pin.
+$(VENV)-pyreft/.installed $(VENV)-adapters/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q torch==2.13.0 $(if $(findstring pyreft,$@),transformers==4.45.1 pyvene==0.1.8 \
+		accelerate datasets "numpy>=2",adapters==1.3.0)
+	$(if $(findstring pyreft,$@),$(@D)/bin/python -m pip install -q --no-deps pyreft==0.1.0)
+	@touch $@
+
+bench-others: $(VENV)-pyreft/.installed $(VENV)-adapters/.installed $(BIN)/.installed
+	$(VENV)-pyreft/bin/python -W ignore benchmarks/others.py pyreft --rounds 9 --out docs/performance.json $(ARGS)
+	$(VENV)-adapters/bin/python -W ignore benchmarks/others.py adapters --rounds 9 --out docs/performance.json $(ARGS)
+	$(BIN)/python benchmarks/table.py docs/performance.json docs/performance.md
+
 bench-curves: $(BIN)/.installed
 	$(BIN)/python -W ignore benchmarks/curves.py --out docs/performance.png $(ARGS)
 
@@ -97,4 +110,4 @@ format: $(BIN)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-extras $(VENV)-oldest $(VENV)-docs site outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-extras $(VENV)-oldest $(VENV)-docs $(VENV)-pyreft $(VENV)-adapters site outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

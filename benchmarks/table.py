@@ -13,6 +13,7 @@ TITLES = {
     "prefill": "Prefill, batch 4 x 64, over the base",
     "decode": "Decoding a token, batch 4, over the base",
     "adapters": "Prefill of 64 rows with 64 adapters loaded, over the base",
+    "others": "`pyreft` and `adapters`, over the floor (prefill: the base) of their own processes",
 }
 GOALS = {
     "train": "LoReFT f7+l7: at most 1.010 in CPU time, 1.015 in wall time, and below LoRA",
@@ -20,6 +21,7 @@ GOALS = {
     "prefill": "at most 1.02",
     "decode": "f7+l7: at most 1.005; all: below LoRA (1.07)",
     "adapters": "one for each row: at most 1.10",
+    "others": "LoReFT r=4 f7+l7 above to be below these. The same workload, by `make bench-others` (9 rounds)",
 }
 HEAD = """# Performance
 

@@ -110,3 +110,66 @@ def test_sweep(encoder, data, tmp_path):
         tried = json.loads(row["dev"])
         assert tried[json.dumps(row["chosen"])] == max(tried.values())
     assert "| trec | found | test " in out
+
+
+def test_arithmetic(model, data, tmp_path):
+    (data / "gsm8k").mkdir()
+    row = {"question": "a b c d e f g", "answer": "h i 1\n#### 1"}
+    for part in ("train", "test"):
+        (data / "gsm8k" / f"{part}.jsonl").write_text("\n".join(json.dumps(row) for _ in range(24)))
+    arguments = ["--data", data, "--model", model, "--output", tmp_path / "out", "--steps", 2, "--rows", 4]
+    out = recipe("arithmetic", *arguments, "--learning-rates", "1e-3", "--new-tokens", 4)
+    for method in ("loreft", "loreft, decoding too", "loreft, shared by layers", "lora"):
+        assert f"| {method} |" in out
+    runs = {run["method"]: run for run in json.loads((tmp_path / "out" / "results.json").read_text())}
+    assert runs["loreft"]["parameters"] == 3 * runs["loreft, shared by layers"]["parameters"]
+
+
+def test_commonsense(model, tmp_path):
+    """All eight sets of a clone of LLM-Adapters are read, answered and scored."""
+    clone = tmp_path / "clone"
+    (clone / "ft-training_set").mkdir(parents=True)
+    rows = [{"instruction": text, "input": "", "output": "a b", "answer": "answer1"} for text in SENTENCES * 4]
+    (clone / "ft-training_set" / "commonsense_170k.json").write_text(json.dumps(rows))
+    sets = ["boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa"]
+    for name in sets:
+        (clone / "dataset" / name).mkdir(parents=True)
+        (clone / "dataset" / name / "test.json").write_text(json.dumps(rows))
+    arguments = ["--data", clone, "--model", model, "--output", tmp_path / "out", "--steps", 2, "--rows", 3]
+    recipe("commonsense", *arguments, "--learning-rates", "1e-3", "--new-tokens", 2)
+    runs = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [run["method"] for run in runs] == ["loreft", "lora"]
+    assert all([*run["scores"]] == sets for run in runs)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("so 3 + 4 = 7.\nThe answer is 7", "7"),
+        ("$1,234.50", "1234.5"),
+        ("-3 or 4.0", "4"),
+        ("The answer is B", "B"),
+        ("no", None),
+    ],
+)
+def test_numbers(text, expected, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import arithmetic
+
+    assert arithmetic.number(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("the correct answer is answer3", "answer3"),
+        ("Ending1.", "ending1"),
+        ("the correct answer is true", "true"),
+        ("untrue", None),
+    ],
+)
+def test_choices(text, expected, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import commonsense
+
+    assert commonsense.choice(text) == expected
