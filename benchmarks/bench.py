@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin make an
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from measure import Ratio, Saved, clock, interleave, share
+from measure import SMOLLM2, Ratio, Saved, clock, interleave, share
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
@@ -36,15 +36,6 @@ from peft_reft.interventions import INTERVENTIONS
 from peft_reft.layer import LoreftLayer
 from peft_reft.rotation import _Orthonormalise
 
-SMOLLM2 = dict(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    tie_word_embeddings=True,
-)
 METHODS = {
     "LoRA r=8 (q, v)": lambda: LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "v_proj"]),
     "IA3": lambda: IA3Config(

@@ -19,8 +19,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from bench import SMOLLM2, batch, build, own_time, step
-from measure import interleave, share
+from bench import batch, build, own_time, step
+from measure import SMOLLM2, interleave, share
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from tqdm import tqdm

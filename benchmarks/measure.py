@@ -10,6 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+SMOLLM2 = dict(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+
 
 @dataclass
 class Ratio:

@@ -17,18 +17,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from measure import Ratio, interleave, share
+from measure import SMOLLM2, Ratio, interleave, share
 from transformers import LlamaConfig, LlamaForCausalLM
-
-SIZES = dict(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    tie_word_embeddings=True,
-)
 
 
 def adapted_by_pyreft(base, prompt: int, rows: int):
@@ -107,7 +97,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="add the results to this JSON file")
     args = parser.parse_args()
     torch.manual_seed(0)
-    base = LlamaForCausalLM(LlamaConfig(**SIZES)).eval().requires_grad_(False)
+    base = LlamaForCausalLM(LlamaConfig(**SMOLLM2)).eval().requires_grad_(False)
     adapted = {"pyreft": adapted_by_pyreft, "adapters": adapted_by_adapters}[args.library]
     results = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
     for threads in args.threads:

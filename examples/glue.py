@@ -17,8 +17,6 @@ import torch
 from recipe import Results, adapt, arguments, compare, show, train, trainable
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-from peft_reft import LoreftConfig  # noqa: F401  (registers the method)
-
 FIELDS = {
     "cola": ("sentence",),
     "sst2": ("sentence",),

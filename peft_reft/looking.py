@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .arrangement import arrange
 from .config import LoreftConfig
 from .layer import LoreftLayer
-from .positions import Group, Positions, answers_of_batch, arrange, resolve
+from .positions import Group, Positions, answers_of_batch, resolve
 from .sources import POSITIONS
 
 _COLOURS = {"f": ("44", "#9ecbff"), "l": ("42", "#a6e3a1"), "p": ("46", "#a5e8e8"), "g": ("43", "#ffe08a")}

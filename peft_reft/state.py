@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .arrangement import Arrangement, PositionIndex, arrange
 from .factors import Factors
 from .interventions import Intervention, factors_of
-from .positions import Arrangement, Layout, PositionIndex, arrange
+from .positions import Layout
 from .sources import SUBSPACES, Source, Step, Unread
 
 Moment = list[tuple[Source | None, Tensor | None, dict[Any, Any]]]

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peft_reft import Positions
-from peft_reft.positions import arrange, find_answers, resolve, union
+from peft_reft.arrangement import arrange
+from peft_reft.positions import find_answers, resolve, union
 
 NONE = -1
 UNSUPERVISED = -100
