@@ -173,3 +173,11 @@ def test_choices(text, expected, monkeypatch):
     import commonsense
 
     assert commonsense.choice(text) == expected
+
+
+def test_instruct(model, data, tmp_path):
+    arguments = ["--data", data, "--model", model, "--output", tmp_path / "out", "--steps", 2, "--new-tokens", 3]
+    out = recipe("instruct", *arguments, "--questions", 2)
+    answers = json.loads((tmp_path / "out" / "alpaca_eval.json").read_text())
+    assert [{*answer} for answer in answers] == [{"instruction", "output", "generator"}] * 2
+    assert "before:" in out and "after:" in out

@@ -33,6 +33,7 @@ def edited(spec: str) -> dict[int, str]:
 
 
 def main() -> None:
+    matplotlib.rcParams["svg.hashsalt"] = "peft_reft"  # the same file each time
     words = PROMPT + ANSWER
     figure, axes = plt.subplots(figsize=(9, 3.6))
     for row, spec in enumerate(SPECS):

@@ -1,0 +1,141 @@
+"""Instruct: from a base model to one that follows instructions, and its answers in AlpacaEval's form.
+
+    python examples/instruct.py                                                # Llama-2-7B, UltraFeedback, a GPU
+    python examples/instruct.py --preset cpu --data FOLDER --model SMOLLM2_FOLDER
+
+FOLDER has ultrafeedback_1k/ultrafeedback_1k.json. OUTPUT/alpaca_eval.json is what `alpaca_eval --model_outputs`
+evaluates, with an annotator of yours; with `--data` the questions are the last rows of the file, without, AlpacaEval's.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from recipe import arguments, trainable
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+from peft_reft import LoreftConfig
+
+TEMPLATE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n### Response:\n"
+)
+# The paper's: rank 4, p5+s5, prefix and suffix apart, four layers.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": dict(
+        model="meta-llama/Llama-2-7b-hf",
+        data=None,
+        r=4,
+        positions="f5+l5",
+        tie="group",
+        layers="3;9;18;24",
+        epochs=9.0,
+        steps=-1,
+        batch=128,
+        learning_rate=9e-4,
+        max_length=768,
+        questions=805,
+        new_tokens=2048,
+        seed=42,
+    ),
+    "cpu": dict(
+        model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        data=None,
+        r=4,
+        positions="f5+l5",
+        tie="group",
+        layers="all",
+        epochs=1.0,
+        steps=60,
+        batch=4,
+        learning_rate=2e-3,
+        max_length=192,
+        questions=4,
+        new_tokens=60,
+        seed=42,
+    ),
+}
+
+
+def rows(data: str | None, questions: int) -> tuple[Dataset, list[str]]:
+    """Prompts and completions to train on, and instructions to answer."""
+    if data is None:
+        training = load_dataset("openbmb/UltraFeedback", split="train")
+        best = [max(row["completions"], key=lambda c: c["overall_score"], default=None) for row in training]
+        pairs = [(row["instruction"], c["response"]) for row, c in zip(training, best) if c]
+        asked = [row["instruction"] for row in load_dataset("tatsu-lab/alpaca_eval", "alpaca_eval", split="eval")]
+    else:
+        lines = (Path(data) / "ultrafeedback_1k" / "ultrafeedback_1k.json").read_text(encoding="utf-8").splitlines()
+        given = [json.loads(line) for line in lines]
+        pairs = [(row["instruction"], row["output"]) for row in given[:-questions]]
+        asked = [row["instruction"] for row in given[-questions:]]
+    data_set = Dataset.from_list([{"prompt": TEMPLATE.format(q), "completion": answer} for q, answer in pairs])
+    return data_set, asked[:questions]
+
+
+@torch.no_grad()
+def answers(model: Any, tokenizer: Any, questions: list[str], new_tokens: int) -> list[str]:
+    """Greedy, with the paper's repetition penalty and no repeated 5-grams."""
+    found = []
+    for question in tqdm(questions, desc="answering"):
+        inputs = tokenizer(TEMPLATE.format(question), return_tensors="pt", return_token_type_ids=False)
+        out = model.generate(
+            **inputs.to(model.device),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            repetition_penalty=1.1,
+            no_repeat_ngram_size=5,
+        )
+        found.append(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(__doc__, PRESETS, argv)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype="auto" if torch.cuda.is_available() else torch.float32
+    )
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    data, questions = rows(args.data, args.questions)
+    before = answers(model, tokenizer, questions[:4], args.new_tokens)
+    trainer = SFTTrainer(
+        model,
+        args=SFTConfig(
+            output_dir=str(args.output),
+            num_train_epochs=args.epochs,
+            max_steps=args.steps,
+            per_device_train_batch_size=args.batch,
+            learning_rate=args.learning_rate,
+            max_length=args.max_length,
+            warmup_steps=max(1, args.steps // 10),
+            save_strategy="no",
+            report_to="none",
+            logging_steps=10,
+            seed=args.seed,
+            bf16=torch.cuda.is_available(),
+        ),
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=LoreftConfig(
+            task_type="CAUSAL_LM", r=args.r, positions=args.positions, tie=args.tie, layers=args.layers
+        ),
+    )
+    trainer.train()
+    trainer.save_model(str(args.output / "adapter"))
+    trained = trainer.model.eval()
+    trained.config.use_cache = True
+    after = answers(trained, tokenizer, questions, args.new_tokens)
+    for question, old, new in zip(questions, before, after):
+        print(f"\n> {question}\nbefore: {old}\nafter:  {new}")
+    outputs = [{"instruction": q, "output": a, "generator": "loreft"} for q, a in zip(questions, after)]
+    (args.output / "alpaca_eval.json").write_text(json.dumps(outputs, indent=1, ensure_ascii=False) + "\n")
+    print(f"\n{trainable(trained):,} parameters; {len(outputs)} answers in {args.output / 'alpaca_eval.json'}")
+
+
+if __name__ == "__main__":
+    main()
