@@ -4,7 +4,7 @@
     python examples/instruct.py --preset cpu --data FOLDER --model SMOLLM2_FOLDER
 
 FOLDER has ultrafeedback_1k/ultrafeedback_1k.json. OUTPUT/alpaca_eval.json is what `alpaca_eval --model_outputs`
-evaluates, with an annotator of yours; with `--data` the questions are the last rows of the file, without, AlpacaEval's.
+evaluates, with an annotator of yours; with `--data` the questions are the last rows of the file, else AlpacaEval's.
 """
 
 import json

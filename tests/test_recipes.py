@@ -30,7 +30,7 @@ def model(tmp_path, tokenizer):
 
 @pytest.fixture
 def encoder(tmp_path, tokenizer):
-    build("bert").save_pretrained(tmp_path / "encoder")
+    build("bert").base_model.save_pretrained(tmp_path / "encoder")  # without a head, which has the tasks' labels
     tokenizer.save_pretrained(tmp_path / "encoder")
     return tmp_path / "encoder"
 
@@ -65,7 +65,8 @@ def test_glue(encoder, data, tmp_path):
     runs = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(runs) == 2 * 3 * 3  # two rates with the first seed, and the second seed at the better one
     before = (tmp_path / "out" / "results.json").read_text()
-    assert recipe("glue", *arguments) == out, "what is there is not run again"
+    again = recipe("glue", *arguments)
+    assert again.strip() == out[out.index("| task") :].strip(), "what is there is not run again"
     assert (tmp_path / "out" / "results.json").read_text() == before
     assert "cola and trec" in recipe("glue", *arguments, "--tasks", "sst2", succeeds=False)
 
