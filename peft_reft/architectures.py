@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 # Names that the attention and the feed-forward module of a block go by; the first that a block has is taken. In BERT
@@ -56,6 +57,16 @@ def output_size(model: nn.Module, name: str) -> int:
     module = model.get_submodule(name)
     own = getattr(module, "out_features", None)
     return own if isinstance(own, int) else _hidden_size(model, _text_config(model))
+
+
+def skeleton(config: Any) -> nn.Module:
+    """The model of a transformers config, on the meta device: its modules, without a byte of weights."""
+    import transformers
+
+    model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+    make = getattr(model_class, "_from_config", None) or model_class.from_config
+    with torch.device("meta"):
+        return make(config)
 
 
 def modules_of_encoder(model: Any) -> set[int] | None:

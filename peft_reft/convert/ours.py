@@ -13,7 +13,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..architectures import Target, find_targets
+from ..architectures import Target, find_targets, skeleton
 from ..config import LoreftConfig
 from ..interventions import INTERVENTIONS
 from ..layer import CHILD
@@ -120,13 +120,9 @@ def targets_of(base: str | None, component: str) -> list[Target] | None:
     """The modules that `component` names in the base model, without loading a weight; None if no base is given."""
     if base is None:
         return None
-    import transformers
+    from transformers import AutoConfig
 
-    config = transformers.AutoConfig.from_pretrained(base)
-    model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0])
-    make = getattr(model_class, "_from_config", None) or model_class.from_config
-    with torch.device("meta"):
-        return find_targets(make(config), component)
+    return find_targets(skeleton(AutoConfig.from_pretrained(base)), component)
 
 
 def rotation_of(original: Tensor, base: Tensor | None) -> Tensor:

@@ -1,0 +1,106 @@
+"""Read an adapter as a served model needs it: by the library's own loader, into a model without weights."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+
+from ..architectures import skeleton
+from ..config import LoreftConfig
+from ..convert.ours import local_folder
+from ..factors import Factors
+from ..layer import LoreftLayer
+from .schedule import Plan
+
+_NAME = "served"
+
+
+@dataclass(frozen=True)
+class ServedAdapter:
+    """An adapter, module by module.
+
+    Args:
+        plans: name of an edited module -> which tokens it edits there, and how they share weights.
+        factors: name of an edited module -> what it computes with, float32, with a leading dimension for several sets.
+        fingerprint: of its files; equal for equal ones.
+    """
+
+    plans: dict[str, Plan]
+    factors: dict[str, Factors]
+    fingerprint: str
+
+    @property
+    def rank(self) -> int:
+        return max((f.b.shape[-2] for f in self.factors.values() if f.b is not None), default=0)
+
+    @property
+    def sets(self) -> int:
+        return max(plan.sets for plan in self.plans.values())
+
+
+def read_adapter(source: str, model_config: Any) -> ServedAdapter:
+    """Read what `save_pretrained` wrote.
+
+    Args:
+        source: a folder, or a name on the Hub.
+        model_config: transformers' config of the model it is for.
+
+    Raises:
+        ValueError: it is no LoReFT adapter, is damaged, does not fit the model, or cannot be served; says which.
+    """
+    folder = fetch(source)
+    config = PeftConfig.from_pretrained(folder)
+    if not isinstance(config, LoreftConfig):
+        raise ValueError(f"{source} holds an adapter of type {config.peft_type}, not of LoReFT.")
+    for field in ("modules_to_save", "trainable_token_indices"):
+        if value := getattr(config, field):
+            raise ValueError(
+                f"{source} has {field}={value!r}: a server shares all weights of the model but the edits."
+            )
+    if config.intervention == "interchange":
+        raise ValueError(f"{source} has intervention='interchange', which edits with hidden states of another run.")
+    model: Any = skeleton(copy.deepcopy(model_config))
+    try:
+        model = PeftModel.from_pretrained(model, folder, adapter_name=_NAME, config=config)
+    except (RuntimeError, SafetensorError) as error:  # shapes that do not fit, a file cut short
+        raise ValueError(f"{source} does not fit {type(model).__name__}: {error}") from error
+    plans, factors = {}, {}
+    with torch.inference_mode():
+        for name, layer in _layers(model.get_base_model()):
+            plan = layer.plans[_NAME]
+            plans[name] = Plan(plan.groups, plan.by)
+            factors[name] = layer.weights(_NAME).eval().requires_grad_(False).current_factors()
+    return ServedAdapter(plans, factors, fingerprint(folder))
+
+
+def fetch(source: str) -> str:
+    """The folder of an adapter; ValueError, naming what is missing, if it is none."""
+    folder = local_folder(source, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME])
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        if not os.path.isfile(os.path.join(folder, name)):
+            raise ValueError(f"{source} has no {name}: it is no adapter that `save_pretrained` wrote.")
+    return folder
+
+
+def fingerprint(folder: str) -> str:
+    """Of an adapter's files: the same for the same adapter wherever it lies, and in every process."""
+    digest = hashlib.sha256()
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        with open(os.path.join(folder, name), "rb") as file:
+            digest.update(file.read())
+    return digest.hexdigest()[:32]
+
+
+def _layers(model: torch.nn.Module) -> Iterator[tuple[str, LoreftLayer]]:
+    for name, module in model.named_modules():
+        if isinstance(module, LoreftLayer):
+            yield name.rpartition(".")[0], module

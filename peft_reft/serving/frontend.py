@@ -1,0 +1,161 @@
+"""In the front end: a request's adapter is known or refused, and cached blocks of one are never read under another.
+
+Also how adapters are added and dropped while serving.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from .adapters import fetch, fingerprint
+from .options import KEY, Options, check_name
+
+_ATTRIBUTE = "loreft_fingerprints"
+_POLL_SECONDS = 0.05
+_HOW_TO_START = f"Start it with additional_config={{'{KEY}': {{'adapters': {{NAME: FOLDER}}}}}}."
+
+
+def init(inner: Callable[..., None], processor: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    """`InputProcessor.__init__`, noting the adapters that are named at the start: name -> fingerprint."""
+    inner(processor, vllm_config, *args, **kwargs)
+    options = Options.read(vllm_config.additional_config)
+    if options is not None:
+        known = {name: fingerprint(fetch(source)) for name, source in options.adapters.items()}
+        setattr(processor, _ATTRIBUTE, known)
+
+
+def process_inputs(
+    inner: Callable[..., Any], processor: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """`InputProcessor.process_inputs`, for a request that names an adapter.
+
+    Raises:
+        VLLMValidationError: there is no adapter of that name; over HTTP the status 400, for that request alone.
+    """
+    chosen = getattr(params, "extra_args", None) or {}
+    if KEY not in chosen:
+        return inner(processor, request_id, prompt, params, *args, **kwargs)
+    from vllm.exceptions import VLLMValidationError
+
+    name, known = chosen[KEY], getattr(processor, _ATTRIBUTE, None)
+    if known is None:
+        raise VLLMValidationError(
+            f"{KEY}={name!r}: this engine serves no LoReFT adapters. {_HOW_TO_START}",
+            parameter=KEY,
+            value=name,
+        )
+    if not isinstance(name, str) or name not in known:
+        raise VLLMValidationError(
+            f"{KEY}={name!r}: there is no adapter of that name. There are: {', '.join(sorted(known)) or 'none'}.",
+            parameter=KEY,
+            value=name,
+        )
+    salt = f"{KEY}:{known[name]}"
+    request = inner(processor, request_id, prompt, params, *args, **kwargs)
+    # Edits change keys and values, so blocks of the prefix cache belong to the adapter that they were made under.
+    request.cache_salt = salt if request.cache_salt is None else f"{salt}:{request.cache_salt}"
+    return request
+
+
+def remove_unless_used(core: Any, name: str) -> int:
+    """`EngineCore.loreft_remove`: drop an adapter, unless requests use it; returns how many do.
+
+    Requests wait in the scheduler before a worker hears of them, so the engine's core has to be asked.
+    """
+    used = sum(_name_of(request) == name for request in core.scheduler.requests.values())
+    if not used:
+        core.model_executor.collective_rpc("loreft_remove", args=(name,))
+    return used
+
+
+def _name_of(request: Any) -> str | None:
+    params = request.sampling_params
+    return None if params is None else (params.extra_args or {}).get(KEY)
+
+
+def _known(engine: Any) -> dict[str, str]:
+    """The adapters of an `LLM`, `LLMEngine` or `AsyncLLM`: name -> fingerprint."""
+    engine = getattr(engine, "llm_engine", engine)
+    known: dict[str, str] | None = getattr(engine.input_processor, _ATTRIBUTE, None)
+    if known is None:
+        raise ValueError(f"This engine serves no LoReFT adapters. {_HOW_TO_START}")
+    return known
+
+
+def _check_new(engine: Any, name: str) -> dict[str, str]:
+    known = _known(engine)
+    if check_name(name) in known:
+        raise ValueError(f"There is an adapter {name!r} already. Remove it first, or give another name.")
+    return known
+
+
+def _added(known: dict[str, str], name: str, answers: list[dict[str, str]]) -> None:
+    if errors := [answer["error"] for answer in answers if "error" in answer]:
+        raise ValueError(errors[0])
+    known[name] = answers[0]["fingerprint"]
+
+
+def _check_there(engine: Any, name: str) -> dict[str, str]:
+    known = _known(engine)
+    if name not in known:
+        raise ValueError(f"There is no adapter {name!r}. There are: {', '.join(sorted(known)) or 'none'}.")
+    return known
+
+
+def list_adapters(engine: Any) -> list[str]:
+    """Names of the adapters that requests can choose.
+
+    Args:
+        engine: vLLM's `LLM` or `AsyncLLM`.
+    """
+    return sorted(_known(engine))
+
+
+def add_adapter(llm: Any, name: str, source: str) -> None:
+    """Load an adapter into a running engine.
+
+    Args:
+        llm: vLLM's `LLM`.
+        name: what requests choose it by.
+        source: folder that `save_pretrained` wrote, or its name on the Hub.
+
+    Raises:
+        ValueError: it is damaged, does not fit the model or the engine's limits, or the name is taken; the engine goes
+            on as before.
+    """
+    known = _check_new(llm, name)
+    _added(known, name, llm.collective_rpc("loreft_add", args=(name, source)))
+
+
+def remove_adapter(llm: Any, name: str) -> None:
+    """Drop an adapter from a running engine.
+
+    Args:
+        llm: vLLM's `LLM`.
+        name: of the adapter.
+
+    Raises:
+        ValueError: there is no such adapter, or requests still use it; it stays then.
+    """
+    known = _check_there(llm, name)
+    client = llm.llm_engine.engine_core
+    core = getattr(client, "engine_core", None)  # in this process
+    used = core.loreft_remove(name) if core is not None else client.call_utility("loreft_remove", name)
+    if used:
+        raise ValueError(f"{used} requests still use the adapter {name!r}. Remove it when they have ended.")
+    del known[name]
+
+
+async def add_adapter_async(engine: Any, name: str, source: str) -> None:
+    """`add_adapter` for vLLM's `AsyncLLM`, which the server runs on."""
+    known = _check_new(engine, name)
+    _added(known, name, await engine.collective_rpc("loreft_add", args=(name, source)))
+
+
+async def remove_adapter_async(engine: Any, name: str) -> None:
+    """`remove_adapter` for vLLM's `AsyncLLM`: takes no new requests at once, and waits for those that use it."""
+    del _check_there(engine, name)[name]
+    while await engine.engine_core.call_utility_async("loreft_remove", name):
+        await asyncio.sleep(_POLL_SECONDS)

@@ -1,0 +1,54 @@
+"""vLLM's entry points. vLLM calls `register` in every one of its processes; nothing of it is imported before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+TESTED = ("0.32.0",)
+"""Versions of vLLM that the tests have run with."""
+
+
+def register() -> None:
+    """Put LoReFT into vLLM: entry point of the group `vllm.general_plugins`. Calling it again is harmless.
+
+    Wrapped are the methods in which an engine takes shape, a worker's `load_model` and the front end's
+    `InputProcessor`; they do what they did where `additional_config` has no "loreft".
+    """
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from . import frontend, worker
+
+    _wrap(Worker, "load_model", worker.load_model)
+    _wrap(InputProcessor, "__init__", frontend.init)
+    _wrap(InputProcessor, "process_inputs", frontend.process_inputs)
+    Worker.loreft_add = worker.add
+    Worker.loreft_remove = worker.remove
+    EngineCore.loreft_remove = frontend.remove_unless_used
+
+
+def check_version() -> None:
+    """Raise RuntimeError with a version of vLLM that this was not tested with."""
+    from importlib.metadata import version
+
+    import vllm
+
+    if vllm.__version__.split("+")[0] not in TESTED:
+        raise RuntimeError(
+            f"peft_reft {version('peft-reft')} serves LoReFT with vLLM {', '.join(TESTED)}, not {vllm.__version__}."
+        )
+
+
+def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
+    inner = getattr(owner, name)
+    inner = getattr(inner, "_before_peft_reft", inner)
+
+    @wraps(inner)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(inner, *args, **kwargs)
+
+    wrapped._before_peft_reft = inner  # type: ignore[attr-defined]
+    setattr(owner, name, wrapped)

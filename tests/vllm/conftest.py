@@ -1,0 +1,157 @@
+"""Engines of vLLM on tiny random models, and what transformers answers to the same requests. `make test-vllm`."""
+
+import os
+
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine in this process, so that tests can look into it
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_LOGGING_LEVEL="WARNING",
+    HF_HUB_OFFLINE="1",
+)
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import transformers
+from conftest import randomise
+from peft import PeftModel, get_peft_model
+
+from peft_reft import LoreftConfig
+
+VOCAB = 96
+_SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=2,  # of 32, the smallest that vLLM has a kernel for on a CPU
+    max_position_embeddings=512,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+_GQA = dict(_SIZES, num_key_value_heads=1)
+FAMILIES = {
+    "llama": ("Llama", _GQA),
+    "qwen2": ("Qwen2", _GQA),
+    "qwen3": ("Qwen3", dict(_GQA, head_dim=32)),
+    "mistral": ("Mistral", dict(_GQA, sliding_window=None)),
+    "gemma": ("Gemma", dict(_GQA, head_dim=32)),
+    "gemma2": ("Gemma2", dict(_GQA, head_dim=32, query_pre_attn_scalar=32, sliding_window=512)),
+    "gpt2": ("GPT2", dict(vocab_size=VOCAB, n_embd=64, n_layer=3, n_head=2, n_positions=512, bos_token_id=1)),
+    "opt": ("OPT", dict(_SIZES, ffn_dim=96, word_embed_proj_dim=64)),
+    "gpt_neox": ("GPTNeoX", _SIZES),
+    "phi": ("Phi", _SIZES),
+}
+_CAUSAL = {"GPT2": "GPT2LMHeadModel"}
+
+
+@dataclass
+class Served:
+    """A tiny model on disk, adapters for it, and what transformers makes of them."""
+
+    family: str
+    folder: str
+    adapters: dict[str, str] = field(default_factory=dict)
+    models: dict[str, torch.nn.Module] = field(default_factory=dict)
+
+    def load(self) -> torch.nn.Module:
+        name = _CAUSAL.get(FAMILIES[self.family][0], f"{FAMILIES[self.family][0]}ForCausalLM")
+        model = getattr(transformers, name).from_pretrained(self.folder, dtype=torch.float32).eval()
+        model.generation_config.eos_token_id = None  # every test chooses how many tokens it wants
+        model.generation_config.pad_token_id = 0
+        return model
+
+    def add(self, name: str, scale: float = 0.5, seed: int = 1, **fields: object) -> str:
+        """Make and save an adapter with large random edits."""
+        model = get_peft_model(self.load(), LoreftConfig(task_type="CAUSAL_LM", **{"r": 4, **fields}))
+        randomise(model, scale, seed)
+        folder = os.path.join(os.path.dirname(self.folder), f"{self.family}-{name}")
+        model.save_pretrained(folder)
+        self.adapters[name] = folder
+        return folder
+
+    def expected(self, prompt: list[int], adapter: str | None, tokens: int) -> tuple[list[int], list[float]]:
+        """Greedy tokens and their log-probabilities by `PeftModel.generate`, one request alone."""
+        key = adapter or ""
+        if key not in self.models:
+            base = self.load()
+            self.models[key] = PeftModel.from_pretrained(base, self.adapters[adapter]).eval() if adapter else base
+        ids = torch.tensor([prompt])
+        out = self.models[key].generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        found = out.sequences[0, len(prompt) :].tolist()
+        return found, [logits[0].log_softmax(-1)[t].item() for logits, t in zip(out.logits, found)]
+
+
+def make(family: str, folder: str) -> Served:
+    name, sizes = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    model = getattr(transformers, _CAUSAL.get(name, f"{name}ForCausalLM"))(config)
+    with torch.no_grad():  # as they start, models of this size say the same token whatever they are asked
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    path = os.path.join(folder, family)
+    model.save_pretrained(path)
+    return Served(family, path)
+
+
+def engine(served: Served, named: list[str] | None = None, loreft: dict | None = None, **settings: object):
+    """An `LLM` that serves the adapters `named` (None for all)."""
+    from vllm import LLM
+
+    adapters = {name: path for name, path in served.adapters.items() if named is None or name in named}
+    usual = dict(
+        skip_tokenizer_init=True,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=256,
+        block_size=32,
+        seed=0,
+        disable_log_stats=True,
+        generation_config="vllm",
+        additional_config={"loreft": {"adapters": adapters, **(loreft or {})}},
+    )
+    return LLM(served.folder, **{**usual, **settings})
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def params(adapter: str | None, tokens: int, **fields: object):
+    from vllm import SamplingParams
+
+    chosen = {"extra_args": {"loreft": adapter}} if adapter else {}
+    return SamplingParams(
+        temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False, **chosen, **fields
+    )
+
+
+def answer(completion) -> tuple[list[int], list[float]]:
+    """Tokens and log-probabilities of a completion of vLLM's."""
+    tokens = list(completion.token_ids)
+    return tokens, [step[token].logprob for step, token in zip(completion.logprobs, tokens)]
+
+
+def check(served: Served, requests: list[tuple[list[int], str | None]], outputs, tokens: int) -> None:
+    """Every request's tokens and log-probabilities are those of transformers."""
+    for (prompt, adapter), output in zip(requests, outputs):
+        found, wanted = answer(output.outputs[0]), served.expected(prompt, adapter, tokens)
+        assert found[0] == wanted[0], (adapter, len(prompt))
+        assert found[1] == pytest.approx(wanted[1], abs=2e-4), (adapter, len(prompt))
+
+
+def ask(llm, requests: list[tuple[list[int], str | None]], tokens: int):
+    prompts = [{"prompt_token_ids": prompt} for prompt, _ in requests]
+    return llm.generate(prompts, [params(adapter, tokens) for _, adapter in requests], use_tqdm=False)
