@@ -94,6 +94,10 @@ CHATML = (
 
 @pytest.fixture
 def tokenizer():
+    return make_tokenizer()
+
+
+def make_tokenizer():
     """One token a word; ids 0, 1, 2 are pad, bos, eos as in the tiny models; ChatML."""
     backend = Tokenizer(WordLevel({word: n for n, word in enumerate(SPECIAL + WORDS)}, unk_token="<unk>"))
     backend.pre_tokenizer = WhitespaceSplit()

@@ -12,7 +12,9 @@ module         its one job                                                 runs 
 `adapters`     read an adapter as a served model needs it                  worker
 `schedule`     which tokens of a step which weights edit (NumPy)           worker
 `tables`       weights of all adapters of one module, stacked (torch)      worker
-`worker`       hooks in the model; a step's edits; adding, dropping        worker
+`edits`        hook of a module, operation in compiled graphs              worker
+`server`       slots of adapters; what each step edits                     worker
+`worker`       all that put into vLLM's worker                             worker
 `frontend`     names checked, cache salted; `add_adapter` and its like     front end
 `endpoints`    the same over HTTP                                          API server
 ============== =========================================================== ==========

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
+from torch import nn
 
-from ..architectures import skeleton
 from ..config import LoreftConfig
 from ..convert.ours import local_folder
 from ..factors import Factors
@@ -47,18 +47,18 @@ class ServedAdapter:
         return max(plan.sets for plan in self.plans.values())
 
 
-def read_adapter(source: str, model_config: Any) -> ServedAdapter:
+def read_adapter(source: str, empty: nn.Module) -> ServedAdapter:
     """Read what `save_pretrained` wrote.
 
     Args:
         source: a folder, or a name on the Hub.
-        model_config: transformers' config of the model it is for.
+        empty: transformers' model that it is for, without weights (`skeleton`).
 
     Raises:
         ValueError: it is no LoReFT adapter, is damaged, does not fit the model, or cannot be served; says which.
     """
     folder = fetch(source)
-    config = PeftConfig.from_pretrained(folder)
+    config = LoreftConfig.from_pretrained(folder)
     if not isinstance(config, LoreftConfig):
         raise ValueError(f"{source} holds an adapter of type {config.peft_type}, not of LoReFT.")
     for field in ("modules_to_save", "trainable_token_indices"):
@@ -68,11 +68,10 @@ def read_adapter(source: str, model_config: Any) -> ServedAdapter:
             )
     if config.intervention == "interchange":
         raise ValueError(f"{source} has intervention='interchange', which edits with hidden states of another run.")
-    model: Any = skeleton(copy.deepcopy(model_config))
     try:
-        model = PeftModel.from_pretrained(model, folder, adapter_name=_NAME, config=config)
+        model: Any = PeftModel.from_pretrained(copy.deepcopy(empty), folder, adapter_name=_NAME, config=config)
     except (RuntimeError, SafetensorError) as error:  # shapes that do not fit, a file cut short
-        raise ValueError(f"{source} does not fit {type(model).__name__}: {error}") from error
+        raise ValueError(f"{source} does not fit {type(empty).__name__}: {error}") from error
     plans, factors = {}, {}
     with torch.inference_mode():
         for name, layer in _layers(model.get_base_model()):
@@ -100,7 +99,7 @@ def fingerprint(folder: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def _layers(model: torch.nn.Module) -> Iterator[tuple[str, LoreftLayer]]:
+def _layers(model: nn.Module) -> Iterator[tuple[str, LoreftLayer]]:
     for name, module in model.named_modules():
         if isinstance(module, LoreftLayer):
             yield name.rpartition(".")[0], module

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,10 +32,15 @@ class DeviceWork:
     """(e, t, 1) float32."""
 
 
+LINEAR: Kind = (None, frozenset(("a", "b", "bias")))
+"""What most formulas come as, LoReFT among them."""
+
+
 class Table:
     """Factors of every adapter in one module, float32, `sets` of them, of rank `r` (smaller ones are filled with 0).
 
-    A formula computes with tensors of its own, so there is a stack for each kind of adapter that is loaded.
+    A formula computes with tensors of its own, so there is a stack for each kind of adapter that is loaded. One set
+    more, the last, is left at 0 and edits nothing.
     """
 
     def __init__(self, d: int, r: int, sets: int, device: torch.device) -> None:
@@ -45,15 +49,17 @@ class Table:
         self.device = device
         self.stacks: dict[Kind, Factors] = {}
 
+    def reserve(self, kind: Kind) -> None:
+        """Have a stack for adapters of this kind."""
+        if kind not in self.stacks:
+            shapes = {name: [self.sizes[size] for size in _SHAPES.get(name, "d")] for name in kind[1]}
+            empty = {name: torch.zeros(self.sets + 1, *shape, device=self.device) for name, shape in shapes.items()}
+            self.stacks[kind] = Factors(act=kind[0], **empty)
+
     def write(self, first: int, factors: Factors) -> None:
         """Put factors, with or without a leading dimension, at set `first` and those behind it."""
         kind = kind_of(factors)
-        if kind not in self.stacks:
-            empty = {
-                name: torch.zeros((self.sets, *(self.sizes[s] for s in _SHAPES.get(name, "d"))), device=self.device)
-                for name in kind[1]
-            }
-            self.stacks[kind] = Factors(act=kind[0], **empty)
+        self.reserve(kind)
         lead = factors.lead
         for name in kind[1]:
             stack, own = getattr(self.stacks[kind], name), getattr(factors, name)
@@ -68,12 +74,16 @@ class Table:
         h = hidden.index_select(0, rows)
         if residual is not None:
             h = h + residual.index_select(0, rows)
-        factors = self.stacks[kind].map(lambda tensor: tensor.index_select(0, work.sets))
-        edit = factors.edit(h.float().view(*work.rows.shape, -1), work.keep)
+        edit = self._chosen(kind, work.sets).edit(h.float().view(*work.rows.shape, -1), work.keep)
         hidden.index_add_(0, rows, edit.view(len(rows), -1).to(hidden.dtype))
 
+    def edit_all(self, kind: Kind, sets: Tensor, hidden: Tensor, residual: Tensor | None) -> None:
+        """Edit every one of `hidden` (tokens, d) in place, with the set of weights that `sets` (tokens,) says.
 
-def to_device(work: Any, device: torch.device) -> DeviceWork:
-    """A `schedule.Work` as tensors."""
-    sets, rows, keep = (torch.from_numpy(array).to(device) for array in (work.sets, work.rows, work.keep))
-    return DeviceWork(sets, rows, keep)
+        The same operations whatever is edited, on tensors of the same shapes: a captured graph can run them again.
+        """
+        h = hidden if residual is None else hidden + residual
+        hidden += self._chosen(kind, sets).edit(h.float().unsqueeze(1)).squeeze(1).to(hidden.dtype)
+
+    def _chosen(self, kind: Kind, sets: Tensor) -> Factors:
+        return self.stacks[kind].map(lambda tensor: tensor.index_select(0, sets))

@@ -10,6 +10,8 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
 )
 
+import gc
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -92,6 +94,45 @@ class Served:
         return found, [logits[0].log_softmax(-1)[t].item() for logits, t in zip(out.logits, found)]
 
 
+# One of each: formulas, groups and their unions, ways of tying, components, a spec and a rank for each layer.
+ADAPTERS = {
+    "f7+l7": dict(positions="f7+l7", r=8),
+    "f": dict(positions="f3"),
+    "l": dict(positions="l1", r=1),
+    "l~": dict(positions="l3~2"),
+    "p": dict(positions="p"),
+    "g": dict(positions="g"),
+    "gN": dict(positions="g2"),
+    "all": dict(positions="all"),
+    "f+l+g": dict(positions="f2+l2+g3", tie="group"),
+    "p+g by group": dict(positions="p+g", tie="group"),
+    "by position": dict(positions="f3+l4", tie="position"),
+    "by position, answers": dict(positions="l2+g2", tie="position"),
+    "one for all layers": dict(positions="f2+l2", tie="model"),
+    "per layer": dict(positions={"0": "f5", "1-": "l5+g1"}),
+    "ranks": dict(positions="f2+l2", r={"0": 2, "1-": 8}),
+    "some layers": dict(positions="l4", layers=[0, 2]),
+    "attention": dict(positions="f2+l2", component="attention"),
+    "mlp": dict(positions="all", component="mlp"),
+    "by name": dict(positions="l3", target_modules=["model.layers.1"]),
+    "noreft": dict(intervention="noreft", positions="f2+l2"),
+    "direft": dict(intervention="direft", positions="f2+l2"),
+    "nodireft": dict(intervention="nodireft", positions="f2+l2+g"),
+    "consreft": dict(intervention="consreft", positions="f2+l2"),
+    "lobireft": dict(intervention="lobireft", positions="f2+l2"),
+    "red": dict(intervention="red", positions="p+g2"),
+    "bias": dict(intervention="bias", positions="f2+l2", tie="group"),
+    "relu": dict(act_fn="relu", positions="f2+l2"),
+    "noreft, gelu": dict(intervention="noreft", act_fn="gelu", positions="l3", tie="position"),
+    "gated": dict(gate=True, positions="f2+l2+g1"),
+}
+
+
+def fields(name):
+    chosen = dict(ADAPTERS[name])
+    return chosen if chosen.get("intervention") not in ("red", "bias") else {**chosen, "r": 8}
+
+
 def make(family: str, folder: str) -> Served:
     name, sizes = FAMILIES[family]
     torch.manual_seed(0)
@@ -106,8 +147,9 @@ def make(family: str, folder: str) -> Served:
     return Served(family, path)
 
 
+@contextmanager
 def engine(served: Served, named: list[str] | None = None, loreft: dict | None = None, **settings: object):
-    """An `LLM` that serves the adapters `named` (None for all)."""
+    """An `LLM` that serves the adapters `named` (None for all). There can be one in a process at a time."""
     from vllm import LLM
 
     adapters = {name: path for name, path in served.adapters.items() if named is None or name in named}
@@ -122,7 +164,13 @@ def engine(served: Served, named: list[str] | None = None, loreft: dict | None =
         generation_config="vllm",
         additional_config={"loreft": {"adapters": adapters, **(loreft or {})}},
     )
-    return LLM(served.folder, **{**usual, **settings})
+    llm = LLM(served.folder, **{**usual, **settings})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
@@ -133,9 +181,8 @@ def params(adapter: str | None, tokens: int, **fields: object):
     from vllm import SamplingParams
 
     chosen = {"extra_args": {"loreft": adapter}} if adapter else {}
-    return SamplingParams(
-        temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False, **chosen, **fields
-    )
+    usual = dict(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False)
+    return SamplingParams(**{**usual, **chosen, **fields})
 
 
 def answer(completion) -> tuple[list[int], list[float]]:
@@ -155,3 +202,15 @@ def check(served: Served, requests: list[tuple[list[int], str | None]], outputs,
 def ask(llm, requests: list[tuple[list[int], str | None]], tokens: int):
     prompts = [{"prompt_token_ids": prompt} for prompt, _ in requests]
     return llm.generate(prompts, [params(adapter, tokens) for _, adapter in requests], use_tqdm=False)
+
+
+def steps(llm, arrivals, tokens):
+    """Requests that arrive while others are at work: one each time the engine has made a step."""
+    core = llm.llm_engine
+    done, waiting = {}, list(enumerate(arrivals))
+    while waiting or core.has_unfinished_requests():
+        if waiting:
+            n, (prompt, adapter) = waiting.pop(0)
+            core.add_request(str(n), {"prompt_token_ids": prompt}, params(adapter, tokens))
+        done |= {int(output.request_id): output for output in core.step() if output.finished}
+    return [done[n] for n in range(len(arrivals))]

@@ -1,0 +1,81 @@
+"""Engines that differ in how they schedule, cache and compile answer as transformers does."""
+
+import pytest
+
+from serving.engines import FAMILIES, answer, ask, check, engine, fields, make, prompt_of, steps
+
+COMMON = ["f7+l7", "f+l+g", "all", "by position", "per layer", "red"]
+
+
+@pytest.mark.parametrize("budget", [4, 7, 13])
+def test_chunked_prefill(llama, budget):
+    """Budgets that cut inside the prefix, the suffix and between, differently for every request."""
+    names = [None, "f7+l7", "by position", "l~", "f+l+g", "per layer", "p", "all", "mlp", "one for all layers"]
+    with engine(llama, names, max_num_batched_tokens=budget, max_num_seqs=3) as llm:
+        requests = [(prompt_of(9 + n, n), name) for n, name in enumerate(names)]
+        check(llama, requests, ask(llm, requests, 6), 6)
+
+
+def test_prefix_cache_is_kept_apart(llama):
+    """The same prompt under two adapters and the base, in turn, twice: never a block of another."""
+    names = ["f7+l7", "all", None]
+    with engine(llama, [name for name in names if name], enable_prefix_caching=True) as llm:
+        prompt = prompt_of(100, 7)
+        cached = []
+        for name in names * 2:
+            output = ask(llm, [(prompt, name)], 6)
+            check(llama, [(prompt, name)], output, 6)
+            cached.append(output[0].num_cached_tokens)
+        assert cached[:3] == [0, 0, 0] and all(count >= 64 for count in cached[3:])
+        longer = prompt + prompt_of(
+            20, 8
+        )  # the suffix of the shorter prompt lies in no full block, or was edited there
+        wanted = {name: llama.expected(longer, name, 6) for name in ("all", None)}
+        for name, (tokens, _) in wanted.items():
+            assert answer(ask(llm, [(longer, name)], 6)[0].outputs[0])[0] == tokens
+
+
+def test_preemption(llama):
+    """Too little memory for all: requests are put off and computed again, generated tokens as such."""
+    names = ["f+l+g", "gN", "all", "f7+l7", None, "by position, answers"]
+    with engine(llama, names, num_gpu_blocks_override=8, max_model_len=128, enable_prefix_caching=False) as llm:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        put_off = []
+        preempt = scheduler._preempt_request
+        scheduler._preempt_request = lambda request, *args, **kw: (
+            put_off.append(request),
+            preempt(request, *args, **kw),
+        )[1]
+        requests = [(prompt_of(20 + n, n), name) for n, name in enumerate(names)]
+        check(llama, requests, ask(llm, requests, 40), 40)
+        assert put_off, "the test is of no use if nothing was put off"
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["dynamic", "captured"])
+def test_compiled(llama, fixed, monkeypatch):
+    """Without `enforce_eager`: the edit is an operation of the compiled graph.
+
+    "captured": what a captured graph runs, the same operations on the same buffers in every step, edited or not.
+    """
+    if fixed:
+        monkeypatch.setattr("peft_reft.serving.edits.is_capturing", lambda hidden: True)
+        monkeypatch.setattr("peft_reft.serving.worker.captures_graphs", lambda config: True)
+    with engine(llama, COMMON, enforce_eager=False) as llm:
+        names = [None, *COMMON]
+        requests = [(prompt_of(4 + 5 * n, n), name) for n, name in enumerate(names)]
+        check(llama, requests, ask(llm, requests, 6), 6)
+        check(llama, requests, steps(llm, requests, 6), 6)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
+def test_families(family, tmp_path):
+    """Blocks that return hidden states and a residual, and blocks that return one tensor."""
+    served = make(family, str(tmp_path))
+    names = ["f7+l7", "f+l+g", "all", "by position", "per layer", "attention", "mlp"]
+    for seed, name in enumerate(names):
+        served.add(name, seed=seed, **fields(name))
+    requests = [(prompt_of(4 + 7 * n, n), name) for n, name in enumerate([None, *names])]
+    for prompt, name in requests:  # first: vLLM changes classes of transformers that it runs itself
+        served.expected(prompt, name, 1)
+    with engine(served) as llm:
+        check(served, requests, ask(llm, requests, 6), 6)

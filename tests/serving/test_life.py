@@ -1,0 +1,158 @@
+"""Adapters that come and go in a running engine, and requests that name none of them."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from vllm.exceptions import VLLMValidationError
+
+from peft_reft.serving import add_adapter, list_adapters, remove_adapter
+from peft_reft.serving.worker import check_engine
+from serving.engines import answer, ask, check, engine, make, params, prompt_of
+
+PROMPT = prompt_of(14, 3)
+
+
+@pytest.fixture(scope="module")
+def opt(tmp_path_factory):
+    """A family of its own, so that adapters of the other tests are adapters of another model here."""
+    served = make("opt", str(tmp_path_factory.mktemp("opt")))
+    served.add("first", positions="f2+l2")
+    return served
+
+
+@pytest.fixture(scope="module")
+def llm(opt):
+    with engine(opt, loreft={"max_adapters": 2, "max_rank": 4, "max_positions": 2}) as running:
+        yield running
+
+
+def works(served, llm, name):
+    check(served, [(PROMPT, name)], ask(llm, [(PROMPT, name)], 5), 5)
+
+
+def test_add_and_remove(opt, llm):
+    opt.add("second", positions="f1+g", seed=5)
+    opt.add("third", positions="l3", seed=6, r=2)
+    add_adapter(llm, "second", opt.adapters["second"])
+    assert list_adapters(llm) == ["first", "second"]
+    works(opt, llm, "first")
+    works(opt, llm, "second")
+    remove_adapter(llm, "second")
+    add_adapter(llm, "third", opt.adapters["third"])  # in the slot of the second
+    works(opt, llm, "third")
+    remove_adapter(llm, "third")
+    assert list_adapters(llm) == ["first"]
+
+
+def test_another_adapter_of_the_same_name(opt, llm):
+    """What was cached under the first is not read under the second."""
+    prompt = prompt_of(80, 4)
+    for seed in (7, 8):
+        opt.add("twice", positions="f4", seed=seed)
+        opt.models.pop("twice", None)
+        add_adapter(llm, "twice", opt.adapters["twice"])
+        check(opt, [(prompt, "twice")], ask(llm, [(prompt, "twice")], 5), 5)
+        remove_adapter(llm, "twice")
+
+
+def test_bad_adapters_leave_the_engine_running(opt, llm, tmp_path):
+    lora = tmp_path / "lora"
+    get_peft_model(opt.load(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).save_pretrained(lora)
+    cut = tmp_path / "cut"
+    shutil.copytree(opt.adapters["first"], cut)
+    with (cut / "adapter_model.safetensors").open("rb+") as file:
+        file.truncate(300)
+    llama = make("llama", str(tmp_path))
+    for source, message in (
+        (tmp_path / "nowhere", "no folder"),
+        (lora, "not of LoReFT"),
+        (cut, "damaged or cut short"),
+        (llama.add("of another model", positions="f1"), "Cannot find|does not fit"),
+        (opt.add("large", r=8), "max_rank=8"),
+        (opt.add("many", positions="f3", tie="position"), "max_positions=3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            add_adapter(llm, "bad", str(source))
+        works(opt, llm, "first")
+    with pytest.raises(ValueError, match="'first' already"):
+        add_adapter(llm, "first", opt.adapters["first"])
+    add_adapter(llm, "full", opt.adapters["first"])
+    with pytest.raises(ValueError, match="2 adapters already"):
+        add_adapter(llm, "one more", opt.adapters["first"])
+    remove_adapter(llm, "full")
+    with pytest.raises(ValueError, match="no adapter 'full'"):
+        remove_adapter(llm, "full")
+
+
+@pytest.mark.parametrize("name", ["emoji", 3, ""])
+def test_unknown_name(opt, llm, name):
+    wrong = params(None, 2, extra_args={"loreft": name})
+    with pytest.raises(
+        VLLMValidationError, match=f"loreft={name!r}: there is no adapter of that name. There are: first"
+    ):
+        llm.generate([{"prompt_token_ids": PROMPT}], wrong, use_tqdm=False)
+    works(opt, llm, "first")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_in_use_stays(opt, llm):
+    llm.llm_engine.add_request("0", {"prompt_token_ids": PROMPT}, params("first", 8))
+    with pytest.raises(ValueError, match="1 requests still use"):
+        remove_adapter(llm, "first")
+    while llm.llm_engine.has_unfinished_requests():
+        output = llm.llm_engine.step()
+    assert answer(output[0].outputs[0])[0] == opt.expected(PROMPT, "first", 8)[0]
+
+
+def test_an_engine_without_adapters_says_so(opt, llm):
+    processor = llm.llm_engine.input_processor
+    known = processor.__dict__.pop("loreft_fingerprints")
+    try:
+        with pytest.raises(VLLMValidationError, match="serves no LoReFT adapters"):
+            ask(llm, [(PROMPT, "first")], 1)
+        with pytest.raises(ValueError, match="serves no LoReFT adapters"):
+            list_adapters(llm)
+    finally:
+        processor.loreft_fingerprints = known
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("parallel_config.tensor_parallel_size", 2, "tensor_parallel_size=2"),
+        ("parallel_config.pipeline_parallel_size", 2, "pipeline_parallel_size=2"),
+        ("parallel_config.data_parallel_size", 2, "data_parallel_size=2"),
+        ("parallel_config.enable_dbo", True, "enable_dbo=True"),
+        ("speculative_config", object(), "speculative_config"),
+        ("model_config.runner_type", "pooling", "run as 'pooling'"),
+        ("model_config.is_encoder_decoder", True, "an encoder-decoder"),
+        ("use_v2_model_runner", True, "VLLM_USE_V2_MODEL_RUNNER=0"),
+    ],
+)
+def test_engines_that_are_refused(field, value, message):
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=1, pipeline_parallel_size=1, data_parallel_size=1, enable_dbo=False
+        ),
+        model_config=SimpleNamespace(runner_type="generate", is_encoder_decoder=False, model="m"),
+        speculative_config=None,
+        use_v2_model_runner=False,
+    )
+    check_engine(config)
+    owner, _, name = field.rpartition(".")
+    setattr(getattr(config, owner) if owner else config, name, value)
+    with pytest.raises(ValueError, match=message):
+        check_engine(config)
+
+
+def test_other_versions_are_refused(monkeypatch):
+    import vllm
+
+    from peft_reft.serving.plugin import TESTED, check_version
+
+    check_version()
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    with pytest.raises(RuntimeError, match=f"vLLM {TESTED[0]}, not 0.99.0"):
+        check_version()

@@ -1,0 +1,325 @@
+"""The parts of `peft_reft.serving` that need no vLLM: options, schedule, tables, reading adapters."""
+
+import importlib.util
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import build, randomise
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from peft_reft import LoreftConfig
+from peft_reft.architectures import skeleton
+from peft_reft.arrangement import arrange as arrange_slots
+from peft_reft.interventions import INTERVENTIONS
+from peft_reft.positions import Positions, find_answers, resolve
+from peft_reft.serving.adapters import fingerprint, read_adapter
+from peft_reft.serving.edits import Edits, FixedSteps
+from peft_reft.serving.options import Options
+from peft_reft.serving.schedule import NONE, Pieces, Plan, arrange, edited
+from peft_reft.serving.server import Server
+from peft_reft.serving.tables import LINEAR, Table, kind_of
+
+SPECS = ["f7+l7", "f3", "l1", "l3~2", "p", "g", "g2", "all", "f2+l2+g3", "f1+g", "l2+g2", "f4+l2~3"]
+
+
+@pytest.mark.parametrize("by", ["all", "group", "position"])
+@given(spec=st.sampled_from(SPECS), prompt=st.integers(1, 24), answer=st.integers(0, 8))
+@settings(deadline=None)
+def test_the_same_tokens_as_in_training(by, spec, prompt, answer):
+    """Token by token, `set_of` says what `resolve` and `arrange` say of the whole row."""
+    groups = Positions.parse(spec).groups
+    if by == "position" and any(group.count is None for group in groups):
+        by = "group"
+    plan = Plan(groups, by)
+    n = prompt + answer
+    labels = torch.full((1, n), -100)
+    labels[:, prompt:] = 1
+    slots = resolve(groups, find_answers(torch.ones(1, n, dtype=torch.bool), labels))
+    index = arrange_slots(slots, n, groups, groups, by)
+    wanted = np.full(n, NONE)
+    if index.mask is not None:
+        masks = index.mask.reshape(-1, n)
+        for number, mask in enumerate(masks):
+            wanted[mask.numpy()] = number
+    else:
+        rows, keep = index.rows.reshape(-1, index.rows.shape[-1]), index.keep.reshape(-1, index.rows.shape[-1])
+        for number, (at, kept) in enumerate(zip(rows, keep)):
+            wanted[at[kept > 0].numpy()] = number
+    assert plan.set_of(np.arange(n), np.full(n, prompt)).tolist() == wanted.tolist()
+    assert wanted.max(initial=NONE) < plan.sets
+    assert plan.edits_answers or (wanted[prompt:] == NONE).all()
+
+
+@given(st.data())
+@settings(deadline=None)
+def test_pieces_add_up_to_the_whole(data):
+    """However requests are cut into steps and mixed, every token is edited with the weights that it has uncut."""
+    plans = [
+        None,
+        *(
+            Plan(Positions.parse(spec).groups, "group")
+            for spec in data.draw(st.lists(st.sampled_from(SPECS), min_size=1, max_size=3))
+        ),
+    ]
+    prompts = data.draw(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 6)), min_size=1, max_size=4))
+    slots = [data.draw(st.integers(0, len(plans) - 1)) for _ in prompts]
+    lengths = [prompt + answer for prompt, answer in prompts]
+    done, found = [0] * len(prompts), {}
+    while done != lengths:
+        counts = [data.draw(st.integers(0 if sum(lengths) - sum(done) > 1 else 1, 7)) for _ in prompts]
+        counts = [min(count, length - before) for count, length, before in zip(counts, lengths, done)]
+        if not any(counts):
+            continue
+        start = np.cumsum([0, *counts])[:-1]
+        values = (start, counts, done, [prompt for prompt, _ in prompts], slots)
+        rows, sets, of = edited(Pieces(*(np.array(v, dtype=np.int64) for v in values)), plans, 4)
+        for row, number, slot in zip(rows, sets, of):
+            request = int(np.searchsorted(start, row, side="right")) - 1
+            while not counts[request]:
+                request -= 1
+            assert slot == slots[request]
+            found[request, done[request] + row - start[request]] = number
+        done = [before + count for before, count in zip(done, counts)]
+    for request, ((prompt, _), slot) in enumerate(zip(prompts, slots)):
+        n = lengths[request]
+        whole = np.full(n, NONE) if plans[slot] is None else plans[slot].set_of(np.arange(n), np.full(n, prompt))
+        wanted = {(request, i): s + 4 * slot for i, s in enumerate(whole) if s != NONE}
+        assert {key: value for key, value in found.items() if key[0] == request} == wanted
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=60))
+def test_arrange_wastes_at_most_half(sets):
+    work = arrange(np.arange(len(sets)) + 3, np.array(sets))
+    kept = work.keep[..., 0] > 0
+    by_row = {int(row): int(number) for number, rows, keep in zip(work.sets, work.rows, kept) for row in rows[keep]}
+    assert by_row == {n + 3: number for n, number in enumerate(sets)}
+    assert kept.sum() == len(sets) and work.rows.size <= 2 * len(sets) + len({*sets})
+
+
+def adapter_for(model, tmp_path, name="adapter", config=LoreftConfig, scale=0.5, **fields):
+    adapted = get_peft_model(model, config(task_type="CAUSAL_LM", **fields))
+    randomise(adapted, scale)
+    adapted.save_pretrained(tmp_path / name)
+    adapted.unload()
+    return str(tmp_path / name)
+
+
+@pytest.fixture
+def llama():
+    return build("llama")
+
+
+@pytest.fixture
+def empty(llama):
+    llama.config.architectures = [type(llama).__name__]  # as a saved config has it
+    return skeleton(llama.config)
+
+
+class Blocks(torch.nn.Module):
+    """Stands for a model of vLLM's: modules of the same names, whose output can be given."""
+
+    def __init__(self, llama):
+        super().__init__()
+        self.model = torch.nn.Module()
+        self.model.layers = torch.nn.ModuleList(torch.nn.Identity() for _ in llama.model.layers)
+
+
+def server(llama, empty, graph_tokens=0, compiles=False, **options):
+    model = Blocks(llama)
+    return Server(model, empty, Options(**options), {}, torch.device("cpu"), compiles, graph_tokens), model
+
+
+def pieces(*requests):
+    """Of (count, computed, prompt, slot) each."""
+    count, computed, prompt, slot = (np.array(values, dtype=np.int64) for values in zip(*requests))
+    return Pieces(np.cumsum(count) - count, count, computed, prompt, slot)
+
+
+@pytest.mark.parametrize("formula", [name for name in INTERVENTIONS if name != "interchange"])
+@pytest.mark.parametrize("tie", ["layer", "group", "position", "model"])
+def test_read_adapter(llama, empty, tmp_path, formula, tie):
+    source = adapter_for(llama, tmp_path, intervention=formula, tie=tie, positions="f2+l1")
+    adapter = read_adapter(source, empty)
+    assert [*adapter.plans] == [f"model.layers.{n}" for n in range(3)]
+    assert adapter.sets == {"layer": 1, "group": 2, "position": 3, "model": 1}[tie]
+    assert adapter.rank == (8 if INTERVENTIONS[formula].has_rank else 0)
+    assert next(empty.parameters()).is_meta and not any("loreft" in name for name, _ in empty.named_modules())
+
+
+def test_a_step_edits_by_the_formula(llama, empty, tmp_path):
+    """Two requests, two adapters of different ranks and formulas, against the formulas written out."""
+    sources = {
+        "a": adapter_for(llama, tmp_path, "a", r=2, positions="f2+l1"),
+        "b": adapter_for(llama, tmp_path, "b", positions="all", intervention="red"),
+    }
+    loreft, model = server(llama, empty, adapters=sources)
+    h, residual = torch.randn(9, 32), torch.randn(9, 32)
+    loreft.prepare(pieces((6, 0, 6, loreft.slots["a"]), (1, 4, 3, loreft.slots["b"]), (2, 0, 5, NONE)))
+    found, _ = model.model.layers[1]((h.clone(), residual))
+    a, b = (read_adapter(sources[name], empty).factors["model.layers.1"] for name in "ab")
+    wanted, full = h.clone(), h + residual
+    for token in (0, 1, 5):
+        wanted[token] += (a.a @ full[token] + a.bias) @ a.b
+    wanted[6] += b.scale * full[6] + b.shift
+    torch.testing.assert_close(found, wanted)
+    assert torch.equal(found[[2, 3, 4, 7, 8]], h[[2, 3, 4, 7, 8]])
+    loreft.prepare(pieces((1, 6, 6, loreft.slots["a"])))  # decoding: nothing to edit, nothing touched
+    assert all(not edits.work for edits in loreft.edits.values())
+
+
+def test_captured_graphs_read_the_buffers(llama, empty, tmp_path, monkeypatch):
+    """Operations recorded in one step edit the tokens of another, and those of none."""
+    monkeypatch.setattr("peft_reft.serving.edits.is_capturing", lambda hidden: True)
+    sources = {
+        "a": adapter_for(llama, tmp_path, "a", positions="f1+g"),
+        "b": adapter_for(llama, tmp_path, "b", r=2, positions="l2"),
+    }
+    loreft, _ = server(llama, empty, graph_tokens=16, adapters=sources)
+    edits = loreft.edits["model.layers.0"]
+    residual = torch.randn(8, 32)
+
+    def run(hidden):
+        hidden = hidden.clone()
+        edits.apply(hidden, residual)
+        return hidden
+
+    loreft.prepare(pieces((8, 0, 8, NONE)))
+    graph = make_fx(run)(torch.randn(8, 32))
+    h = torch.randn(8, 32)
+    for requests in (
+        [(5, 0, 5, 0), (1, 9, 3, 0), (2, 3, 5, 1)],
+        [(8, 0, 8, NONE)],
+        [(1, 7, 7, 0), (7, 0, 7, 1)],
+        [(8, 0, 8, 1)],
+    ):
+        loreft.prepare(pieces(*requests))
+        wanted = h.clone()
+        for kind, work in edits.work:
+            edits.table.edit(kind, work, wanted, residual)
+        torch.testing.assert_close(graph(h), wanted)
+        assert torch.equal(wanted, h) == (requests == [(8, 0, 8, NONE)])
+
+
+def test_slots_are_used_again(llama, empty, tmp_path):
+    big = adapter_for(llama, tmp_path, "big", r=8, positions="f2+l2", tie="position")
+    small = adapter_for(llama, tmp_path, "small", r=2, positions="f1")
+    loreft, model = server(llama, empty, max_adapters=1, max_positions=4)
+    loreft.add("big", read_adapter(big, empty))
+    loreft.remove("big")
+    loreft.add("small", read_adapter(small, empty))
+    alone, other = server(llama, empty, adapters={"small": small})
+    h = torch.randn(4, 32)
+    for each in (loreft, alone):
+        each.prepare(pieces((4, 0, 4, 0)))
+    assert torch.equal(model.model.layers[0](h.clone()), other.model.layers[0](h.clone()))
+
+
+def test_what_does_not_fit_changes_nothing(llama, empty, tmp_path):
+    plain = adapter_for(llama, tmp_path, "plain", r=2, positions="f1")
+    loreft, _ = server(
+        llama, empty, adapters={"plain": plain}, max_adapters=2, max_rank=4, compiles=True, graph_tokens=4
+    )
+    cases = {
+        "max_rank=8": dict(r=8, positions="f1"),
+        "max_positions=2": dict(r=2, positions="f1+l1", tie="group"),
+        "no new hooks": dict(r=2, positions="f1", component="mlp"),
+        "captured graphs": dict(r=2, positions="f1", gate=True),
+    }
+    layers = torch.nn.ModuleList(torch.nn.Sequential() for _ in range(3))
+    for n, layer in enumerate(layers):
+        layer.add_module("mlp", torch.nn.Identity())
+        loreft.modules.add(f"model.layers.{n}.mlp")
+    before = {name: edits.table.stacks[LINEAR].b.clone() for name, edits in loreft.edits.items()}
+    for message, fields in cases.items():
+        adapter = read_adapter(adapter_for(llama, tmp_path, message, **fields), empty)
+        with pytest.raises(ValueError, match=message):
+            loreft.add("new", adapter)
+    good = read_adapter(plain, empty)
+    with pytest.raises(ValueError, match="'plain' already"):
+        loreft.add("plain", good)
+    loreft.add("second", good)
+    with pytest.raises(ValueError, match="2 adapters already"):
+        loreft.add("third", good)
+    loreft.remove("second")
+    assert [*loreft.slots] == ["plain"] and {*loreft.edits} == {f"model.layers.{n}" for n in range(3)}
+    for name, edits in loreft.edits.items():
+        assert torch.equal(edits.table.stacks[LINEAR].b[0], before[name][0])
+
+
+def test_what_cannot_be_served(llama, empty, tmp_path):
+    lora = adapter_for(llama, tmp_path, "lora", LoraConfig, target_modules=["q_proj"])
+    head = adapter_for(llama, tmp_path, "head", modules_to_save=["lm_head"])
+    swap = adapter_for(llama, tmp_path, "swap", intervention="interchange", positions="l1")
+    wide = adapter_for(build("phi"), tmp_path, "wide", target_modules=["model.final_layernorm"])
+    missing = tmp_path / "missing"
+    missing.mkdir()
+    good = adapter_for(llama, tmp_path, "good", positions="f1")
+    cut = tmp_path / "cut"
+    shutil.copytree(good, cut)
+    weights = (cut / "adapter_model.safetensors").read_bytes()
+    (cut / "adapter_model.safetensors").write_bytes(weights[: len(weights) // 2])
+    other = tmp_path / "other"
+    shutil.copytree(good, other)
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**config, "r": 4}))
+    for source, message in (
+        (lora, "not of LoReFT"),
+        (head, "modules_to_save"),
+        (swap, "interchange"),
+        (wide, "(?i)target_modules|final_layernorm"),
+        (str(missing), "has no adapter_config.json"),
+        (str(tmp_path / "nowhere"), "no folder"),
+        (str(cut), "damaged or cut short"),
+        (str(other), "does not fit LlamaForCausalLM"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_adapter(source, empty)
+    assert fingerprint(good) != fingerprint(str(other))
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"adaptors": {}}, "'adaptors'; allowed are adapters, max_adapters"),
+        ("emoji", "'emoji'; allowed"),
+        ({"adapters": ["a"]}, "loreft.adapters=\\['a'\\]"),
+        ({"adapters": {"a": 3}}, "loreft.adapters\\['a'\\]=3"),
+        ({"adapters": {"a/b": "x"}}, "loreft='a/b'"),
+        ({"max_rank": 0}, "loreft.max_rank=0"),
+        ({"max_adapters": True}, "loreft.max_adapters=True"),
+        ({"adapters": {"a": "x", "b": "y"}, "max_adapters": 1}, "loreft.max_adapters=1, but 2 are named"),
+    ],
+)
+def test_options(given, message):
+    assert Options.read({"other": 1}) is None and Options.read(None) is None
+    with pytest.raises(ValueError, match=message):
+        Options.read({"loreft": given})
+
+
+def test_every_formula_fits_its_table():
+    for name, formula in INTERVENTIONS.items():
+        if name != "interchange":
+            factors = formula(d=16, r=2 if formula.has_rank else None, init_weights=False).eval().current_factors()
+            table = Table(16, 4, 3, torch.device("cpu"))
+            table.write(1, factors)
+            h = torch.randn(5, 16)
+            wanted = h + factors.edit(h)
+            found = h.clone()
+            table.edit_all(kind_of(factors), torch.ones(5, dtype=torch.long), found, None)
+            torch.testing.assert_close(found, wanted)
+            table.edit_all(kind_of(factors), torch.full((5,), 3), found, None)
+            torch.testing.assert_close(found, wanted)  # the set that edits nothing
+
+
+def test_serving_needs_no_vllm_until_vllm_calls_it():
+    assert importlib.util.find_spec("vllm") is None, "this suite shows that it goes without"
+    import peft_reft.serving
+
+    assert callable(peft_reft.serving.register)
+    assert FixedSteps and Edits
