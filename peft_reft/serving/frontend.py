@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from ..wrapping import wrap
 from .adapters import fetch, fingerprint
 from .options import KEY, Options, check_name
 
@@ -24,6 +25,26 @@ def init(inner: Callable[..., None], processor: Any, vllm_config: Any, *args: An
     if options is not None:
         known = {name: fingerprint(fetch(source)) for name, source in options.adapters.items()}
         setattr(processor, _ATTRIBUTE, known)
+        refuse_beam_search()
+
+
+def refuse_beam_search() -> None:
+    """Have vLLM's server refuse a request with an adapter and beams, whose steps know nothing of `extra_args`."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    for request in (ChatCompletionRequest, CompletionRequest):
+        wrap(request, "to_beam_search_params", _to_beam_search_params)
+
+
+def _to_beam_search_params(inner: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
+    if KEY in (request.vllm_xargs or {}):
+        from vllm.exceptions import VLLMValidationError
+
+        raise VLLMValidationError(
+            f"use_beam_search=True: not with an adapter ({KEY}=...).", parameter="use_beam_search"
+        )
+    return inner(request, *args, **kwargs)
 
 
 def process_inputs(

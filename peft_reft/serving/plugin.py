@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any
+from ..wrapping import wrap
 
 TESTED = ("0.32.0",)
 """Versions of vLLM that the tests have run with."""
@@ -22,9 +20,9 @@ def register() -> None:
 
     from . import frontend, worker
 
-    _wrap(Worker, "load_model", worker.load_model)
-    _wrap(InputProcessor, "__init__", frontend.init)
-    _wrap(InputProcessor, "process_inputs", frontend.process_inputs)
+    wrap(Worker, "load_model", worker.load_model)
+    wrap(InputProcessor, "__init__", frontend.init)
+    wrap(InputProcessor, "process_inputs", frontend.process_inputs)
     Worker.loreft_add = worker.add
     Worker.loreft_remove = worker.remove
     EngineCore.loreft_remove = frontend.remove_unless_used
@@ -40,15 +38,3 @@ def check_version() -> None:
         raise RuntimeError(
             f"peft_reft {version('peft-reft')} serves LoReFT with vLLM {', '.join(TESTED)}, not {vllm.__version__}."
         )
-
-
-def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
-    inner = getattr(owner, name)
-    inner = getattr(inner, "_before_peft_reft", inner)
-
-    @wraps(inner)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(inner, *args, **kwargs)
-
-    wrapped._before_peft_reft = inner  # type: ignore[attr-defined]
-    setattr(owner, name, wrapped)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,6 +48,9 @@ class Table:
         self.sets = sets
         self.device = device
         self.stacks: dict[Kind, Factors] = {}
+        self.used: dict[Kind, Factors] = {}
+        """The same memory, up to the largest rank that has been written."""
+        self.rank = 0
 
     def reserve(self, kind: Kind) -> None:
         """Have a stack for adapters of this kind."""
@@ -67,6 +70,16 @@ class Table:
             at = (slice(first, first + len(own)), *(slice(0, size) for size in own.shape[1:]))
             stack[slice(first, first + len(own))] = 0
             stack[at] = own
+        self.rank = max(self.rank, 0 if factors.b is None else factors.b.shape[-2])
+        self.used = {each: self._narrow(stack) for each, stack in self.stacks.items()}
+
+    def _narrow(self, stack: Factors) -> Factors:
+        ranked = {
+            name: t[:, : self.rank]
+            for name in TENSORS
+            if "r" in _SHAPES.get(name, "d") and (t := getattr(stack, name)) is not None
+        }
+        return replace(stack, **ranked)
 
     def edit(self, kind: Kind, work: DeviceWork, hidden: Tensor, residual: Tensor | None) -> None:
         """Edit `hidden` (tokens, d) in place, at `work.rows`; what is edited is `hidden + residual`."""
@@ -74,7 +87,7 @@ class Table:
         h = hidden.index_select(0, rows)
         if residual is not None:
             h = h + residual.index_select(0, rows)
-        edit = self._chosen(kind, work.sets).edit(h.float().view(*work.rows.shape, -1), work.keep)
+        edit = _choose(self.used[kind], work.sets).edit(h.float().view(*work.rows.shape, -1), work.keep)
         hidden.index_add_(0, rows, edit.view(len(rows), -1).to(hidden.dtype))
 
     def edit_all(self, kind: Kind, sets: Tensor, hidden: Tensor, residual: Tensor | None) -> None:
@@ -83,7 +96,8 @@ class Table:
         The same operations whatever is edited, on tensors of the same shapes: a captured graph can run them again.
         """
         h = hidden if residual is None else hidden + residual
-        hidden += self._chosen(kind, sets).edit(h.float().unsqueeze(1)).squeeze(1).to(hidden.dtype)
+        hidden += _choose(self.stacks[kind], sets).edit(h.float().unsqueeze(1)).squeeze(1).to(hidden.dtype)
 
-    def _chosen(self, kind: Kind, sets: Tensor) -> Factors:
-        return self.stacks[kind].map(lambda tensor: tensor.index_select(0, sets))
+
+def _choose(factors: Factors, sets: Tensor) -> Factors:
+    return factors.map(lambda tensor: tensor.index_select(0, sets))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .. import __version__
 from ..architectures import skeleton
 from .adapters import read_adapter
 from .options import KEY, Options
@@ -48,7 +49,8 @@ def _install(worker: Any, options: Options, empty: nn.Module) -> None:
         graph_tokens=runner.max_num_tokens if captures_graphs(config) else 0,
     )
     # Compiled graphs are kept on disk by a hash that has this in it: one without these hooks must not be taken.
-    config.additional_config = {**config.additional_config, "loreft_edited_modules": sorted(server.edits)}
+    hooks = {"version": __version__, "edited_modules": sorted(server.edits)}
+    config.additional_config = {**config.additional_config, "loreft_hooks": hooks}
     forward = runner._model_forward
 
     def edited_forward(*args: Any, **kwargs: Any) -> Any:

@@ -58,6 +58,7 @@ class Served:
     folder: str
     adapters: dict[str, str] = field(default_factory=dict)
     models: dict[str, torch.nn.Module] = field(default_factory=dict)
+    known: dict[tuple, tuple[list[int], list[float]]] = field(default_factory=dict)
 
     def load(self) -> torch.nn.Module:
         name = _CAUSAL.get(FAMILIES[self.family][0], f"{FAMILIES[self.family][0]}ForCausalLM")
@@ -73,10 +74,18 @@ class Served:
         folder = os.path.join(os.path.dirname(self.folder), f"{self.family}-{name}")
         model.save_pretrained(folder)
         self.adapters[name] = folder
+        self.models.pop(name, None)
+        self.known = {key: answer for key, answer in self.known.items() if key[1] != name}
         return folder
 
     def expected(self, prompt: list[int], adapter: str | None, tokens: int) -> tuple[list[int], list[float]]:
         """Greedy tokens and their log-probabilities by `PeftModel.generate`, one request alone."""
+        key = (tuple(prompt), adapter, tokens)
+        if key not in self.known:
+            self.known[key] = self._generate(prompt, adapter, tokens)
+        return self.known[key]
+
+    def _generate(self, prompt: list[int], adapter: str | None, tokens: int) -> tuple[list[int], list[float]]:
         key = adapter or ""
         if key not in self.models:
             base = self.load()

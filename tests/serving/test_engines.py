@@ -67,6 +67,18 @@ def test_compiled(llama, fixed, monkeypatch):
         check(llama, requests, steps(llm, requests, 6), 6)
 
 
+def test_compiled_graphs_on_disk_are_told_apart(tmp_path):
+    """vLLM keeps compiled graphs; one without an edit, or with it elsewhere, is not taken for an adapter's."""
+    served = make("qwen2", str(tmp_path))
+    prompt = prompt_of(11, 1)
+    with engine(served, additional_config={}, enforce_eager=False) as llm:
+        check(served, [(prompt, None)], ask(llm, [(prompt, None)], 4), 4)
+    for component in ("block", "mlp"):
+        served.add("same name", positions="f2+l2", component=component)
+        with engine(served, enforce_eager=False) as llm:
+            check(served, [(prompt, "same name")], ask(llm, [(prompt, "same name")], 4), 4)
+
+
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
 def test_families(family, tmp_path):
     """Blocks that return hidden states and a residual, and blocks that return one tensor."""
@@ -76,6 +88,6 @@ def test_families(family, tmp_path):
         served.add(name, seed=seed, **fields(name))
     requests = [(prompt_of(4 + 7 * n, n), name) for n, name in enumerate([None, *names])]
     for prompt, name in requests:  # first: vLLM changes classes of transformers that it runs itself
-        served.expected(prompt, name, 1)
+        served.expected(prompt, name, 6)
     with engine(served) as llm:
         check(served, requests, ask(llm, requests, 6), 6)

@@ -51,7 +51,6 @@ def test_another_adapter_of_the_same_name(opt, llm):
     prompt = prompt_of(80, 4)
     for seed in (7, 8):
         opt.add("twice", positions="f4", seed=seed)
-        opt.models.pop("twice", None)
         add_adapter(llm, "twice", opt.adapters["twice"])
         check(opt, [(prompt, "twice")], ask(llm, [(prompt, "twice")], 5), 5)
         remove_adapter(llm, "twice")

@@ -165,5 +165,49 @@ def test_load_and_unload(served, client, address):
     check(served, complete(client, PROMPTS[1], "emoji"), PROMPTS[1], "emoji")
 
 
+def test_beams_are_refused_with_an_adapter(client):
+    def ask(**xargs):
+        return client.completions.create(
+            model="tiny", prompt=PROMPTS[0], max_tokens=3, n=2, extra_body={"use_beam_search": True, **xargs}
+        )
+
+    assert len(ask().choices) == 2
+    with pytest.raises(openai.BadRequestError, match="use_beam_search=True: not with an adapter"):
+        ask(vllm_xargs={"loreft": "emoji"})
+
+
+def test_an_engine_in_another_process(served, tmp_path):
+    """`LLM` as users have it: its engine runs in a process of its own."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, sys\n"
+        "from vllm import LLM, SamplingParams\n"
+        "from peft_reft.serving import add_adapter, remove_adapter\n"
+        "if __name__ == '__main__':\n"
+        "    model, adapters, prompt = json.loads(sys.argv[1])\n"
+        "    usual = dict(dtype='float32', enforce_eager=True, max_model_len=128)\n"
+        "    llm = LLM(model, additional_config={'loreft': {}}, **usual)\n"
+        "    found = {}\n"
+        "    for name, folder in adapters.items():\n"
+        "        add_adapter(llm, name, folder)\n"
+        "        params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, extra_args={'loreft': name})\n"
+        "        found[name] = list(llm.generate([{'prompt_token_ids': prompt}], params)[0].outputs[0].token_ids)\n"
+        "        remove_adapter(llm, name)\n"
+        "    try:\n"
+        "        add_adapter(llm, 'bad', model)\n"
+        "    except ValueError as error:\n"
+        "        found['bad'] = str(error)\n"
+        "    print('FOUND ' + json.dumps(found))\n"
+    )
+    adapters = {name: served.adapters[name] for name in ("emoji", "answers")}
+    command = [sys.executable, str(script), json.dumps([served.folder, adapters, PROMPTS[0]])]
+    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.partition("FOUND ")[2].splitlines()[0])
+    assert "has no adapter_config.json" in found.pop("bad")
+    assert found == {name: served.expected(PROMPTS[0], name, 6)[0] for name in adapters}
+
+
 def test_routes_want_the_key(address):
     assert post(address, "/v1/loreft_adapters", key="another")[0] == 401

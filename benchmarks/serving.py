@@ -1,0 +1,190 @@
+"""What LoReFT adapters cost in vLLM, beside the base model and vLLM's own LoRA: `make bench-vllm`.
+
+    python benchmarks/serving.py --page docs/serving.md --out docs/serving.json
+
+An engine of its own process for each way of serving; all are started first, then run the same requests in turns, one
+at a time, round by round, so that a slow moment of the machine hits all alike. A model of SmolLM2-135M's shape with
+random weights, fp32. Requests come all at once and choose among the adapters in turn. Compiled, as vLLM does by
+default, but for LoRA, with which vLLM does not compile on a CPU; so the base is there without compilation, too.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from measure import SMOLLM2
+from tqdm import tqdm
+
+LOADS = {
+    "decode-heavy": dict(requests=64, prompt=16, new=48),
+    "prefill-heavy": dict(requests=64, prompt=160, new=2),
+}
+COUNTS = (1, 8, 64)
+WAYS: dict[str, dict[str, Any]] = {"base": {}} | {
+    **{f"LoReFT f7+l7, {n}": dict(loreft="f7+l7", adapters=n) for n in COUNTS},
+    "LoReFT all, 64": dict(loreft="all", adapters=64),
+    "base, not compiled": dict(eager=True),
+    "LoReFT f7+l7, 64, not compiled": dict(loreft="f7+l7", adapters=64, eager=True),
+    **{f"LoRA q, v, {n}": dict(lora=True, adapters=n, eager=True) for n in COUNTS},
+}
+VLLM = dict(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1"
+)
+
+
+def prepare(folder: Path, layers: int) -> None:
+    """A model's config and one adapter of each kind; engines load them by many names."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from peft_reft import LoreftConfig
+
+    config = LlamaConfig(**{**SMOLLM2, "num_hidden_layers": layers, "max_position_embeddings": 1024})
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    for name, peft in {
+        "f7+l7": LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f7+l7", init_weights="paper"),
+        "all": LoreftConfig(task_type="CAUSAL_LM", r=4, positions="all", init_weights="paper"),
+        "lora": LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "v_proj"]),
+    }.items():
+        get_peft_model(LlamaForCausalLM(config), peft).save_pretrained(folder / name)
+
+
+class Engine:
+    """A process with one engine, which does a load when it is told to."""
+
+    def __init__(self, way: str, folder: Path) -> None:
+        command = [sys.executable, "-W", "ignore", __file__, "--serve", way, "--folder", str(folder)]
+        env = {**os.environ, **VLLM, "VLLM_LOGGING_LEVEL": "ERROR", "OMP_WAIT_POLICY": "PASSIVE"}
+        self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def answer(self) -> dict[str, float]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("RESULT "):
+                return json.loads(line.removeprefix("RESULT "))
+        raise SystemExit(f"An engine ended with status {self.process.wait()}.")
+
+    def run(self, load: str) -> dict[str, float]:
+        assert self.process.stdin is not None
+        print(load, file=self.process.stdin, flush=True)
+        return self.answer()
+
+
+def serve(way: str, folder: Path) -> None:
+    """In an engine's process: do the loads named on standard input."""
+    import torch
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    settings = WAYS[way]
+    n = settings.get("adapters", 0)
+    more: dict[str, Any] = {}
+    if spec := settings.get("loreft"):
+        more = {"additional_config": {"loreft": {"adapters": {f"a{k}": str(folder / spec) for k in range(n)}}}}
+    elif settings.get("lora"):
+        more = dict(enable_lora=True, max_loras=n, max_lora_rank=8, max_cpu_loras=n)
+    llm = LLM(
+        str(folder / "model"),
+        load_format="dummy",
+        dtype="float32",
+        skip_tokenizer_init=True,
+        max_model_len=512,
+        max_num_seqs=64,
+        enable_prefix_caching=False,
+        enforce_eager=settings.get("eager", False),
+        **more,
+    )
+    engine = llm.llm_engine
+    generator = torch.Generator().manual_seed(0)
+
+    def run(requests: int, prompt: int, new: int) -> dict[str, float]:
+        prompts = torch.randint(10, 40000, (requests, prompt), generator=generator).tolist()
+        began = time.perf_counter()
+        for k, ids in enumerate(prompts):
+            chosen = {"extra_args": {"loreft": f"a{k % n}"}} if spec else {}
+            params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, **chosen)
+            lora = LoRARequest(f"a{k % n}", k % n + 1, str(folder / "lora")) if settings.get("lora") else None
+            engine.add_request(str(k), {"prompt_token_ids": ids}, params, lora_request=lora)
+        first: dict[str, float] = {}
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                first.setdefault(output.request_id, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        return {"seconds": seconds, "first": statistics.mean(first.values()), "tokens": requests * new}
+
+    run(n or 8, 24, 3)  # loads every LoRA, compiles what is left to compile
+    print("RESULT {}", flush=True)
+    for line in sys.stdin:
+        print("RESULT " + json.dumps(run(**LOADS[line.strip()])), flush=True)
+
+
+def table(results: dict[str, dict[str, list[dict[str, float]]]]) -> str:
+    """Markdown: throughput and time to the first token, each over the base's in the same round."""
+    lines = []
+    for load, runs in results.items():
+        what = "{requests} requests at once, prompts of {prompt} tokens, {new} new ones".format(**LOADS[load])
+        lines += [f"**{load.capitalize()}**: {what}.", ""]
+        lines += ["| | throughput, of the base's | time to first token, of the base's | tokens/s | first, s |"]
+        lines += ["|---|---|---|---|---|"]
+        for way, found in runs.items():
+            ratios = [base["seconds"] / own["seconds"] for base, own in zip(runs["base"], found)]
+            firsts = [own["first"] / base["first"] for base, own in zip(runs["base"], found)]
+            speed = statistics.median(own["tokens"] / own["seconds"] for own in found)
+            first = statistics.median(own["first"] for own in found)
+            cells = [f"{statistics.median(r):.3f} ({min(r):.3f}–{max(r):.3f})" for r in (ratios, firsts)]
+            lines.append(f"| {way} | {' | '.join(cells)} | {speed:.0f} | {first:.2f} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), help="a subset of them, 'base' among them")
+    parser.add_argument("--layers", type=int, default=SMOLLM2["num_hidden_layers"])
+    parser.add_argument("--out", type=Path, help="JSON of all rounds")
+    parser.add_argument("--page", type=Path, help="Markdown page whose part between the two marks becomes the table")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(args.serve, args.folder)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder), args.layers)
+        engines = {}
+        for way in tqdm(args.ways, desc="starting engines"):
+            engines[way] = Engine(way, Path(folder))
+            engines[way].answer()
+        results: dict[str, dict[str, list[dict[str, float]]]] = {
+            load: {way: [] for way in args.ways} for load in LOADS
+        }
+        for turn in tqdm(range(args.rounds), desc="rounds"):
+            order = args.ways[turn % len(args.ways) :] + args.ways[: turn % len(args.ways)]
+            for load in LOADS:
+                for way in order:
+                    results[load][way].append(engines[way].run(load))
+        for engine in engines.values():
+            engine.process.kill()
+    if args.out:
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+    text = table(results)
+    print(text)
+    if args.page:
+        before, mark, rest = args.page.read_text(encoding="utf-8").partition("<!-- bench-vllm -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        args.page.write_text(f"{before}{mark}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
