@@ -92,7 +92,7 @@ $(VENV)-vllm/.installed: pyproject.toml requirements-vllm.txt
 	@touch $@
 
 test-vllm: $(VENV)-vllm/.installed
-	$(VENV)-vllm/bin/python -m pytest tests/serving -W default $(ARGS)
+	$(VENV)-vllm/bin/python -m pytest tests/serving -n 2 --dist loadfile -W default $(ARGS)
 
 # Beside vLLM's own LoRA; about 40 minutes on two cores that have nothing else to do.
 bench-vllm: $(VENV)-vllm/.installed

@@ -22,8 +22,8 @@ class Options:
             "layer" and "model"), else the number of its groups, or of its positions. None for 1, or the largest among
             those named.
 
-    Memory is `max_adapters * max_positions * (2 * max_rank * d + max_rank) * 4` bytes for each edited module, reserved
-    at the start.
+    Memory is `max_adapters * max_positions * (2 * max_rank * d + max_rank) * 4` bytes for each edited module, taken
+    with the first adapter of a kind of formula.
 
     Examples:
         >>> from peft_reft.serving.options import Options

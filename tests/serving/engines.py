@@ -42,12 +42,14 @@ FAMILIES = {
     "mistral": ("Mistral", dict(_GQA, sliding_window=None)),
     "gemma": ("Gemma", dict(_GQA, head_dim=32)),
     "gemma2": ("Gemma2", dict(_GQA, head_dim=32, query_pre_attn_scalar=32, sliding_window=512)),
+    "gemma3": ("Gemma3", dict(_GQA, head_dim=32, query_pre_attn_scalar=32, sliding_window=512)),
     "gpt2": ("GPT2", dict(vocab_size=VOCAB, n_embd=64, n_layer=3, n_head=2, n_positions=512, bos_token_id=1)),
     "opt": ("OPT", dict(_SIZES, ffn_dim=96, word_embed_proj_dim=64)),
     "gpt_neox": ("GPTNeoX", _SIZES),
     "phi": ("Phi", _SIZES),
 }
 _CAUSAL = {"GPT2": "GPT2LMHeadModel"}
+_CONFIG = {"Gemma3": "Gemma3TextConfig"}
 
 
 @dataclass
@@ -145,7 +147,7 @@ def fields(name):
 def make(family: str, folder: str) -> Served:
     name, sizes = FAMILIES[family]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**sizes)
+    config = getattr(transformers, _CONFIG.get(name, f"{name}Config"))(**sizes)
     model = getattr(transformers, _CAUSAL.get(name, f"{name}ForCausalLM"))(config)
     with torch.no_grad():  # as they start, models of this size say the same token whatever they are asked
         for parameter in model.parameters():

@@ -1,8 +1,10 @@
 """Engines that differ in how they schedule, cache and compile answer as transformers does."""
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from vllm.lora.request import LoRARequest
 
-from serving.engines import FAMILIES, answer, ask, check, engine, fields, make, prompt_of, steps
+from serving.engines import FAMILIES, answer, ask, check, engine, fields, make, params, prompt_of, steps
 
 COMMON = ["f7+l7", "f+l+g", "all", "by position", "per layer", "red"]
 
@@ -65,6 +67,32 @@ def test_compiled(llama, fixed, monkeypatch):
         requests = [(prompt_of(4 + 5 * n, n), name) for n, name in enumerate(names)]
         check(llama, requests, ask(llm, requests, 6), 6)
         check(llama, requests, steps(llm, requests, 6), 6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_beside_lora(llama, tmp_path):
+    """vLLM's LoRA and LoReFT on one request: edits of what the changed weights compute; and each alone."""
+    adapted = get_peft_model(
+        llama.load(),
+        LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    )
+    adapted.save_pretrained(tmp_path / "lora")
+    changed = make("llama", str(tmp_path))  # to be overwritten by the base with LoRA merged into it
+    adapted.merge_and_unload().save_pretrained(changed.folder)
+    changed.adapters = llama.adapters
+    prompt = prompt_of(15, 2)
+    wanted = [served.expected(prompt, name, 5) for served in (llama, changed) for name in (None, "f+l+g")]
+    with engine(llama, ["f+l+g"], enable_lora=True, max_lora_rank=8) as llm:
+        lora = LoRARequest("lora", 1, str(tmp_path / "lora"))
+        found = [
+            llm.generate([{"prompt_token_ids": prompt}], params(name, 5), lora_request=request, use_tqdm=False)[0]
+            for request in (None, lora)
+            for name in (None, "f+l+g")
+        ]
+    for output, (tokens, logprobs) in zip(found, wanted):
+        assert answer(output.outputs[0])[0] == tokens
+        assert answer(output.outputs[0])[1] == pytest.approx(logprobs, abs=2e-4)
+    assert len({tuple(tokens) for tokens, _ in wanted}) == 4
 
 
 def test_compiled_graphs_on_disk_are_told_apart(tmp_path):
