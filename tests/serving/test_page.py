@@ -1,5 +1,6 @@
 """The Python of docs/serving.md runs, and prints what it says."""
 
+import ast
 import os
 import re
 import subprocess
@@ -25,7 +26,7 @@ def test_page(tmp_path, small_tokenizer):
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    emoji, plain = eval(re.search(r"^\[.*'.*\]$", done.stdout, re.MULTILINE)[0])
+    emoji, plain = ast.literal_eval(re.search(r"^\[.*'.*\]$", done.stdout, re.MULTILINE)[0])
     assert emoji != plain
     for promised in re.findall(r"^# (\[.*)$", code, re.MULTILINE):
         assert promised in done.stdout
