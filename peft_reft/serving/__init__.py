@@ -15,6 +15,7 @@ module         its one job                                                 runs 
 `edits`        hook of a module, operation in compiled graphs              worker
 `server`       slots of adapters; what each step edits                     worker
 `worker`       all that put into vLLM's worker                             worker
+`core`         adding, dropping; which requests use an adapter             core
 `frontend`     names checked, cache salted; `add_adapter` and its like     front end
 `endpoints`    the same over HTTP                                          API server
 ============== =========================================================== ==========

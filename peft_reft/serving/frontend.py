@@ -80,22 +80,6 @@ def process_inputs(
     return request
 
 
-def remove_unless_used(core: Any, name: str) -> int:
-    """`EngineCore.loreft_remove`: drop an adapter, unless requests use it; returns how many do.
-
-    Requests wait in the scheduler before a worker hears of them, so the engine's core has to be asked.
-    """
-    used = sum(_name_of(request) == name for request in core.scheduler.requests.values())
-    if not used:
-        core.model_executor.collective_rpc("loreft_remove", args=(name,))
-    return used
-
-
-def _name_of(request: Any) -> str | None:
-    params = request.sampling_params
-    return None if params is None else (params.extra_args or {}).get(KEY)
-
-
 def _known(engine: Any) -> dict[str, str]:
     """The adapters of an `LLM`, `LLMEngine` or `AsyncLLM`: name -> fingerprint."""
     engine = getattr(engine, "llm_engine", engine)
@@ -112,10 +96,17 @@ def _check_new(engine: Any, name: str) -> dict[str, str]:
     return known
 
 
-def _added(known: dict[str, str], name: str, answers: list[dict[str, str]]) -> None:
-    if errors := [answer["error"] for answer in answers if "error" in answer]:
-        raise ValueError(errors[0])
-    known[name] = answers[0]["fingerprint"]
+def _added(known: dict[str, str], name: str, answer: dict[str, str]) -> None:
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    known[name] = answer["fingerprint"]
+
+
+def _call(llm: Any, method: str, *args: Any) -> Any:
+    """Call a method of the engine's core, which is in this process or, as a rule, in another."""
+    client = llm.llm_engine.engine_core
+    core = getattr(client, "engine_core", None)
+    return getattr(core, method)(*args) if core is not None else client.call_utility(method, *args)
 
 
 def _check_there(engine: Any, name: str) -> dict[str, str]:
@@ -147,7 +138,7 @@ def add_adapter(llm: Any, name: str, source: str) -> None:
             on as before.
     """
     known = _check_new(llm, name)
-    _added(known, name, llm.collective_rpc("loreft_add", args=(name, source)))
+    _added(known, name, _call(llm, "loreft_add", name, source))
 
 
 def remove_adapter(llm: Any, name: str) -> None:
@@ -161,10 +152,7 @@ def remove_adapter(llm: Any, name: str) -> None:
         ValueError: there is no such adapter, or requests still use it; it stays then.
     """
     known = _check_there(llm, name)
-    client = llm.llm_engine.engine_core
-    core = getattr(client, "engine_core", None)  # in this process
-    used = core.loreft_remove(name) if core is not None else client.call_utility("loreft_remove", name)
-    if used:
+    if used := _call(llm, "loreft_remove", name):
         raise ValueError(f"{used} requests still use the adapter {name!r}. Remove it when they have ended.")
     del known[name]
 
@@ -172,7 +160,7 @@ def remove_adapter(llm: Any, name: str) -> None:
 async def add_adapter_async(engine: Any, name: str, source: str) -> None:
     """`add_adapter` for vLLM's `AsyncLLM`, which the server runs on."""
     known = _check_new(engine, name)
-    _added(known, name, await engine.collective_rpc("loreft_add", args=(name, source)))
+    _added(known, name, await engine.engine_core.call_utility_async("loreft_add", name, source))
 
 
 async def remove_adapter_async(engine: Any, name: str) -> None:

@@ -11,21 +11,23 @@ TESTED = ("0.32.0",)
 def register() -> None:
     """Put LoReFT into vLLM: entry point of the group `vllm.general_plugins`. Calling it again is harmless.
 
-    Wrapped are the methods in which an engine takes shape, a worker's `load_model` and the front end's
-    `InputProcessor`; they do what they did where `additional_config` has no "loreft".
+    Wrapped are a worker's `load_model`, the core's `add_request` and the front end's `InputProcessor`; they do what
+    they did where `additional_config` has no "loreft".
     """
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.gpu_worker import Worker
 
-    from . import frontend, worker
+    from . import core, frontend, worker
 
     wrap(Worker, "load_model", worker.load_model)
     wrap(InputProcessor, "__init__", frontend.init)
     wrap(InputProcessor, "process_inputs", frontend.process_inputs)
     Worker.loreft_add = worker.add
     Worker.loreft_remove = worker.remove
-    EngineCore.loreft_remove = frontend.remove_unless_used
+    wrap(EngineCore, "add_request", core.add_request)
+    EngineCore.loreft_add = core.add
+    EngineCore.loreft_remove = core.remove
 
 
 def check_version() -> None:

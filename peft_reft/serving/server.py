@@ -57,10 +57,8 @@ class Server:
         self.groups: list[tuple[tuple[Plan | None, ...], list[Edits], list[tuple[Kind, DeviceWork]]]] = []
         self.fixed: FixedSteps | None = None
         self.closed = False  # to hooks
-        blocks = find_targets(empty, "block")
-        self.d = blocks[0].d
-        for target in blocks:  # those that no adapter edits yet, too
-            self._hook(target.name)
+        for target in find_targets(empty, "block"):  # those that no adapter edits yet, too
+            self._hook(target.name, target.d)
         for name, adapter in named.items():
             self.add(name, adapter)
         self.closed = compiles
@@ -68,8 +66,8 @@ class Server:
             kinds = list(dict.fromkeys([LINEAR, *(kind for kind in self.kinds if kind is not None)]))
             self.fixed = FixedSteps([*self.edits.values()], kinds, graph_tokens, device)
 
-    def _hook(self, name: str) -> None:
-        table = Table(self.d, self.max_rank, self.max_adapters * self.max_positions, self.device)
+    def _hook(self, name: str, d: int) -> None:
+        table = Table(d, self.max_rank, self.max_adapters * self.max_positions, self.device)
         edits = self.edits[name] = Edits(name, table)
         self.layers[edits.name] = edits
         hook(self.model.get_submodule(self._served(name)), edits)
@@ -105,7 +103,7 @@ class Server:
         if self.fixed is not None and kind not in self.fixed.kinds:
             raise ValueError(f"{name!r} has a formula that captured graphs do not compute. {_AT_START}")
         for module in new:
-            self._hook(module)
+            self._hook(module, adapter.factors[module].d)
         slot = min({*range(self.max_adapters)} - {*self.slots.values()})
         for module, factors in adapter.factors.items():
             self.edits[module].table.write(slot * self.max_positions, factors)

@@ -13,7 +13,8 @@ from torch import nn
 from .. import __version__
 from ..architectures import skeleton
 from .adapters import read_adapter
-from .options import KEY, Options
+from .core import adapter_of
+from .options import Options
 from .plugin import check_version
 from .schedule import NONE, Pieces
 from .server import Server
@@ -66,17 +67,14 @@ def _install(worker: Any, options: Options, empty: nn.Module) -> None:
 def _pieces(runner: Any, slots: dict[str, int]) -> Pieces:
     """The requests of the step that a model runner is about to run."""
     batch, n = runner.input_batch, runner.input_batch.num_reqs
-    chosen = [_slot(runner.requests[request].sampling_params, slots) for request in batch.req_ids[:n]]
+    names = [adapter_of(runner.requests[request]) for request in batch.req_ids[:n]]
+    # One that has been dropped was used by a request that has ended, but was in this step already.
+    chosen = [NONE if name is None else slots.get(name, NONE) for name in names]
     starts = runner.query_start_loc.np[: n + 1].astype(np.int64)
     computed, prompt = (
         values[:n].astype(np.int64) for values in (batch.num_computed_tokens_cpu, batch.num_prompt_tokens)
     )
     return Pieces(starts[:-1], np.diff(starts), computed, prompt, np.array(chosen, dtype=np.int64))
-
-
-def _slot(params: Any, slots: dict[str, int]) -> int:
-    name = None if params is None or params.extra_args is None else params.extra_args.get(KEY)
-    return NONE if name is None else slots[name]
 
 
 def check_engine(vllm_config: Any) -> None:

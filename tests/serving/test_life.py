@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from vllm.exceptions import VLLMValidationError
 
 from peft_reft.serving import add_adapter, list_adapters, remove_adapter
+from peft_reft.serving.core import add, add_request, remove
 from peft_reft.serving.worker import check_engine
 from serving.engines import answer, ask, check, engine, make, params, prompt_of
 
@@ -103,6 +104,29 @@ def test_an_adapter_in_use_stays(opt, llm):
     while llm.llm_engine.has_unfinished_requests():
         output = llm.llm_engine.step()
     assert answer(output[0].outputs[0])[0] == opt.expected(PROMPT, "first", 8)[0]
+
+
+def test_a_request_that_comes_too_late():
+    """Let pass by the front end before its adapter was dropped, with the core after: that request fails alone."""
+    core = SimpleNamespace(scheduler=SimpleNamespace(requests={}), failed=[], taken=[])
+    core.model_executor = SimpleNamespace(collective_rpc=lambda method, args: [{"fingerprint": "f"}])
+    core._send_error_outputs_to_client = lambda requests, client: core.failed.append((requests, client))
+    sampling = SimpleNamespace(extra_args={"loreft": "late"})
+    request = SimpleNamespace(request_id="7", client_index=2, sampling_params=sampling)
+
+    def take(core, request, wave):
+        core.taken.append(request)
+
+    add_request(take, core, request, 0)
+    core.scheduler.requests["7"] = request
+    assert remove(core, "late") == 1
+    core.scheduler.requests.clear()
+    assert remove(core, "late") == 0
+    add_request(take, core, request, 0)
+    assert len(core.taken) == 1 and core.failed == [(["7"], 2)]
+    add(core, "late", "folder")
+    add_request(take, core, request, 0)
+    assert len(core.taken) == 2
 
 
 def test_an_engine_without_adapters_says_so(opt, llm):
