@@ -5,7 +5,7 @@
 An engine of its own process for each way of serving; all are started first, then run the same requests in turns, one
 at a time, round by round, so that a slow moment of the machine hits all alike. A model of SmolLM2-135M's shape with
 random weights, fp32. Requests come all at once and choose among the adapters in turn. Compiled, as vLLM does by
-default, but for LoRA, with which vLLM does not compile on a CPU; so the base is there without compilation, too.
+default, and not compiled, as vLLM runs LoRA on a CPU; each over the base of its group.
 """
 
 import argparse
@@ -27,12 +27,10 @@ LOADS = {
     "prefill-heavy": dict(requests=64, prompt=160, new=2),
 }
 COUNTS = (1, 8, 64)
-WAYS: dict[str, dict[str, Any]] = {"base": {}} | {
-    **{f"LoReFT f7+l7, {n}": dict(loreft="f7+l7", adapters=n) for n in COUNTS},
-    "LoReFT all, 64": dict(loreft="all", adapters=64),
-    "base, not compiled": dict(eager=True),
-    "LoReFT f7+l7, 64, not compiled": dict(loreft="f7+l7", adapters=64, eager=True),
-    **{f"LoRA q, v, {n}": dict(lora=True, adapters=n, eager=True) for n in COUNTS},
+_LOREFT = {f"LoReFT f7+l7, {n}": dict(loreft="f7+l7", adapters=n) for n in COUNTS}
+GROUPS: dict[str, dict[str, dict[str, Any]]] = {
+    "compiled": {"base": {}, **_LOREFT, "LoReFT all, 64": dict(loreft="all", adapters=64)},
+    "not compiled": {"base": {}, **_LOREFT, **{f"LoRA q, v, {n}": dict(lora=True, adapters=n) for n in COUNTS}},
 }
 VLLM = dict(
     VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1"
@@ -62,8 +60,8 @@ def prepare(folder: Path, layers: int) -> None:
 class Engine:
     """A process with one engine, which does a load when it is told to."""
 
-    def __init__(self, way: str, folder: Path) -> None:
-        command = [sys.executable, "-W", "ignore", __file__, "--serve", way, "--folder", str(folder)]
+    def __init__(self, group: str, way: str, folder: Path) -> None:
+        command = [sys.executable, "-W", "ignore", __file__, "--serve", group, way, "--folder", str(folder)]
         env = {**os.environ, **VLLM, "VLLM_LOGGING_LEVEL": "ERROR", "OMP_WAIT_POLICY": "PASSIVE"}
         self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -80,13 +78,13 @@ class Engine:
         return self.answer()
 
 
-def serve(way: str, folder: Path) -> None:
+def serve(group: str, way: str, folder: Path) -> None:
     """In an engine's process: do the loads named on standard input."""
     import torch
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    settings = WAYS[way]
+    settings = GROUPS[group][way]
     n = settings.get("adapters", 0)
     more: dict[str, Any] = {}
     if spec := settings.get("loreft"):
@@ -101,7 +99,8 @@ def serve(way: str, folder: Path) -> None:
         max_model_len=512,
         max_num_seqs=64,
         enable_prefix_caching=False,
-        enforce_eager=settings.get("eager", False),
+        max_num_batched_tokens=1024,
+        enforce_eager=group == "not compiled",
         **more,
     )
     engine = llm.llm_engine
@@ -128,56 +127,69 @@ def serve(way: str, folder: Path) -> None:
         print("RESULT " + json.dumps(run(**LOADS[line.strip()])), flush=True)
 
 
-def table(results: dict[str, dict[str, list[dict[str, float]]]]) -> str:
+Rounds = dict[str, list[dict[str, float]]]
+
+
+def table(results: dict[str, dict[str, Rounds]]) -> str:
     """Markdown: throughput and time to the first token, each over the base's in the same round."""
     lines = []
-    for load, runs in results.items():
-        what = "{requests} requests at once, prompts of {prompt} tokens, {new} new ones".format(**LOADS[load])
+    for load, settings in LOADS.items():
+        what = "{requests} requests at once, prompts of {prompt} tokens, {new} new ones".format(**settings)
         lines += [f"**{load.capitalize()}**: {what}.", ""]
         lines += ["| | throughput, of the base's | time to first token, of the base's | tokens/s | first, s |"]
         lines += ["|---|---|---|---|---|"]
-        for way, found in runs.items():
-            ratios = [base["seconds"] / own["seconds"] for base, own in zip(runs["base"], found)]
-            firsts = [own["first"] / base["first"] for base, own in zip(runs["base"], found)]
-            speed = statistics.median(own["tokens"] / own["seconds"] for own in found)
-            first = statistics.median(own["first"] for own in found)
-            cells = [f"{statistics.median(r):.3f} ({min(r):.3f}–{max(r):.3f})" for r in (ratios, firsts)]
-            lines.append(f"| {way} | {' | '.join(cells)} | {speed:.0f} | {first:.2f} |")
+        for group, of_load in results.items():
+            runs = of_load[load]
+            for way, found in runs.items():
+                ratios = [base["seconds"] / own["seconds"] for base, own in zip(runs["base"], found)]
+                firsts = [own["first"] / base["first"] for base, own in zip(runs["base"], found)]
+                speed = statistics.median(own["tokens"] / own["seconds"] for own in found)
+                first = statistics.median(own["first"] for own in found)
+                cells = [f"{statistics.median(r):.3f} ({min(r):.3f}–{max(r):.3f})" for r in (ratios, firsts)]
+                lines.append(f"| {group}: {way} | {' | '.join(cells)} | {speed:.0f} | {first:.2f} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def measure(group: str, ways: list[str], rounds: int, folder: Path) -> dict[str, Rounds]:
+    """Load -> way -> what each round took."""
+    engines = {}
+    for way in tqdm(ways, desc=f"{group}: starting engines"):
+        engines[way] = Engine(group, way, folder)
+        engines[way].answer()
+    results: dict[str, Rounds] = {load: {way: [] for way in ways} for load in LOADS}
+    for turn in tqdm(range(rounds), desc=f"{group}: rounds"):
+        for load in LOADS:
+            for way in ways[turn % len(ways) :] + ways[: turn % len(ways)]:
+                results[load][way].append(engines[way].run(load))
+    for engine in engines.values():
+        engine.process.kill()
+        engine.process.wait()
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), help="a subset of them, 'base' among them")
+    parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=list(GROUPS))
+    parser.add_argument("--ways", nargs="+", help="a subset of a group's, 'base' among them")
     parser.add_argument("--layers", type=int, default=SMOLLM2["num_hidden_layers"])
-    parser.add_argument("--out", type=Path, help="JSON of all rounds")
+    parser.add_argument("--out", type=Path, help="JSON of all rounds; groups that it has and that are not run stay")
     parser.add_argument("--page", type=Path, help="Markdown page whose part between the two marks becomes the table")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        serve(args.serve, args.folder)
+        serve(*args.serve, args.folder)
         return
+    results = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), args.layers)
-        engines = {}
-        for way in tqdm(args.ways, desc="starting engines"):
-            engines[way] = Engine(way, Path(folder))
-            engines[way].answer()
-        results: dict[str, dict[str, list[dict[str, float]]]] = {
-            load: {way: [] for way in args.ways} for load in LOADS
-        }
-        for turn in tqdm(range(args.rounds), desc="rounds"):
-            order = args.ways[turn % len(args.ways) :] + args.ways[: turn % len(args.ways)]
-            for load in LOADS:
-                for way in order:
-                    results[load][way].append(engines[way].run(load))
-        for engine in engines.values():
-            engine.process.kill()
-    if args.out:
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        for group in args.groups:
+            ways = [way for way in GROUPS[group] if not args.ways or way in args.ways]
+            results[group] = measure(group, ways, args.rounds, Path(folder))
+            if args.out:
+                args.out.write_text(json.dumps(results, indent=1) + "\n")
     text = table(results)
     print(text)
     if args.page:
