@@ -69,6 +69,15 @@ def test_compiled(llama, fixed, monkeypatch):
         check(llama, requests, steps(llm, requests, 6), 6)
 
 
+def test_bf16(llama):
+    """Edits are computed in fp32 and rounded once; what is left is the model's own rounding."""
+    requests = [(prompt_of(length, length), name) for name in (None, *COMMON) for length in (9, 40)]
+    with engine(llama, COMMON, dtype="bfloat16") as llm:
+        for (prompt, name), output in zip(requests, ask(llm, requests, 3)):
+            (tokens, found), (wanted, logprobs) = answer(output.outputs[0]), llama.expected(prompt, name, 3)
+            assert tokens[0] == wanted[0] and found[0] == pytest.approx(logprobs[0], abs=0.03), (name, len(prompt))
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_beside_lora(llama, tmp_path):
     """vLLM's LoRA and LoReFT on one request: edits of what the changed weights compute; and each alone."""
