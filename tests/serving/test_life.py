@@ -1,5 +1,6 @@
 """Adapters that come and go in a running engine, and requests that name none of them."""
 
+import asyncio
 import shutil
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ from vllm.exceptions import VLLMValidationError
 
 from peft_reft.serving import add_adapter, list_adapters, remove_adapter
 from peft_reft.serving.core import add, add_request, remove
+from peft_reft.serving.endpoints import Endpoints
 from peft_reft.serving.worker import check_engine
 from serving.engines import answer, ask, check, engine, make, params, prompt_of
 
@@ -168,6 +170,13 @@ def test_engines_that_are_refused(field, value, message):
     setattr(getattr(config, owner) if owner else config, name, value)
     with pytest.raises(ValueError, match=message):
         check_engine(config)
+
+
+def test_routes_want_one_api_server():
+    asyncio.run(Endpoints().init_state("engine", state := SimpleNamespace(), SimpleNamespace(api_server_count=1)))
+    assert state.loreft_engine == "engine"
+    with pytest.raises(ValueError, match="--api-server-count=2"):
+        asyncio.run(Endpoints().init_state("engine", state, SimpleNamespace(api_server_count=2)))
 
 
 def test_other_versions_are_refused(monkeypatch):
