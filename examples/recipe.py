@@ -195,9 +195,13 @@ def comparison_figure(table: list[dict[str, Any]], score: str) -> Any:
     for task, (left, right) in zip(tasks, axes):
         rows = [row for row in table if row.get("task", "") == task]
         for y, row in enumerate(rows):
-            left.plot([float(rate) for rate in row["rates"]], list(row["rates"].values()), "o-", label=row["method"])
+            rates, dev = [float(rate) for rate in row["rates"]], list(row["rates"].values())
+            if len(rates) == 1:  # nothing to sweep
+                left.axhline(dev[0], color=f"C{y}", ls=":", label=row["method"])
+            else:
+                left.plot(rates, dev, "o-", color=f"C{y}", label=row["method"])
             reach = [[row["test"] - row["lowest"]], [row["highest"] - row["test"]]]
-            right.errorbar(row["test"], y, xerr=reach, fmt="o", capsize=4)
+            right.errorbar(row["test"], y, xerr=reach, fmt="o", color=f"C{y}", capsize=4)
         left.set(xscale="log", xlabel="learning rate", ylabel=f"{task} dev: {score}".strip())
         left.legend(fontsize=8)
         right.set(xlabel=f"{task} test: {score}, {rows[0]['seeds']} seed(s)".strip(), ylim=(len(rows) - 0.5, -0.5))
