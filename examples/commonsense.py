@@ -4,9 +4,9 @@
     python examples/commonsense.py --preset cpu --data FOLDER --model SMOLLM2_FOLDER
 
 Trained on commonsense_170k, evaluated on BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC-e, ARC-c, OBQA. Where the
-folder is no such clone, TREC (six choices) and CoLA (true or false) are put into the same format: FOLDER has trec/*.txt
-and cola/*.tsv. LoReFT and LoRA have three learning rates each, of which the loss on held-out training rows chooses;
-answers are generated with the chosen one. Results are kept in OUTPUT/results.json and answers.json.
+folder is no such clone, TREC (six choices) and CoLA (true or false) are put into the same format: FOLDER has
+trec/*.txt and cola/*.tsv. LoReFT and LoRA have three learning rates each, of which the loss on held-out training rows
+chooses; answers are generated with the chosen one. Results are kept in OUTPUT/results.json and answers.json.
 """
 
 import random

@@ -4,7 +4,8 @@
     python examples/instruct.py --preset cpu --data FOLDER --model SMOLLM2_FOLDER
 
 FOLDER has ultrafeedback_1k/ultrafeedback_1k.json. OUTPUT/alpaca_eval.json is what `alpaca_eval --model_outputs`
-evaluates, with an annotator of yours; with `--data` the questions are the last rows of the file, else AlpacaEval's.
+evaluates, with an annotator of yours; with `--data` the questions are the four below, else AlpacaEval's.
+OUTPUT/results.json has the training loss, and answers before and after; training goes on from the last checkpoint.
 """
 
 import json
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
-from recipe import arguments, trainable
+from recipe import CHECKPOINTS, arguments, publish, pyplot, resume, trainable
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -24,6 +25,12 @@ TEMPLATE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{}\n\n### Response:\n"
 )
+QUESTIONS = [
+    "How do I make a pizza?",
+    "Give me three tips for learning a language.",
+    "Why is the sky blue?",
+    "Write a short poem about the sea.",
+]
 # The paper's: rank 4, p5+s5, prefix and suffix apart, four layers.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(
@@ -71,8 +78,7 @@ def rows(data: str | None, questions: int) -> tuple[Dataset, list[str]]:
     else:
         lines = (Path(data) / "ultrafeedback_1k" / "ultrafeedback_1k.json").read_text(encoding="utf-8").splitlines()
         given = [json.loads(line) for line in lines]
-        pairs = [(row["instruction"], row["output"]) for row in given[:-questions]]
-        asked = [row["instruction"] for row in given[-questions:]]
+        pairs, asked = [(row["instruction"], row["output"]) for row in given], QUESTIONS
     data_set = Dataset.from_list([{"prompt": TEMPLATE.format(q), "completion": answer} for q, answer in pairs])
     return data_set, asked[:questions]
 
@@ -94,6 +100,13 @@ def answers(model: Any, tokenizer: Any, questions: list[str], new_tokens: int) -
     return found
 
 
+def figure(curve: dict[int, float]) -> Any:
+    drawn, axis = pyplot().subplots(figsize=(6, 2.8), layout="constrained")
+    axis.plot(list(curve), list(curve.values()), "o-")
+    axis.set(xlabel="step", ylabel="training loss")
+    return drawn
+
+
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, PRESETS, argv)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -112,12 +125,12 @@ def main(argv: list[str] | None = None) -> None:
             per_device_train_batch_size=args.batch,
             learning_rate=args.learning_rate,
             max_length=args.max_length,
-            warmup_steps=max(1, args.steps // 10),
-            save_strategy="no",
+            warmup_steps=0.1,
             report_to="none",
             logging_steps=10,
             seed=args.seed,
             bf16=torch.cuda.is_available(),
+            **CHECKPOINTS,
         ),
         train_dataset=data,
         processing_class=tokenizer,
@@ -125,13 +138,18 @@ def main(argv: list[str] | None = None) -> None:
             task_type="CAUSAL_LM", r=args.r, positions=args.positions, tie=args.tie, layers=args.layers
         ),
     )
-    trainer.train()
+    resume(trainer)
     trainer.save_model(str(args.output / "adapter"))
     trained = trainer.model.eval()
     trained.config.use_cache = True
     after = answers(trained, tokenizer, questions, args.new_tokens)
     for question, old, new in zip(questions, before, after):
         print(f"\n> {question}\nbefore: {old}\nafter:  {new}")
+    curve = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+    samples = [{"instruction": q, "before": old, "after": new} for q, old, new in zip(questions, before, after)]
+    results = {"parameters": trainable(trained), "loss": curve, "answers": samples}
+    (args.output / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    publish("instruct", args, figure(curve))
     outputs = [{"instruction": q, "output": a, "generator": "loreft"} for q, a in zip(questions, after)]
     (args.output / "alpaca_eval.json").write_text(json.dumps(outputs, indent=1, ensure_ascii=False) + "\n")
     print(f"\n{trainable(trained):,} parameters; {len(outputs)} answers in {args.output / 'alpaca_eval.json'}")
