@@ -1,6 +1,6 @@
 """Sweep: the authors' order of tuning (positions, layers, rank, tie, then the learning rate) over a recipe.
 
-    python examples/sweep.py --preset cpu --data FOLDER --model MINILM_FOLDER --tasks trec --steps 150
+    python examples/sweep.py --preset cpu --data FOLDER --model MINILM_FOLDER --tasks trec --steps 100
     python examples/sweep.py --recipe commonsense --preset cpu --data FOLDER --model SMOLLM2_FOLDER
 
 One field at a time, each from the best of those before it, by what the recipe calls `dev`; `test` is looked at for the

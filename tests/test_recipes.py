@@ -258,3 +258,13 @@ def test_instruct(model, data, tmp_path):
     answers = json.loads((tmp_path / "out" / "alpaca_eval.json").read_text())
     assert [{*answer} for answer in answers] == [{"instruction", "output", "generator"}] * 2
     assert "before:" in out and "after:" in out
+
+
+def test_overhead(model, tmp_path):
+    arguments = ["--model", model, "--output", tmp_path / "out", "--rounds", 2, "--new-tokens", 2, "--layers", 1, 3]
+    recipe("overhead", *arguments, "--prompt-tokens", 8, "--positions", 1, 4, "--ranks", 1, 2)
+    runs = {run["what"]: run for run in json.loads((tmp_path / "out" / "results.json").read_text())}
+    assert [*runs["positions"]["more"]] == ["LoReFT 1", "LoReFT 4"]
+    assert [*runs["rank"]["more"]] == ["LoReFT 1", "LoRA 1", "LoReFT 2", "LoRA 2"]
+    assert [*runs["layers"]["more"]] == ["LoReFT 1", "LoRA 1", "LoReFT 3", "LoRA 3"]
+    assert (tmp_path / "out" / "overhead.png").is_file()
