@@ -102,7 +102,7 @@ results_of = llm_adapters.results_of
 
 
 def default(args: Any, task: str) -> dict[str, Any]:
-    return dict(PAPER)
+    return dict(PAPER, dropout=0.0)
 
 
 def runner(args: Any, task: str) -> Any:

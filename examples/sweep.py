@@ -15,21 +15,29 @@ import statistics
 from typing import Any
 
 from recipe import arguments, publish, pyplot, show
+from transformers import AutoConfig
 
-ENCODER: dict[str, list[Any]] = {
-    "positions": ["f1", "f3", "f7", "f3+l3", "p"],
-    "layers": ["all", "0-1", "1-", "0;2"],
-    "r": [1, 4, 8, 16],
-    "tie": ["layer", "group", "model"],
-    "dropout": [0.0, 0.1],
-}
-DECODER = {**ENCODER, "positions": ["l1", "f1+l1", "f3+l3", "f7+l7", "p"], "layers": ["all", "0-9", "10-", "5;15;25"]}
+# A classifier reads the first token, a language model goes on from the last.
+POSITIONS = {"glue": ["f1", "f3", "f7", "f3+l3", "p"]}
+OF_A_DECODER = ["l1", "f1+l1", "f3+l3", "f7+l7", "p"]
 
 
-def search(measure: Any, default: dict[str, Any], candidates: dict[str, list[Any]], best_of: Any) -> list[dict]:
+def candidates(recipe: str, model: str, rates: list[float]) -> dict[str, list[Any]]:
+    depth = AutoConfig.from_pretrained(model).num_hidden_layers
+    return {
+        "positions": POSITIONS.get(recipe, OF_A_DECODER),
+        "layers": ["all", f"0-{depth // 3}", f"{depth // 3}-", f"{depth // 4};{depth // 2};{3 * depth // 4}"],
+        "r": [1, 4, 8, 16],
+        "tie": ["layer", "group", "model"],
+        "dropout": [0.0, 0.1],
+        "learning_rate": rates,
+    }
+
+
+def search(measure: Any, default: dict[str, Any], fields: dict[str, list[Any]], best_of: Any) -> list[dict]:
     """For each field what was tried, with its `dev`, and what was chosen."""
     stages, best = [], dict(default)
-    for field, values in candidates.items():
+    for field, values in fields.items():
         tried = [measure({**best, field: value})["dev"] for value in values]
         best[field] = values[tried.index(best_of(tried))]
         stages.append({"field": field, "values": values, "dev": tried, "chosen": best[field]})
@@ -68,8 +76,8 @@ def main(argv: list[str] | None = None) -> None:
 
         rates = args.learning_rates
         default = dict(recipe.default(args, task), layers="all", tie="layer", learning_rate=rates[len(rates) // 2])
-        candidates = {**(ENCODER if chosen.recipe == "glue" else DECODER), "learning_rate": rates}
-        stages = search(measure, default, candidates, min if recipe.LOWER else max)
+        fields = candidates(chosen.recipe, args.model, rates)
+        stages = search(measure, default, fields, min if recipe.LOWER else max)
         found = {**default, **{stage["field"]: stage["chosen"] for stage in stages}}
         tests = {}
         for name, fields in {"default": default, "found": found}.items():
@@ -78,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
             tests[name] = f"{statistics.mean(test):.3f} ({min(test):.3f} to {max(test):.3f})"
             stages.append({"field": name, "chosen": fields, "test": test, "parameters": runs[0]["parameters"]})
         title = f"{task}: test {tests['default']} by default, {tests['found']} as found, {len(args.seeds)} seeds"
-        publish("sweep", args, figure(stages[:-2], title))
+        publish(f"sweep_{task}", args, figure(stages[:-2], title))
         table += [{"task": task, **stage} for stage in stages]
         print(f"\n{title}")
     (args.output / "table.json").write_text(json.dumps(table, indent=1) + "\n")

@@ -120,7 +120,14 @@ def test_sweep(encoder, data, tmp_path):
     for row in table[:-2]:
         assert row["dev"][row["values"].index(row["chosen"])] == max(row["dev"])
         assert table[-1]["chosen"][row["field"]] == row["chosen"]
-    assert f"{table[-1]['test'][0]:.3f}" in out and (tmp_path / "out" / "sweep.png").is_file()
+    assert f"{table[-1]['test'][0]:.3f}" in out and (tmp_path / "out" / "sweep_trec.png").is_file()
+
+
+def test_sweep_over_a_language_model(model, data, tmp_path):
+    arguments = ["--data", data, "--model", model, "--output", tmp_path / "out", "--steps", 1, "--held", 4]
+    recipe("sweep", "--recipe", "commonsense", *arguments, "--learning-rates", "1e-3", "--seeds", 1)
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert all(row["dev"][row["values"].index(row["chosen"])] == min(row["dev"]) for row in table[:-2])
 
 
 def test_arithmetic(model, data, tmp_path):
