@@ -160,7 +160,9 @@ def main(argv: list[str] | None = None) -> None:
         table += compare(results, run, args.methods, args.learning_rates, args.seeds, task=task)
     columns = ["task", "method", "parameters", "learning_rate", "test", "lowest", "highest", "seeds", "cpu_minutes"]
     show(table, columns)
-    publish("glue", args, comparison_figure(table, "accuracy (CoLA: MCC)"))
+    scores = {"cola": "Matthews correlation", "stsb": "correlation"}
+    scored = [{**row, "score": scores.get(row["task"], "accuracy")} for row in table]
+    publish("glue", args, comparison_figure(scored, "accuracy"))
 
 
 if __name__ == "__main__":

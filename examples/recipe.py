@@ -188,12 +188,16 @@ def pyplot() -> Any:
 
 
 def comparison_figure(table: list[dict[str, Any]], score: str) -> Any:
-    """A row for each task: `dev` by learning rate; `test`, with its extremes over seeds, by method."""
+    """A row for each task: `dev` by learning rate; `test`, with its extremes over seeds, by method.
+
+    `score` is what both are, where a task's rows do not say it themselves.
+    """
     tasks = list(dict.fromkeys(row.get("task", "") for row in table))
     size = (9, 2.7 * len(tasks))
     drawn, axes = pyplot().subplots(len(tasks), 2, figsize=size, squeeze=False, layout="constrained")
     for task, (left, right) in zip(tasks, axes):
         rows = [row for row in table if row.get("task", "") == task]
+        score = rows[0].get("score", score)
         for y, row in enumerate(rows):
             rates, dev = [float(rate) for rate in row["rates"]], list(row["rates"].values())
             if len(rates) == 1:  # nothing to sweep
@@ -202,9 +206,9 @@ def comparison_figure(table: list[dict[str, Any]], score: str) -> Any:
                 left.plot(rates, dev, "o-", color=f"C{y}", label=row["method"])
             reach = [[row["test"] - row["lowest"]], [row["highest"] - row["test"]]]
             right.errorbar(row["test"], y, xerr=reach, fmt="o", color=f"C{y}", capsize=4)
-        left.set(xscale="log", xlabel="learning rate", ylabel=f"{task} dev: {score}".strip())
+        left.set(xscale="log", xlabel="learning rate", ylabel=f"{task} dev\n{score}".strip())
         left.legend(fontsize=8)
-        right.set(xlabel=f"{task} test: {score}, {rows[0]['seeds']} seed(s)".strip(), ylim=(len(rows) - 0.5, -0.5))
+        right.set(xlabel=f"{task} test: {score}, seeds: {rows[-1]['seeds']}".strip(), ylim=(len(rows) - 0.5, -0.5))
         right.set_yticks(range(len(rows)), [f"{row['method']}\n{row['parameters']:,}" for row in rows])
         right.grid(axis="x", alpha=0.3)
     return drawn
