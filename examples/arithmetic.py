@@ -60,7 +60,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         new_tokens=80,
         eval_batch=16,
         rows=16,
-        held=24,
+        held=16,
     ),
 }
 

@@ -55,8 +55,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         max_length=128,
         new_tokens=8,
         eval_batch=16,
-        rows=64,
-        held=32,
+        rows=48,
+        held=24,
     ),
 }
 _CHOICE = re.compile(r"\b(true|false|solution[12]|answer[1-6]|ending[1-4]|option[12])\b")
