@@ -8,7 +8,7 @@ mean over seeds. Every method has the same three rates to choose from. FOLDER ha
 `--data` the sets come from the Hub. Results are kept in OUTPUT/results.json, and a run that is there is not run again;
 one that was interrupted goes on from its last checkpoint.
 
-TREC with MiniLM, accuracy over three seeds (CPU minutes a run): LoReFT 0.905 (1.1), LoRA 0.911 (1.2), head 0.516 (0.6).
+TREC with MiniLM, accuracy over 3 seeds (CPU minutes a run): LoReFT 0.905 (1.1), LoRA 0.911 (1.2), head 0.516 (0.6).
 """
 
 import random
