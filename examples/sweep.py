@@ -5,7 +5,11 @@
 
 One field at a time, each from the best of those before it, by what the recipe calls `dev`; `test` is looked at for the
 default and for what was found alone, over all seeds. Arguments are those of the recipe; the default is its setting
-with the middle learning rate. Results are kept in OUTPUT/results.json, the table is OUTPUT/table.json.
+with the middle learning rate. Results are kept in OUTPUT/results.json, the table is OUTPUT/table.json, the figure is
+OUTPUT/sweep_TASK.png (extra `viz`).
+
+TREC with MiniLM: 0.853 by default (0.840 to 0.872 over 3 seeds), 0.868 (0.836 to 0.888) with what was found, r=16
+instead of 4 (20 runs, 8 CPU minutes).
 """
 
 import argparse
