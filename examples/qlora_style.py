@@ -8,6 +8,9 @@ of the held-out rows chooses; `test` is the loss on the other half. FOLDER has u
 without `--data` the set comes from the Hub. Memory is torch's peak on a GPU, the process's on a CPU; of the latter the
 larger part is Python, torch and the base model while it is quantised. Results are kept in OUTPUT/results.json, and an
 interrupted run goes on from its last checkpoint.
+
+SmolLM2-135M, 10 steps of 2 rows, one seed: LoReFT (138,360 parameters) 2.004, LoRA (2,442,240) 1.885; peaks of 1596 to
+1974 MiB and of 1730 to 1920 over the three rates; 0.8 CPU minutes a run.
 """
 
 import argparse
