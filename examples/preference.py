@@ -6,6 +6,9 @@
 FOLDER has ultrafeedback_1k/ultrafeedback_1k.json, which holds answers without pairs: the rejected answer is that to
 another question there. The curve of margins goes to OUTPUT/results.json and preference.png (extra `viz`); training
 goes on from the last checkpoint in OUTPUT.
+
+SmolLM2-135M, 20 steps of 2 pairs: the margin is 0 at first, 0.53 on average over the first ten steps and 1.30 over the
+last ten; 2.0 CPU minutes.
 """
 
 import json
@@ -68,7 +71,7 @@ def figure(table: list[dict[str, Any]]) -> Any:
     above.set(ylabel="margin of rewards")
     below.plot(steps, [row["accuracy"] for row in table], "o-", color="C1")
     below.axhline(0.5, color="0.7", lw=1)
-    below.set(xlabel="step", ylabel="chosen preferred", ylim=(0, 1.05))
+    below.set(xlabel="step", ylabel="chosen preferred", ylim=(-0.05, 1.05), xticks=steps)
     return drawn
 
 
