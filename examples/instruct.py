@@ -5,7 +5,8 @@
 
 FOLDER has ultrafeedback_1k/ultrafeedback_1k.json. OUTPUT/alpaca_eval.json is what `alpaca_eval --model_outputs`
 evaluates, with an annotator of yours; with `--data` the questions are the four below, else AlpacaEval's.
-OUTPUT/results.json has the training loss, and answers before and after; training goes on from the last checkpoint.
+OUTPUT/results.json has the loss on held-out rows and answers, before and after; training goes on from the last
+checkpoint.
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
-from recipe import CHECKPOINTS, arguments, publish, pyplot, resume, trainable
+from recipe import CHECKPOINTS, arguments, publish, resume, trainable
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -48,6 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         questions=805,
         new_tokens=2048,
         seed=42,
+        held=300,
     ),
     "cpu": dict(
         model="HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -64,6 +66,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         questions=4,
         new_tokens=60,
         seed=42,
+        held=24,
     ),
 }
 
@@ -100,13 +103,6 @@ def answers(model: Any, tokenizer: Any, questions: list[str], new_tokens: int) -
     return found
 
 
-def figure(curve: dict[int, float]) -> Any:
-    drawn, axis = pyplot().subplots(figsize=(6, 2.8), layout="constrained")
-    axis.plot(list(curve), list(curve.values()), "o-")
-    axis.set(xlabel="step", ylabel="training loss")
-    return drawn
-
-
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, PRESETS, argv)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -128,31 +124,35 @@ def main(argv: list[str] | None = None) -> None:
             warmup_steps=0.1,
             report_to="none",
             logging_steps=10,
+            per_device_eval_batch_size=args.batch,
             seed=args.seed,
             bf16=torch.cuda.is_available(),
             **CHECKPOINTS,
         ),
-        train_dataset=data,
+        train_dataset=data.select(range(args.held, len(data))),
+        eval_dataset=data.select(range(args.held)),
         processing_class=tokenizer,
         peft_config=LoreftConfig(
             task_type="CAUSAL_LM", r=args.r, positions=args.positions, tie=args.tie, layers=args.layers
         ),
     )
+    losses = {"before": trainer.evaluate()["eval_loss"]}  # an adapter starts as the base model
     resume(trainer)
+    losses["after"] = trainer.evaluate()["eval_loss"]
     trainer.save_model(str(args.output / "adapter"))
     trained = trainer.model.eval()
     trained.config.use_cache = True
     after = answers(trained, tokenizer, questions, args.new_tokens)
     for question, old, new in zip(questions, before, after):
         print(f"\n> {question}\nbefore: {old}\nafter:  {new}")
-    curve = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
     samples = [{"instruction": q, "before": old, "after": new} for q, old, new in zip(questions, before, after)]
-    results = {"parameters": trainable(trained), "loss": curve, "answers": samples}
+    results = {"parameters": trainable(trained), "loss": losses, "answers": samples}
     (args.output / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    publish("instruct", args, figure(curve))
+    publish("instruct", args)
     outputs = [{"instruction": q, "output": a, "generator": "loreft"} for q, a in zip(questions, after)]
     (args.output / "alpaca_eval.json").write_text(json.dumps(outputs, indent=1, ensure_ascii=False) + "\n")
-    print(f"\n{trainable(trained):,} parameters; {len(outputs)} answers in {args.output / 'alpaca_eval.json'}")
+    print(f"\nloss on {args.held} held-out rows: {losses['before']:.3f} before, {losses['after']:.3f} after")
+    print(f"{trainable(trained):,} parameters; {len(outputs)} answers in {args.output / 'alpaca_eval.json'}")
 
 
 if __name__ == "__main__":

@@ -258,10 +258,10 @@ def test_choices(text, expected, monkeypatch):
 
 def test_instruct(model, data, tmp_path):
     arguments = ["--data", data, "--model", model, "--output", tmp_path / "out", "--steps", 2, "--new-tokens", 3]
-    out = recipe("instruct", *arguments, "--questions", 2)
+    out = recipe("instruct", *arguments, "--questions", 2, "--held", 4)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [{*answer} for answer in results["answers"]] == [{"instruction", "before", "after"}] * 2
-    assert (tmp_path / "out" / "instruct.png").is_file()
+    assert results["loss"].keys() == {"before", "after"}
     answers = json.loads((tmp_path / "out" / "alpaca_eval.json").read_text())
     assert [{*answer} for answer in answers] == [{"instruction", "output", "generator"}] * 2
     assert "before:" in out and "after:" in out
