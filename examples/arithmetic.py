@@ -7,6 +7,9 @@ LoReFT as in the paper (f7+l7), the same with edits while decoding (f7+l7+g), wi
 LoRA; each with three learning rates, of which the loss on held-out training rows chooses. FOLDER has gsm8k/train.jsonl
 and test.jsonl. `test` is the loss on other held-out rows; accuracy is the share of answers whose last number (AQuA:
 last letter) is the right one, greedily, at the chosen rate. Results stay in OUTPUT/results.json and answers.json.
+
+SmolLM2-135M, 30 steps of 2 rows of GSM8K, one seed, loss on 16 held-out rows: base 1.379, LoReFT 1.057, while decoding
+too 0.994, shared by layers 1.141, LoRA 0.944; no method solves one of 16 problems (15 CPU minutes).
 """
 
 import json

@@ -207,7 +207,9 @@ def comparison_figure(table: list[dict[str, Any]], score: str) -> Any:
             reach = [[row["test"] - row["lowest"]], [row["highest"] - row["test"]]]
             right.errorbar(row["test"], y, xerr=reach, fmt="o", color=f"C{y}", capsize=4)
         left.set(xscale="log", xlabel="learning rate", ylabel=f"{task} dev\n{score}".strip())
-        left.legend(fontsize=8)
+        left.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        left.minorticks_off()
+        left.legend(fontsize=8, framealpha=0.6)
         right.set(xlabel=f"{task} test: {score}, seeds: {rows[-1]['seeds']}".strip(), ylim=(len(rows) - 0.5, -0.5))
         right.set_yticks(range(len(rows)), [f"{row['method']}\n{row['parameters']:,}" for row in rows])
         right.grid(axis="x", alpha=0.3)
