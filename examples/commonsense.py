@@ -7,6 +7,9 @@ Trained on commonsense_170k, evaluated on BoolQ, PIQA, SIQA, HellaSwag, WinoGran
 folder is no such clone, TREC (six choices) and CoLA (true or false) are put into the same format: FOLDER has
 trec/*.txt and cola/*.tsv. LoReFT and LoRA have three learning rates each, of which the loss on held-out training rows
 chooses; answers are generated with the chosen one. Results are kept in OUTPUT/results.json and answers.json.
+
+SmolLM2-135M, 40 steps of 4 rows, one seed: LoReFT 12 of 48 right on TREC and 33 of 48 on CoLA, LoRA the same: both
+learn the format and, it seems, one answer to all (held-out loss 0.206 and 0.204; 9 CPU minutes).
 """
 
 import random
@@ -115,7 +118,8 @@ def main(argv: list[str] | None = None) -> None:
     table = [{**row, **row["scores"]} for row in table]
     columns = ["method", "parameters", "learning_rate", "test", *table[0]["scores"], "accuracy", "cpu_minutes"]
     show(table, columns)
-    publish("commonsense", args, comparison_figure(table, "loss on held-out rows"))
+    # Without the base, which does not know the format and is far off.
+    publish("commonsense", args, comparison_figure(table[1:], "loss on held-out rows"))
 
 
 if __name__ == "__main__":
