@@ -7,6 +7,8 @@ The edited model generates in turns with the frozen base, so that a slow moment 
 round is compared with the base's in the same round; LoRA (query and value, not merged) stands beside it. One thing
 changes at a time, from r=8, the last token, ten layers. Adapters are fresh: time does not depend on what they learned.
 Results are kept in OUTPUT/results.json; the figure is OUTPUT/overhead.png (extra `viz`).
+
+SmolLM2-135M, base 1.2 s: LoReFT 0.00 to 0.04 s more over all settings, LoRA 0.01 to 0.08 s (3 CPU minutes).
 """
 
 import sys
@@ -18,6 +20,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from recipe import Results, arguments, publish, pyplot, show
 from torch import nn
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from peft_reft import LoreftConfig
@@ -118,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     common = dict(new_tokens=args.new_tokens, prompt_tokens=args.prompt_tokens, rounds=args.rounds)
     results, table = Results(args.output / "results.json", **common), []
-    for name, points in configurations(args, base.config.num_hidden_layers).items():
+    for name, points in tqdm(configurations(args, base.config.num_hidden_layers).items()):
 
         def run(what: str, values: list[int], points: Points = points) -> dict[str, Any]:
             return generation(base, points, inputs, args.new_tokens, args.rounds)
