@@ -106,7 +106,9 @@ def figure(table: list[dict[str, Any]], tokens: int) -> Any:
                 )
         axis.axhline(0, color="0.7", lw=1)
         axis.set(xlabel=what, xscale="log")
-        axis.set_xticks([row["value"] for row in rows or table[:1]])
+        values = sorted({row["value"] for row in table if row["what"] == what})
+        axis.set_xticks(values, values)
+        axis.minorticks_off()
     axes[0].set_ylabel(f"s more than the base,\n{tokens} new tokens")
     axes[-1].legend()
     return drawn
