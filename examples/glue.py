@@ -137,7 +137,7 @@ def runner(args: Any, task: str) -> Callable[..., dict[str, Any]]:
         lora = dict(r=8, lora_alpha=16, target_modules=["query", "value"])
         model = adapt(base, method, "SEQ_CLS", {**default(args, task), **(loreft or {})}, lora)
         settings = dict(max_steps=args.steps, num_train_epochs=args.epochs, per_device_train_batch_size=args.batch)
-        folder = args.output / slug(task, method, learning_rate, seed, *(loreft or {}).values())
+        folder = args.output / slug(task, method, learning_rate, seed, args.steps, *(loreft or {}).values())
         train(model, rows, collate, folder, seed, learning_rate=learning_rate, **settings)
         scores = {name: evaluate(model, part, collate, task) for name, part in halves.items()}
         return {**scores, "parameters": trainable(model)}

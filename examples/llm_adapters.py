@@ -106,7 +106,7 @@ def runner(
             )
             torch.manual_seed(seed)
             model = get_peft_model(model, config)
-            name = slug(method, learning_rate, seed, *(loreft or {}).values())
+            name = slug(method, learning_rate, seed, args.steps, *(loreft or {}).values())
             settings = dict(max_steps=args.steps, num_train_epochs=args.epochs, per_device_train_batch_size=args.batch)
             train(model, encoded, collate, args.output / name, seed, learning_rate=learning_rate, **settings)
             model.save_pretrained(args.output / "adapters" / name)
@@ -139,7 +139,9 @@ def evaluate(
     def answer(method: str, learning_rate: float, seed: int) -> dict[str, Any]:
         model = load(args)
         if method != "base":
-            model = PeftModel.from_pretrained(model, str(args.output / "adapters" / slug(method, learning_rate, seed)))
+            model = PeftModel.from_pretrained(
+                model, str(args.output / "adapters" / slug(method, learning_rate, seed, args.steps))
+            )
         settings = dict(max_new_tokens=args.new_tokens, do_sample=False)
         scores = {
             name: accuracy(model.eval(), tokenizer, rows, template, extract, args.eval_batch, **settings)

@@ -80,7 +80,7 @@ def one(method: str, learning_rate: float, seed: int, args: argparse.Namespace) 
     model = AutoModelForCausalLM.from_pretrained(args.model, quantization_config=four_bit, dtype=compute)
     given = rows(args.data)
     dev, test = range(args.held // 2), range(args.held // 2, args.held)
-    folder = args.output / slug(method, learning_rate, seed)
+    folder = args.output / slug(method, learning_rate, seed, args.steps)
     settings = SFTConfig(
         output_dir=str(folder),
         max_steps=args.steps,
