@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 SMOLLM2 = outputs/SmolLM2-135M-Instruct
 
-.PHONY: quickstart test test-slow test-extras test-oldest support-table bench bench-curves bench-others recipes docs dist check format clean
+.PHONY: quickstart test test-slow test-extras test-oldest support-table bench bench-curves bench-others docs dist check format clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -88,6 +88,7 @@ bench-curves: $(BIN)/.installed
 # folder with trec/, cola/, alice/, gsm8k/, german/ and ultrafeedback_1k/. Run again, it goes on where it was stopped.
 RECIPES = glue memorisation sweep qlora_style preference instruct arithmetic commonsense overhead composition
 MINILM = sentence-transformers/all-MiniLM-L6-v2
+.PHONY: recipes
 recipes: $(RECIPES:%=recipe-%)
 recipe-%: $(SMOLLM2)/model.safetensors
 	$(BIN)/python -W ignore examples/$*.py $(if $(filter composition,$*),,--preset cpu) --docs docs --output outputs/$* \
