@@ -37,6 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         positions=[1, 2, 8, 32],
         ranks=[1, 8, 64],
         layers=[1, 10, 32],
+        seed=42,
     ),
     "cpu": dict(
         model="HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -46,6 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         positions=[1, 2, 8, 32],
         ranks=[1, 8, 64],
         layers=[1, 10, 30],
+        seed=42,
     ),
 }
 Points = dict[int, dict[str, Any]]  # value -> method -> configuration
@@ -117,6 +119,7 @@ def figure(table: list[dict[str, Any]], tokens: int) -> Any:
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, PRESETS, argv)
     torch.set_num_threads(1)
+    torch.manual_seed(args.seed)
     base = AutoModelForCausalLM.from_pretrained(args.model).eval().requires_grad_(False)
     base = base.to("cuda" if torch.cuda.is_available() else "cpu")
     ids = torch.randint(10, base.config.vocab_size, (1, args.prompt_tokens), device=base.device)
