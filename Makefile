@@ -63,6 +63,17 @@ support-table: $(BIN)/.installed $(VENV)-extras/.installed
 	$(BIN)/python -m pytest -n 2 -m cell --support-table
 	GPTQMODEL_CPU_WORKERS=2 $(VENV)-extras/bin/python -m pytest tests/extras -m cell --support-table
 
+# The paper's experiments at small scale, with their figures and results in docs/; about two hours on one core. DATA is a
+# folder with trec/, cola/, alice/, gsm8k/, german/ and ultrafeedback_1k/. Run again, it goes on where it was stopped.
+RECIPES = glue memorisation sweep qlora_style preference instruct arithmetic commonsense overhead composition
+MINILM = sentence-transformers/all-MiniLM-L6-v2
+.PHONY: recipes
+recipes: $(RECIPES:%=recipe-%)
+recipe-%: $(SMOLLM2)/model.safetensors
+	$(BIN)/python -W ignore examples/$*.py $(if $(filter composition,$*),,--preset cpu) --docs docs --output outputs/$* \
+		--model $(if $(filter glue sweep,$*),$(MINILM),$(SMOLLM2)) $(if $(filter overhead,$*),,--data $(DATA)) \
+		$(if $(filter sweep,$*),--tasks trec --steps 100) $(ARGS)
+
 # Side by side with LoRA and IA3; about 40 minutes on two cores that have nothing else to do.
 bench: $(BIN)/.installed
 	$(BIN)/python -W ignore benchmarks/bench.py --out docs/performance.json $(ARGS)

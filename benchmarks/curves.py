@@ -9,7 +9,7 @@ the paper's figure of generation time.
 
 import argparse
 import os
-from functools import partial
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -20,12 +20,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from bench import batch, build, own_time, step
-from measure import SMOLLM2, interleave, share
-from peft import LoraConfig, get_peft_model
+from measure import SMOLLM2, share
+from peft import get_peft_model
 from torch import nn
 from tqdm import tqdm
 
 from peft_reft import LoreftConfig
+
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+from overhead import generation, lora
 
 SMALL = {**SMOLLM2, "num_hidden_layers": 4, "vocab_size": 2048}
 USUAL = dict(task_type="CAUSAL_LM", r=4, positions="f7+l7")
@@ -69,32 +72,27 @@ def curves(times: int) -> dict[str, dict[int, float]]:
     return found
 
 
-def generation(rounds: int) -> dict[str, dict[str, dict[int, float]]]:
+def times_to_generate(rounds: int) -> dict[str, dict[str, dict[int, float]]]:
     """Seconds to generate 32 tokens: by what changes, for each method, at each value."""
     base = build(SMALL)
     inputs = {name: value[:, :64] for name, value in inputs_of().items() if name != "labels"}
+    every = [*range(4)]
 
-    def lora(r: int, layers: int = 4) -> nn.Module:
-        config = LoraConfig(task_type="CAUSAL_LM", r=r, target_modules=["q_proj", "v_proj"])
-        config.layers_to_transform = list(range(layers))
-        return get_peft_model(share(base), config)
+    def edit(**kwargs: object) -> LoreftConfig:
+        return LoreftConfig(**{**USUAL, **kwargs})
 
     sweeps = {
-        "positions p + s": {2 * n: {"LoReFT": loreft(base, positions=f"f{n}+l{n}")} for n in (1, 4, 16)},
-        "rank r": {r: {"LoReFT": loreft(base, r=r), "LoRA": lora(r)} for r in (1, 8, 64)},
-        "layers": {n: {"LoReFT": loreft(base, layers=list(range(n))), "LoRA": lora(8, n)} for n in (1, 2, 4)},
+        "positions p + s": {2 * n: {"LoReFT": edit(positions=f"f{n}+l{n}")} for n in (1, 4, 16)},
+        "rank r": {r: {"LoReFT": edit(r=r), "LoRA": lora(every, r)} for r in (1, 8, 64)},
+        "layers": {n: {"LoReFT": edit(layers=every[:n]), "LoRA": lora(every[:n])} for n in (1, 2, 4)},
     }
     found: dict[str, dict[str, dict[int, float]]] = {}
     for what, points in sweeps.items():
-        models = {"base": share(base)} | {f"{m} {x}": model for x, at in points.items() for m, model in at.items()}
-        settings = dict(inputs, do_sample=False, max_new_tokens=32)
-        runs = {name: partial(model.eval().generate, **settings) for name, model in models.items()}
-        ratios = interleave(runs, "base", rounds)
-        seconds = ratios["base"].milliseconds / 1e3
-        found[what] = {"base": dict.fromkeys(points, seconds)}
-        for x, at in points.items():
-            for method in at:
-                found[what].setdefault(method, {})[x] = ratios[f"{method} {x}"].wall * seconds
+        measured = generation(base, points, inputs, 32, rounds)
+        found[what] = {"base": dict.fromkeys(points, measured["base"])}
+        for name, (more, *_) in measured["more"].items():
+            method, value = name.split()
+            found[what].setdefault(method, {})[int(value)] = measured["base"] + more
     return found
 
 
@@ -107,7 +105,7 @@ def main() -> None:
     progress = tqdm(total=2)
     overhead = curves(args.rounds)
     progress.update()
-    seconds = generation(args.rounds)
+    seconds = times_to_generate(args.rounds)
     progress.update()
     figure, axes = plt.subplots(3, 3, figsize=(11, 8.5), layout="constrained")
     for axis, (what, points) in zip(axes.flat, overhead.items()):

@@ -5,7 +5,11 @@
 
 LoReFT as in the paper (f7+l7), the same with edits while decoding (f7+l7+g), with one edit shared by all layers, and
 LoRA; each with three learning rates, of which the loss on held-out training rows chooses. FOLDER has gsm8k/train.jsonl
-and test.jsonl. Accuracy is the share of answers whose last number (AQuA: last letter) is the right one, greedily.
+and test.jsonl. `test` is the loss on other held-out rows; accuracy is the share of answers whose last number (AQuA:
+last letter) is the right one, greedily, at the chosen rate. Results stay in OUTPUT/results.json and answers.json.
+
+SmolLM2-135M, 30 steps of 2 rows of GSM8K, one seed, loss on 16 held-out rows: base 1.379, LoReFT 1.057, while decoding
+too 0.994, shared by layers 1.141, LoRA 0.944; no method solves one of 16 problems (15 CPU minutes).
 """
 
 import json
@@ -14,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import llm_adapters
-from recipe import Results, arguments, compare, show
+from recipe import arguments, comparison_figure, publish, show
 
 TEMPLATE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -27,6 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "loreft, shared by layers": {**PAPER, "tie": "model"},
     "lora": dict(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]),
 }
+LOWER = True  # `dev` is a loss
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(
         model="yahma/llama-7b-hf",
@@ -42,6 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         new_tokens=256,
         eval_batch=64,
         rows=10**9,
+        held=300,
     ),
     "cpu": dict(
         model="HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -51,12 +57,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         learning_rates=[5e-4, 1e-3, 2e-3],
         seeds=[42],
         epochs=1.0,
-        steps=60,
-        batch=4,
-        max_length=192,
-        new_tokens=128,
-        eval_batch=32,
-        rows=64,
+        steps=30,
+        batch=2,
+        max_length=128,
+        new_tokens=80,
+        eval_batch=16,
+        rows=16,
+        held=16,
     ),
 }
 
@@ -82,21 +89,34 @@ def number(text: str) -> str | None:
     return f"{float(found[-1]):g}"
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = arguments(__doc__, PRESETS, argv)
+def data(args: Any) -> tuple[list[llm_adapters.Example], dict[str, list[llm_adapters.Example]]]:
+    """Rows to train on, and to answer."""
     folder = Path(args.data)
     if (folder / "gsm8k" / "train.jsonl").is_file():
         rows, tests = gsm8k(folder / "gsm8k" / "train.jsonl"), {"gsm8k": gsm8k(folder / "gsm8k" / "test.jsonl")}
     else:
         rows = llm_adapters.read(folder, training="math_10k")
         tests = {name: llm_adapters.read(folder, test=name) for name in args.tests}
-    tests = {
-        name: [{**row, "answer": number(row["answer"])} for row in test[: args.rows]] for name, test in tests.items()
-    }
-    run = llm_adapters.runner(args, METHODS, rows, tests, TEMPLATE, number)
-    results = Results(args.output / "results.json")
-    table = compare(results, run, args.methods, args.learning_rates, args.seeds)
-    show(table, ["method", "parameters", "learning_rate", "test", "lowest", "highest", "seeds", "cpu_minutes"])
+    return rows, {n: [{**row, "answer": number(row["answer"])} for row in t[: args.rows]] for n, t in tests.items()}
+
+
+# What sweep.py asks of a recipe.
+results_of = llm_adapters.results_of
+
+
+def default(args: Any, task: str) -> dict[str, Any]:
+    return dict(PAPER, dropout=0.0)
+
+
+def runner(args: Any, task: str) -> Any:
+    return llm_adapters.runner(args, METHODS, data(args)[0], TEMPLATE)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(__doc__, PRESETS, argv)
+    table = llm_adapters.evaluate(args, "arithmetic", runner(args, "arithmetic"), data(args)[1], TEMPLATE, number)
+    show(table, ["method", "parameters", "learning_rate", "test", "lowest", "highest", "accuracy", "cpu_minutes"])
+    publish("arithmetic", args, comparison_figure(table, "loss on held-out rows"))
 
 
 if __name__ == "__main__":

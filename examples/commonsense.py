@@ -1,18 +1,25 @@
 """Commonsense reasoning: eight multiple-choice sets in LLM-Adapters' format, greedy decoding, accuracy on each.
 
     python examples/commonsense.py --data LLM_ADAPTERS_CLONE                                   # LLaMA-7B, a GPU
-    python examples/commonsense.py --preset cpu --data LLM_ADAPTERS_CLONE --model SMOLLM2_FOLDER
+    python examples/commonsense.py --preset cpu --data FOLDER --model SMOLLM2_FOLDER
 
-Trained on commonsense_170k, evaluated on BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC-e, ARC-c, OBQA. LoReFT and LoRA
-have three learning rates each, of which the loss on held-out training rows chooses.
+Trained on commonsense_170k, evaluated on BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC-e, ARC-c, OBQA. Where the
+folder is no such clone, TREC (six choices) and CoLA (true or false) are put into the same format: FOLDER has
+trec/*.txt and cola/*.tsv. LoReFT and LoRA have three learning rates each, of which the loss on held-out training rows
+chooses; answers are generated with the chosen one. Results are kept in OUTPUT/results.json and answers.json.
+
+SmolLM2-135M, 40 steps of 4 rows, one seed: LoReFT 12 of 48 right on TREC and 33 of 48 on CoLA, LoRA the same: both
+learn the format and, it seems, one answer to all (held-out loss 0.206 and 0.204; 9 CPU minutes).
 """
 
+import random
 import re
 from pathlib import Path
 from typing import Any
 
+import glue
 import llm_adapters
-from recipe import Results, arguments, compare, show
+from recipe import arguments, comparison_figure, publish, show
 
 TEMPLATE = "{}\n"
 METHODS: dict[str, dict[str, Any]] = {
@@ -20,6 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": dict(r=32, lora_alpha=64, target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]),
 }
 TESTS = ["boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa"]
+LOWER = True  # `dev` is a loss
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(
         model="yahma/llama-7b-hf",
@@ -35,6 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         new_tokens=32,
         eval_batch=64,
         rows=10**9,
+        held=300,
     ),
     "cpu": dict(
         model="HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -44,15 +53,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         learning_rates=[5e-4, 1e-3, 2e-3],
         seeds=[42],
         epochs=1.0,
-        steps=60,
+        steps=40,
         batch=4,
-        max_length=192,
-        new_tokens=12,
-        eval_batch=32,
-        rows=64,
+        max_length=128,
+        new_tokens=8,
+        eval_batch=16,
+        rows=48,
+        held=24,
     ),
 }
-_CHOICE = re.compile(r"\b(true|false|solution[12]|answer[1-5]|ending[1-4]|option[12])\b")
+_CHOICE = re.compile(r"\b(true|false|solution[12]|answer[1-6]|ending[1-4]|option[12])\b")
 
 
 def choice(text: str) -> str | None:
@@ -61,20 +71,55 @@ def choice(text: str) -> str | None:
     return found[1] if found else None
 
 
+def as_question(task: str, row: dict[str, Any]) -> llm_adapters.Example:
+    """A row of TREC or CoLA as LLM-Adapters would put it."""
+    if task == "trec":
+        kinds = ["description", "entity", "abbreviation", "human", "location", "number"]
+        choices = " ".join(f"Answer{n}: {kind}" for n, kind in enumerate(kinds, 1))
+        prompt = f"Please choose what the question asks for.\n\nQuestion: {row['text']}\n\n{choices}"
+        answer = f"answer{row['label'] + 1}"
+    else:
+        prompt = f"Please answer with true or false.\n\nIs this good English? {row['sentence']}"
+        answer = "true" if row["label"] else "false"
+    return {"prompt": prompt, "completion": f"the correct answer is {answer}", "answer": answer}
+
+
+def data(args: Any) -> tuple[list[llm_adapters.Example], dict[str, list[llm_adapters.Example]]]:
+    """Rows to train on, and to answer."""
+    folder = Path(args.data)
+    if (folder / "ft-training_set").is_dir():
+        rows = llm_adapters.read(folder, training="commonsense_170k")
+        return rows, {name: llm_adapters.read(folder, test=name)[: args.rows] for name in args.tests}
+    rows, tests = [], {}
+    for task in ("trec", "cola"):
+        train, test = ([as_question(task, row) for row in part] for part in glue.local(folder, task))
+        random.Random(0).shuffle(test)
+        rows += train
+        tests[task] = test[: args.rows]
+    random.Random(0).shuffle(rows)
+    return rows, tests
+
+
+# What sweep.py asks of a recipe.
+results_of = llm_adapters.results_of
+
+
+def default(args: Any, task: str) -> dict[str, Any]:
+    return dict(METHODS["loreft"], dropout=0.0)
+
+
+def runner(args: Any, task: str) -> Any:
+    return llm_adapters.runner(args, METHODS, data(args)[0], TEMPLATE)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, PRESETS, argv)
-    folder = Path(args.data)
-    rows = llm_adapters.read(folder, training="commonsense_170k")
-    tests = {name: llm_adapters.read(folder, test=name)[: args.rows] for name in args.tests}
-    run = llm_adapters.runner(args, METHODS, rows, tests, TEMPLATE, choice)
-    results = Results(args.output / "results.json")
-    table = compare(results, run, args.methods, args.learning_rates, args.seeds)
-    show(table, ["method", "parameters", "learning_rate", "test", "lowest", "highest", "seeds", "cpu_minutes"])
-    for row in table:
-        best = next(
-            r for r in results.runs if (r["method"], r["learning_rate"]) == (row["method"], row["learning_rate"])
-        )
-        print(row["method"], {name: round(score, 3) for name, score in best["scores"].items()})
+    table = llm_adapters.evaluate(args, "commonsense", runner(args, "commonsense"), data(args)[1], TEMPLATE, choice)
+    table = [{**row, **row["scores"]} for row in table]
+    columns = ["method", "parameters", "learning_rate", "test", *table[0]["scores"], "accuracy", "cpu_minutes"]
+    show(table, columns)
+    # Without the base, which does not know the format and is far off.
+    publish("commonsense", args, comparison_figure(table[1:], "loss on held-out rows"))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@
 FOLDER has german/train.en and german/train.de, a sentence a line, and ultrafeedback_1k/ultrafeedback_1k.json, lines of
 JSON with `instruction` and `output`. Rows 0-3 of R learn to answer in German (a caption by its translation), rows 4-7
 to follow instructions. The same questions are then answered by the one, by the other and by both, and the share of
-German words in the answers is printed. On SmolLM2-135M-Instruct (60 steps, 9 minutes on a CPU):
+German words in the answers is printed. Results are in OUTPUT/results.json, the figure is OUTPUT/composition.png (extra
+`viz`), and training goes on from the last checkpoint in OUTPUT/checkpoints. On SmolLM2-135M-Instruct (60 steps, 9
+minutes on a CPU):
 
     neither       0%   Dogs are curious creatures that love exploring and discovering. They enjoy learning new ...
     German       67%   Ein Land, eine neuen Mann während. Einen Mann ist einer Land.
@@ -24,6 +26,7 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model
+from recipe import CHECKPOINTS, publish, pyplot, resume
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -81,6 +84,15 @@ def share_of_german(texts: list[str]) -> float:
     return len(GERMAN_WORDS.findall(text)) / max(1, len(text.split()))
 
 
+def figure(results: dict[str, dict]) -> object:
+    drawn, axis = pyplot().subplots(figsize=(5, 2.4), layout="constrained")
+    shares = [100 * found["share of German words"] for found in results.values()]
+    axis.barh([*results], shares)
+    axis.invert_yaxis()
+    axis.set(xlabel="German words in the answers, %", ylabel="rows of R in use", xlim=(0, 100))
+    return drawn
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with german/ and ultrafeedback_1k/")
@@ -90,8 +102,10 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=1000, help="of each task")
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--positions", default="f2+l4")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--docs", type=Path, help="folder that gets figures/NAME.png and results/NAME.json as well")
     args = parser.parse_args()
-    set_seed(42)
+    set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     config = LoreftConfig(task_type="CAUSAL_LM", r=8, positions=args.positions)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(args.model), config)
@@ -107,11 +121,12 @@ def main() -> None:
         warmup_steps=args.steps // 10,
         logging_steps=max(1, args.steps // 6),
         remove_unused_columns=False,  # `subspaces` is not an argument of the model's forward, but of ours
-        save_strategy="no",
+        seed=args.seed,
         report_to="none",
+        **CHECKPOINTS,
     )
     collator = DataCollatorForLoreft(DataCollatorForSeq2Seq(tokenizer), config)
-    Trainer(model, settings, train_dataset=data, data_collator=collator).train()
+    resume(Trainer(model, settings, train_dataset=data, data_collator=collator))
     model.save_pretrained(args.output / "adapter")
 
     model.eval()
@@ -123,7 +138,8 @@ def main() -> None:
         print(f"\n{name}: {share_of_german(given):.0%} German words")
         for text, answer in zip(QUESTIONS, given):
             print(f"  {text:40} {' '.join(answer.split())}")
-    (args.output / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False))
+    (args.output / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    publish("composition", args, figure(results))
 
 
 if __name__ == "__main__":

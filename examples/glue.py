@@ -5,7 +5,11 @@
 
 The paper's protocol: half of the validation data is held out for the score, the other half chooses the learning rate;
 mean over seeds. Every method has the same three rates to choose from. FOLDER has cola/*.tsv and trec/*.txt; without
-`--data` the sets come from the Hub. Results are kept in OUTPUT/results.json, and a run that is there is not run again.
+`--data` the sets come from the Hub. Results are kept in OUTPUT/results.json, and a run that is there is not run again;
+one that was interrupted goes on from its last checkpoint.
+
+TREC with MiniLM, accuracy over 3 seeds (CPU minutes a run): LoReFT 0.905 (1.1), LoRA 0.911 (1.2), head 0.516 (0.6).
+CoLA, one seed: a correlation of 0.000 for each at every rate; in 300 steps none leaves the majority class.
 """
 
 import random
@@ -14,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recipe import Results, adapt, arguments, compare, show, train, trainable
+from recipe import Results, adapt, arguments, compare, comparison_figure, publish, show, slug, train, trainable
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 FIELDS = {
@@ -30,6 +34,7 @@ FIELDS = {
 }
 # The paper's positions: p1 for MNLI, p11 for QNLI and QQP, else p3.
 POSITIONS = {"mnli": "f1", "qnli": "f11", "qqp": "f11"}
+LOWER = False  # `dev` is a score
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(
         model="FacebookAI/roberta-base",
@@ -53,7 +58,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         learning_rates=[1e-3, 3e-3, 9e-3],
         seeds=[42, 43, 44],
         epochs=1.0,
-        steps=400,
+        steps=300,
         batch=16,
         r=4,
         dropout=0.0,
@@ -129,25 +134,38 @@ def runner(args: Any, task: str) -> Callable[..., dict[str, Any]]:
     ) -> dict[str, Any]:
         torch.manual_seed(seed)
         base = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=labels)
-        fields = dict(r=args.r, positions=POSITIONS.get(task, "f3"), dropout=args.dropout)
         lora = dict(r=8, lora_alpha=16, target_modules=["query", "value"])
-        model = adapt(base, method, "SEQ_CLS", {**fields, **(loreft or {})}, lora)
+        model = adapt(base, method, "SEQ_CLS", {**default(args, task), **(loreft or {})}, lora)
         settings = dict(max_steps=args.steps, num_train_epochs=args.epochs, per_device_train_batch_size=args.batch)
-        train(model, rows, collate, args.output, seed, learning_rate=learning_rate, **settings)
+        folder = args.output / slug(task, method, learning_rate, seed, args.steps, *(loreft or {}).values())
+        train(model, rows, collate, folder, seed, learning_rate=learning_rate, **settings)
         scores = {name: evaluate(model, part, collate, task) for name, part in halves.items()}
         return {**scores, "parameters": trainable(model)}
 
     return run
 
 
+def default(args: Any, task: str) -> dict[str, Any]:
+    """Fields of `LoreftConfig`."""
+    return dict(r=args.r, positions=POSITIONS.get(task, "f3"), dropout=args.dropout)
+
+
+def results_of(args: Any) -> Results:
+    common = {name: getattr(args, name) for name in ("epochs", "steps", "batch", "r", "dropout", "max_length")}
+    return Results(args.output / "results.json", **common)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, PRESETS, argv)
-    results, table = Results(args.output / "results.json"), []
+    results, table = results_of(args), []
     for task in args.tasks:
         run = runner(args, task)
         table += compare(results, run, args.methods, args.learning_rates, args.seeds, task=task)
     columns = ["task", "method", "parameters", "learning_rate", "test", "lowest", "highest", "seeds", "cpu_minutes"]
     show(table, columns)
+    scores = {"cola": "Matthews correlation", "stsb": "correlation"}
+    scored = [{**row, "score": scores.get(row["task"], "accuracy")} for row in table]
+    publish("glue", args, comparison_figure(scored, "accuracy"))
 
 
 if __name__ == "__main__":

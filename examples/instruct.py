@@ -4,7 +4,11 @@
     python examples/instruct.py --preset cpu --data FOLDER --model SMOLLM2_FOLDER
 
 FOLDER has ultrafeedback_1k/ultrafeedback_1k.json. OUTPUT/alpaca_eval.json is what `alpaca_eval --model_outputs`
-evaluates, with an annotator of yours; with `--data` the questions are the last rows of the file, else AlpacaEval's.
+evaluates, with an annotator of yours; with `--data` the questions are the four below, else AlpacaEval's.
+OUTPUT/results.json has the loss on held-out rows and answers, before and after; training goes on from the last
+checkpoint.
+
+SmolLM2-135M-Instruct, 30 steps of 4 rows: 1.909 before, 1.818 after, on 24 held-out rows; 4 CPU minutes.
 """
 
 import json
@@ -13,7 +17,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
-from recipe import arguments, trainable
+from recipe import CHECKPOINTS, arguments, publish, resume, trainable
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -24,6 +28,12 @@ TEMPLATE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{}\n\n### Response:\n"
 )
+QUESTIONS = [
+    "How do I make a pizza?",
+    "Give me three tips for learning a language.",
+    "Why is the sky blue?",
+    "Write a short poem about the sea.",
+]
 # The paper's: rank 4, p5+s5, prefix and suffix apart, four layers.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(
@@ -41,6 +51,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         questions=805,
         new_tokens=2048,
         seed=42,
+        held=300,
     ),
     "cpu": dict(
         model="HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -50,13 +61,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         tie="group",
         layers="all",
         epochs=1.0,
-        steps=60,
+        steps=30,
         batch=4,
         learning_rate=2e-3,
-        max_length=192,
+        max_length=128,
         questions=4,
         new_tokens=60,
         seed=42,
+        held=24,
     ),
 }
 
@@ -71,8 +83,7 @@ def rows(data: str | None, questions: int) -> tuple[Dataset, list[str]]:
     else:
         lines = (Path(data) / "ultrafeedback_1k" / "ultrafeedback_1k.json").read_text(encoding="utf-8").splitlines()
         given = [json.loads(line) for line in lines]
-        pairs = [(row["instruction"], row["output"]) for row in given[:-questions]]
-        asked = [row["instruction"] for row in given[-questions:]]
+        pairs, asked = [(row["instruction"], row["output"]) for row in given], QUESTIONS
     data_set = Dataset.from_list([{"prompt": TEMPLATE.format(q), "completion": answer} for q, answer in pairs])
     return data_set, asked[:questions]
 
@@ -112,29 +123,38 @@ def main(argv: list[str] | None = None) -> None:
             per_device_train_batch_size=args.batch,
             learning_rate=args.learning_rate,
             max_length=args.max_length,
-            warmup_steps=max(1, args.steps // 10),
-            save_strategy="no",
+            warmup_steps=0.1,
             report_to="none",
             logging_steps=10,
+            per_device_eval_batch_size=args.batch,
             seed=args.seed,
             bf16=torch.cuda.is_available(),
+            **CHECKPOINTS,
         ),
-        train_dataset=data,
+        train_dataset=data.select(range(args.held, len(data))),
+        eval_dataset=data.select(range(args.held)),
         processing_class=tokenizer,
         peft_config=LoreftConfig(
             task_type="CAUSAL_LM", r=args.r, positions=args.positions, tie=args.tie, layers=args.layers
         ),
     )
-    trainer.train()
+    losses = {"before": trainer.evaluate()["eval_loss"]}  # an adapter starts as the base model
+    resume(trainer)
+    losses["after"] = trainer.evaluate()["eval_loss"]
     trainer.save_model(str(args.output / "adapter"))
     trained = trainer.model.eval()
     trained.config.use_cache = True
     after = answers(trained, tokenizer, questions, args.new_tokens)
     for question, old, new in zip(questions, before, after):
         print(f"\n> {question}\nbefore: {old}\nafter:  {new}")
+    samples = [{"instruction": q, "before": old, "after": new} for q, old, new in zip(questions, before, after)]
+    results = {"parameters": trainable(trained), "loss": losses, "answers": samples}
+    (args.output / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    publish("instruct", args)
     outputs = [{"instruction": q, "output": a, "generator": "loreft"} for q, a in zip(questions, after)]
     (args.output / "alpaca_eval.json").write_text(json.dumps(outputs, indent=1, ensure_ascii=False) + "\n")
-    print(f"\n{trainable(trained):,} parameters; {len(outputs)} answers in {args.output / 'alpaca_eval.json'}")
+    print(f"\nloss on {args.held} held-out rows: {losses['before']:.3f} before, {losses['after']:.3f} after")
+    print(f"{trainable(trained):,} parameters; {len(outputs)} answers in {args.output / 'alpaca_eval.json'}")
 
 
 if __name__ == "__main__":

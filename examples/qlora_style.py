@@ -3,9 +3,14 @@
     python examples/qlora_style.py                                            # Llama-3.2-1B, a GPU
     python examples/qlora_style.py --preset cpu --data FOLDER --model SMOLLM2_FOLDER
 
-Each method trains in a process of its own, on the same rows. FOLDER has ultrafeedback_1k/ultrafeedback_1k.json;
+Each run is a process of its own, on the same rows. Both methods have three learning rates, of which the loss on half
+of the held-out rows chooses; `test` is the loss on the other half. FOLDER has ultrafeedback_1k/ultrafeedback_1k.json;
 without `--data` the set comes from the Hub. Memory is torch's peak on a GPU, the process's on a CPU; of the latter the
-larger part is Python, torch and the base model while it is quantised.
+larger part is Python, torch and the base model while it is quantised. Results are kept in OUTPUT/results.json, and an
+interrupted run goes on from its last checkpoint.
+
+SmolLM2-135M, 10 steps of 2 rows, one seed: LoReFT (138,360 parameters) 2.004, LoRA (2,442,240) 1.885; peaks of 1596 to
+1974 MiB and of 1730 to 1920 over the three rates; 0.8 CPU minutes a run.
 """
 
 import argparse
@@ -13,14 +18,13 @@ import json
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
-from recipe import arguments, show, trainable
+from recipe import CHECKPOINTS, Results, arguments, compare, comparison_figure, publish, resume, show, slug, trainable
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
@@ -34,7 +38,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         steps=200,
         batch=8,
         max_length=768,
-        learning_rates=[9e-4, 2e-4],
+        learning_rates=[2e-4, 6e-4, 2e-3],
+        seeds=[42, 43, 44],
+        held=200,
         only="",
     ),
     "cpu": dict(
@@ -44,7 +50,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         steps=10,
         batch=2,
         max_length=128,
-        learning_rates=[2e-3, 4e-4],
+        learning_rates=[4e-4, 2e-3, 1e-2],
+        seeds=[42],
+        held=24,
         only="",
     ),
 }
@@ -65,41 +73,47 @@ def rows(data: str | None) -> Dataset:
     return Dataset.from_list([{"prompt": f"{row['instruction']}\n", "completion": row["output"]} for row in given])
 
 
-def one(method: str, args: argparse.Namespace) -> dict[str, Any]:
+def one(method: str, learning_rate: float, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Train with one method; what it took."""
     compute = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
     model = AutoModelForCausalLM.from_pretrained(args.model, quantization_config=four_bit, dtype=compute)
+    given = rows(args.data)
+    dev, test = range(args.held // 2), range(args.held // 2, args.held)
+    folder = args.output / slug(method, learning_rate, seed, args.steps)
     settings = SFTConfig(
-        output_dir=str(args.output / method),
+        output_dir=str(folder),
         max_steps=args.steps,
         per_device_train_batch_size=args.batch,
-        learning_rate=dict(zip(args.methods, args.learning_rates))[method],
+        per_device_eval_batch_size=args.batch,
+        learning_rate=learning_rate,
+        warmup_steps=0.1,
         max_length=args.max_length,
-        save_strategy="no",
+        seed=seed,
         report_to="none",
         logging_steps=max(1, args.steps // 5),
         bf16=torch.cuda.is_available(),
+        **CHECKPOINTS,
     )
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
     trainer = SFTTrainer(
-        model, args=settings, train_dataset=rows(args.data), processing_class=tokenizer, peft_config=CONFIGS[method]()
+        model,
+        args=settings,
+        train_dataset=given.select(range(args.held, len(given))),
+        eval_dataset={"dev": given.select(dev), "test": given.select(test)},
+        processing_class=AutoTokenizer.from_pretrained(args.model),
+        peft_config=CONFIGS[method](),
     )
-    began = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - began
-    trainer.save_model(str(args.output / method))
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    resume(trainer)
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 2**20
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    trainer.save_model(str(folder))
+    losses = trainer.evaluate()
     return {
-        "method": method,
+        "dev": losses["eval_dev_loss"],
+        "test": losses["eval_test_loss"],
         "parameters": trainable(trainer.model),
-        "first loss": losses[0],
-        "last loss": losses[-1],
-        "seconds": seconds,
         "peak MiB": peak,
     }
 
@@ -107,16 +121,20 @@ def one(method: str, args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, PRESETS, argv)
     if args.only:
-        print("RESULT " + json.dumps(one(args.only, args)))
+        method, learning_rate, seed = json.loads(args.only)
+        print("RESULT " + json.dumps(one(method, learning_rate, seed, args)))
         return
-    table = []
-    for method in args.methods:
-        command = [sys.executable, __file__, *(argv if argv is not None else sys.argv[1:]), "--only", method]
+
+    def run(method: str, learning_rate: float, seed: int) -> dict[str, Any]:
+        only = json.dumps([method, learning_rate, seed])
+        command = [sys.executable, __file__, *(argv if argv is not None else sys.argv[1:]), "--only", only]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        table.append(json.loads(done.stdout.rpartition("RESULT ")[2]))
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "results.json").write_text(json.dumps(table, indent=1) + "\n")
-    show(table, list(table[0]))
+        return json.loads(done.stdout.rpartition("RESULT ")[2])
+
+    results = Results(args.output / "results.json", steps=args.steps, batch=args.batch, max_length=args.max_length)
+    table = compare(results, run, args.methods, args.learning_rates, args.seeds, lower=True)
+    show(table, ["method", "parameters", "learning_rate", "test", "lowest", "highest", "peak MiB", "cpu_minutes"])
+    publish("qlora_style", args, comparison_figure(table, "loss on held-out rows"))
 
 
 if __name__ == "__main__":

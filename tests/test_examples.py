@@ -108,6 +108,7 @@ def test_composition(model_id, tmp_path):
     assert all(f"\n{name}: " in out for name in ("neither", "German", "instructions", "both"))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(results["both"]["answers"]) == 3
+    assert (tmp_path / "out" / "composition.png").is_file()
 
 
 def test_das_equality(tmp_path):

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import build
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parent.parent
 SENTENCES = ["a b c d", "e f g", "h i j k l", "m n", "o p q r", "s t u"]
@@ -83,12 +85,19 @@ def test_memorisation(model, data, tmp_path):
     assert (tmp_path / "out" / "memorisation.png").stat().st_size > 5000
 
 
-def test_qlora_style(model, data, tmp_path):
-    out = recipe("qlora_style", "--data", data, "--model", model, "--output", tmp_path / "out", "--steps", 2)
+def test_qlora_style(data, tmp_path, tokenizer):
+    # Without gradients bitsandbytes' CPU kernel wants widths that its blocks of 64 divide.
+    sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=64)
+    model = tmp_path / "model"
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    arguments = ["--data", data, "--model", model, "--output", tmp_path / "out", "--steps", 2, "--held", 4]
+    out = recipe("qlora_style", *arguments, "--learning-rates", "1e-3")
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [row["method"] for row in rows] == ["loreft", "lora"] and "| loreft |" in out
-    assert rows[0]["parameters"] == 3 * (2 * 4 * 32 + 4)
+    assert rows[0]["parameters"] == 3 * (2 * 4 * 64 + 4)
     assert all(row["peak MiB"] > 100 for row in rows)
+    assert (tmp_path / "out" / "qlora_style.png").is_file()
 
 
 def test_preference(model, data, tmp_path):
@@ -97,6 +106,7 @@ def test_preference(model, data, tmp_path):
     assert [point["step"] for point in curve] == [1, 2, 3, 4]
     assert curve[0]["margin"] == 0, "the adapter starts as the reference"
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "out" / "preference.png").is_file()
 
 
 def test_sweep(encoder, data, tmp_path):
@@ -107,10 +117,17 @@ def test_sweep(encoder, data, tmp_path):
         *("positions", "layers", "r", "tie", "dropout", "learning_rate"),
         *("default", "found"),
     ]
-    for row in table[:5]:
-        tried = json.loads(row["dev"])
-        assert tried[json.dumps(row["chosen"])] == max(tried.values())
-    assert "| trec | found | test " in out
+    for row in table[:-2]:
+        assert row["dev"][row["values"].index(row["chosen"])] == max(row["dev"])
+        assert table[-1]["chosen"][row["field"]] == row["chosen"]
+    assert f"{table[-1]['test'][0]:.3f}" in out and (tmp_path / "out" / "sweep_trec.png").is_file()
+
+
+def test_sweep_over_a_language_model(model, data, tmp_path):
+    arguments = ["--data", data, "--model", model, "--output", tmp_path / "out", "--steps", 1, "--held", 4]
+    recipe("sweep", "--recipe", "commonsense", *arguments, "--learning-rates", "1e-3", "--seeds", 1)
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert all(row["dev"][row["values"].index(row["chosen"])] == min(row["dev"]) for row in table[:-2])
 
 
 def test_arithmetic(model, data, tmp_path):
@@ -119,11 +136,21 @@ def test_arithmetic(model, data, tmp_path):
     for part in ("train", "test"):
         (data / "gsm8k" / f"{part}.jsonl").write_text("\n".join(json.dumps(row) for _ in range(24)))
     arguments = ["--data", data, "--model", model, "--output", tmp_path / "out", "--steps", 2, "--rows", 4]
-    out = recipe("arithmetic", *arguments, "--learning-rates", "1e-3", "--new-tokens", 4)
-    for method in ("loreft", "loreft, decoding too", "loreft, shared by layers", "lora"):
-        assert f"| {method} |" in out
-    runs = {run["method"]: run for run in json.loads((tmp_path / "out" / "results.json").read_text())}
-    assert runs["loreft"]["parameters"] == 3 * runs["loreft, shared by layers"]["parameters"]
+    arguments += ["--learning-rates", "1e-3", "1", "--new-tokens", 4, "--held", 4]
+    out = recipe("arithmetic", *arguments)
+    methods = ["base", "loreft", "loreft, decoding too", "loreft, shared by layers", "lora"]
+    assert all(f"| {method} |" in out for method in methods)
+    runs = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(runs) == 1 + 4 * 2
+    parameters = {run["method"]: run["parameters"] for run in runs}
+    assert parameters["loreft"] == 3 * parameters["loreft, shared by layers"]
+    answers = json.loads((tmp_path / "out" / "answers.json").read_text())
+    assert [run["method"] for run in answers] == methods, "answers are generated with one rate each"
+    for run in answers:
+        mine = [each for each in runs if each["method"] == run["method"]]
+        assert run["learning_rate"] == min(mine, key=lambda each: each["dev"])["learning_rate"]
+    assert (tmp_path / "out" / "arithmetic.png").is_file()
+    assert not list((tmp_path / "out").glob("*/checkpoint-*")), "done runs leave none"
 
 
 def test_commonsense(model, tmp_path):
@@ -137,10 +164,63 @@ def test_commonsense(model, tmp_path):
         (clone / "dataset" / name).mkdir(parents=True)
         (clone / "dataset" / name / "test.json").write_text(json.dumps(rows))
     arguments = ["--data", clone, "--model", model, "--output", tmp_path / "out", "--steps", 2, "--rows", 3]
-    recipe("commonsense", *arguments, "--learning-rates", "1e-3", "--new-tokens", 2)
-    runs = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [run["method"] for run in runs] == ["loreft", "lora"]
+    recipe("commonsense", *arguments, "--learning-rates", "1e-3", "--new-tokens", 2, "--held", 4)
+    runs = json.loads((tmp_path / "out" / "answers.json").read_text())
+    assert [run["method"] for run in runs] == ["base", "loreft", "lora"]
     assert all([*run["scores"]] == sets for run in runs)
+
+
+def test_commonsense_without_a_clone(model, data, tmp_path):
+    """TREC and CoLA in the same format."""
+    arguments = ["--data", data, "--model", model, "--output", tmp_path / "out", "--steps", 2, "--rows", 3]
+    arguments += ["--learning-rates", "1e-3", "--new-tokens", 2, "--held", 4, "--docs", tmp_path / "docs"]
+    assert "| trec | cola |" in recipe("commonsense", *arguments)
+    assert (tmp_path / "docs" / "figures" / "commonsense.png").is_file()
+    assert (tmp_path / "docs" / "results" / "commonsense.json").is_file()
+
+
+def test_training_goes_on_from_the_last_checkpoint(model, tmp_path, monkeypatch):
+    """A run that is interrupted and started again ends with the weights of one that was not."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import recipe as shared
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, PreTrainedTokenizerFast, TrainerCallback
+
+    from peft_reft import LoreftConfig
+
+    collate = DataCollatorForSeq2Seq(PreTrainedTokenizerFast.from_pretrained(model))
+    rows = [{"input_ids": [3, 4, 5, n], "labels": [-100, -100, 5, n]} for n in range(6, 22)]
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    steps = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+
+    def train(folder, callback):
+        torch.manual_seed(0)
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoreftConfig(task_type="CAUSAL_LM"))
+        trainer = shared.Trainer
+        monkeypatch.setattr(shared, "Trainer", lambda *given, **named: trainer(*given, **named, callbacks=[callback]))
+        try:
+            settings = dict(max_steps=4, learning_rate=1e-2, per_device_train_batch_size=2)
+            shared.train(adapted, rows, collate, tmp_path / folder, 1, **settings)
+        finally:
+            monkeypatch.setattr(shared, "Trainer", trainer)
+        return [p.detach() for p in adapted.parameters() if p.requires_grad]
+
+    whole = train("whole", Count())
+    with pytest.raises(KeyboardInterrupt):
+        train("parts", Interrupt())
+    steps.clear()
+    resumed = train("parts", Count())
+    assert steps == [3, 4]
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -178,7 +258,20 @@ def test_choices(text, expected, monkeypatch):
 
 def test_instruct(model, data, tmp_path):
     arguments = ["--data", data, "--model", model, "--output", tmp_path / "out", "--steps", 2, "--new-tokens", 3]
-    out = recipe("instruct", *arguments, "--questions", 2)
+    out = recipe("instruct", *arguments, "--questions", 2, "--held", 4)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [{*answer} for answer in results["answers"]] == [{"instruction", "before", "after"}] * 2
+    assert results["loss"].keys() == {"before", "after"}
     answers = json.loads((tmp_path / "out" / "alpaca_eval.json").read_text())
     assert [{*answer} for answer in answers] == [{"instruction", "output", "generator"}] * 2
     assert "before:" in out and "after:" in out
+
+
+def test_overhead(model, tmp_path):
+    arguments = ["--model", model, "--output", tmp_path / "out", "--rounds", 2, "--new-tokens", 2, "--layers", 1, 3]
+    recipe("overhead", *arguments, "--prompt-tokens", 8, "--positions", 1, 4, "--ranks", 1, 2)
+    runs = {run["what"]: run for run in json.loads((tmp_path / "out" / "results.json").read_text())}
+    assert [*runs["positions"]["more"]] == ["LoReFT 1", "LoReFT 4"]
+    assert [*runs["rank"]["more"]] == ["LoReFT 1", "LoRA 1", "LoReFT 2", "LoRA 2"]
+    assert [*runs["layers"]["more"]] == ["LoReFT 1", "LoRA 1", "LoReFT 3", "LoRA 3"]
+    assert (tmp_path / "out" / "overhead.png").is_file()
