@@ -23,8 +23,8 @@ from measure import SMOLLM2
 from tqdm import tqdm
 
 LOADS = {
-    "decode-heavy": dict(requests=64, prompt=16, new=48),
-    "prefill-heavy": dict(requests=64, prompt=160, new=2),
+    "decode-heavy": dict(requests=64, prompt=16, new=32),
+    "prefill-heavy": dict(requests=64, prompt=96, new=2),
 }
 COUNTS = (1, 8, 64)
 _LOREFT = {f"LoReFT f7+l7, {n}": dict(loreft="f7+l7", adapters=n) for n in COUNTS}
