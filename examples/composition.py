@@ -7,13 +7,13 @@ FOLDER has german/train.en and german/train.de, a sentence a line, and ultrafeed
 JSON with `instruction` and `output`. Rows 0-3 of R learn to answer in German (a caption by its translation), rows 4-7
 to follow instructions. The same questions are then answered by the one, by the other and by both, and the share of
 German words in the answers is printed. Results are in OUTPUT/results.json, the figure is OUTPUT/composition.png (extra
-`viz`), and training goes on from the last checkpoint in OUTPUT/checkpoints. On SmolLM2-135M-Instruct (60 steps, 9
-minutes on a CPU):
+`viz`), and training goes on from the last checkpoint in OUTPUT/checkpoints. On SmolLM2-135M-Instruct (60 steps, 6
+minutes on one core):
 
     neither       0%   Dogs are curious creatures that love exploring and discovering. They enjoy learning new ...
-    German       67%   Ein Land, eine neuen Mann während. Einen Mann ist einer Land.
-    instructions  0%   Dogs are highly social animals that enjoy interacting with their companions, including ...
-    both         55%   Einen während eine neuen Straße, die sich in einer Stadt ...
+    German       66%   Ein Land, eine neuen Mann während. Einen Mann kennen sind.
+    instructions  0%   Dogs are social animals that enjoy interacting with their human companions, and they ...
+    both         47%   Ein kleine Mann, die sich einer neuen Hausbauer habelt ...
 
 A model of this size has little German to give; that the language follows the subspace is what can be seen.
 """
