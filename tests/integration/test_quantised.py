@@ -71,6 +71,11 @@ def prepare(model):
 def load(folder, kind):
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QUANTISED[kind]())
     model.generation_config.eos_token_id = None
+    for module in model.modules():
+        # On processors with AVX512-BF16 bitsandbytes repacks weights in the first forward in eval mode, through which
+        # it cannot go back: nothing can be trained after an evaluation then, whatever the method.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model
 
 
