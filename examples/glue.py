@@ -9,7 +9,7 @@ mean over seeds. Every method has the same three rates to choose from. FOLDER ha
 one that was interrupted goes on from its last checkpoint.
 
 TREC with MiniLM, accuracy over 3 seeds (CPU minutes a run): LoReFT 0.905 (1.1), LoRA 0.911 (1.2), head 0.516 (0.6).
-CoLA, one seed: a correlation of 0.000 for each at every rate; in 300 steps none leaves the majority class.
+CoLA, correlation: 0.000 for each in 300 steps; with `--steps 1200`, 2 seeds: LoReFT 0.108, LoRA 0.122, head 0.000.
 """
 
 import random
