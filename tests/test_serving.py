@@ -1,8 +1,10 @@
 """The parts of `peft_reft.serving` that need no vLLM: options, schedule, tables, reading adapters."""
 
+import asyncio
 import importlib.util
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +20,8 @@ from peft_reft.architectures import skeleton
 from peft_reft.arrangement import arrange as arrange_slots
 from peft_reft.interventions import INTERVENTIONS
 from peft_reft.positions import Positions, find_answers, resolve
+from peft_reft.serving import list_adapters, remove_adapter_async
 from peft_reft.serving.adapters import fingerprint, read_adapter
-from peft_reft.serving.edits import Edits, FixedSteps
 from peft_reft.serving.options import Options
 from peft_reft.serving.schedule import NONE, Pieces, Plan, arrange, edited
 from peft_reft.serving.server import Server
@@ -317,9 +319,20 @@ def test_every_formula_fits_its_table():
             torch.testing.assert_close(found, wanted)  # the set that edits nothing
 
 
+def test_who_gives_up_waiting_leaves_the_adapter_there():
+    class Core:
+        async def call_utility_async(self, method, name):
+            return 1  # a request uses it, for ever
+
+    known = {"a": "fingerprint"}
+    engine = SimpleNamespace(engine_core=Core(), input_processor=SimpleNamespace(loreft_fingerprints=known))
+    with pytest.raises(asyncio.TimeoutError):
+        asyncio.run(asyncio.wait_for(remove_adapter_async(engine, "a"), 0.2))
+    assert list_adapters(engine) == ["a"]
+
+
 def test_serving_needs_no_vllm_until_vllm_calls_it():
     assert importlib.util.find_spec("vllm") is None, "this suite shows that it goes without"
     import peft_reft.serving
 
     assert callable(peft_reft.serving.register)
-    assert FixedSteps and Edits

@@ -30,13 +30,16 @@ class Edits:
 
     def apply(self, hidden: Tensor, residual: Tensor | None) -> None:
         """Edit `hidden` (tokens, d) or (1, tokens, d) in place; what the formulas see is `hidden + residual`."""
+        capturing = is_capturing(hidden)
+        if not (capturing or self.work):
+            return  # every decode step of positions that are the prompt's
         hidden = hidden.view(-1, hidden.shape[-1])
-        if is_capturing(hidden):
+        if capturing:
             for kind, sets in self.fixed:
                 self.table.edit_all(kind, sets[: len(hidden)], hidden, residual)
-            return
-        for kind, work in self.work:
-            self.table.edit(kind, work, hidden, residual)
+        else:
+            for kind, work in self.work:
+                self.table.edit(kind, work, hidden, residual)
 
 
 def is_capturing(hidden: Tensor) -> bool:

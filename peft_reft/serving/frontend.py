@@ -165,6 +165,11 @@ async def add_adapter_async(engine: Any, name: str, source: str) -> None:
 
 async def remove_adapter_async(engine: Any, name: str) -> None:
     """`remove_adapter` for vLLM's `AsyncLLM`: takes no new requests at once, and waits for those that use it."""
-    del _check_there(engine, name)[name]
-    while await engine.engine_core.call_utility_async("loreft_remove", name):
-        await asyncio.sleep(_POLL_SECONDS)
+    known = _check_there(engine, name)
+    taken_out = known.pop(name)
+    try:
+        while await engine.engine_core.call_utility_async("loreft_remove", name):
+            await asyncio.sleep(_POLL_SECONDS)
+    except BaseException:  # also if the caller gave up waiting: the adapter is there still, and can be asked for
+        known[name] = taken_out
+        raise
