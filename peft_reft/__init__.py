@@ -11,7 +11,7 @@ from .interchange import interchange, interchange_accuracy  # noqa: E402
 from .interventions import Intervention  # noqa: E402
 from .looking import edit_norms, show_positions  # noqa: E402
 from .model import LoreftModel  # noqa: E402
-from .positions import Positions  # noqa: E402
+from .positions.spec import Positions  # noqa: E402
 
 register()
 

@@ -9,8 +9,8 @@ from peft import TaskType
 from torch import Tensor
 
 from .config import LoreftConfig
-from .positions import answers_of_batch, resolve
-from .sources import POSITIONS, SUBSPACES, check_batch, check_subspaces
+from .positions.resolve import answers_of_batch, resolve
+from .positions.sources import POSITIONS, SUBSPACES, check_batch, check_subspaces
 
 
 class DataCollatorForLoreft:

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from .hub import write_model_card
 from .interventions import ACTIVATIONS, INTERVENTIONS
-from .layer_ranges import check_layers, first_layer, resolve_layers
-from .positions import Layout, Positions, union
+from .positions.layers import check_layers, first_layer, resolve_layers
+from .positions.spec import Layout, Positions, union
 
 COMPONENTS = ("block", "attention", "mlp")
 Tie = Literal["position", "group", "layer", "model"]

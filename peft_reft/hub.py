@@ -21,7 +21,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from .interventions import INTERVENTIONS
-from .positions import Positions
+from .positions.spec import Positions
 from .wrapping import wrap
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from .interventions import Interchange
 from .layer import LoreftLayer
+from .positions.sources import IGNORED, check_subspaces
 from .runtime import ATTRIBUTE
-from .sources import IGNORED, check_subspaces
 from .state import PositionState, SourceRun
 
 

@@ -12,11 +12,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .arrangement import PositionIndex
 from .edit import Edit, add_edits, gather, may_change
 from .factors import Factors
 from .interventions import Interchange, Intervention
 from .merging import Folded, fold, projection_of, unfold
+from .positions.index import PositionIndex
 from .state import LayerPlan, PositionState
 
 CHILD = "loreft"

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .arrangement import arrange
 from .config import LoreftConfig
 from .layer import LoreftLayer
-from .positions import Group, Positions, answers_of_batch, resolve
-from .sources import POSITIONS
+from .positions.index import arrange
+from .positions.resolve import answers_of_batch, resolve
+from .positions.sources import POSITIONS
+from .positions.spec import Group, Positions
 
 _COLOURS = {"f": ("44", "#9ecbff"), "l": ("42", "#a6e3a1"), "p": ("46", "#a5e8e8"), "g": ("43", "#ffe08a")}
 """Of each kind of group: ANSI background, HTML background."""

@@ -23,7 +23,7 @@ from .composition import fill_weighted, weighted_config
 from .config import LoreftConfig
 from .interventions import INTERVENTIONS, Intervention
 from .layer import CHILD, LoreftLayer
-from .positions import Positions
+from .positions.spec import Positions
 from .rotation import orthonormalise
 from .runtime import attach, detach
 from .state import LayerPlan, share_plan

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .architectures import modules_of_encoder
-from .sources import (
+from .positions.sources import (
     CONTINUOUS_BATCHING,
     IGNORED,
     POSITIONS,

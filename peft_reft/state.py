@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .arrangement import Arrangement, PositionIndex, arrange
 from .factors import Factors
 from .interventions import Intervention, factors_of
-from .positions import Layout
-from .sources import SUBSPACES, Source, Step, Unread
+from .positions.index import Arrangement, PositionIndex, arrange
+from .positions.sources import SUBSPACES, Source, Step, Unread
+from .positions.spec import Layout
 
 Moment = list[tuple[Source | None, Tensor | None, dict[Any, Any]]]
 """Where a model's forward is, and its decoder's."""

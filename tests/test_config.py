@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from peft import PeftConfig, PeftType, TaskType
 
 from peft_reft import LoreftConfig, Positions
-from peft_reft.layer_ranges import check_layers, resolve_layers
+from peft_reft.positions.layers import check_layers, resolve_layers
 
 # Fields.
 

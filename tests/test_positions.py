@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peft_reft import Positions
-from peft_reft.arrangement import arrange
-from peft_reft.positions import find_answers, resolve, union
+from peft_reft.positions.index import arrange
+from peft_reft.positions.resolve import find_answers, resolve
+from peft_reft.positions.spec import union
 
 NONE = -1
 UNSUPERVISED = -100

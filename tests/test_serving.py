@@ -17,9 +17,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from peft_reft import LoreftConfig
 from peft_reft.architectures import skeleton
-from peft_reft.arrangement import arrange as arrange_slots
 from peft_reft.interventions import INTERVENTIONS
-from peft_reft.positions import Positions, find_answers, resolve
+from peft_reft.positions.index import arrange as arrange_slots
+from peft_reft.positions.resolve import find_answers, resolve
+from peft_reft.positions.spec import Positions
 from peft_reft.serving import list_adapters, remove_adapter_async
 from peft_reft.serving.adapters import fingerprint, read_adapter
 from peft_reft.serving.options import Options

@@ -9,8 +9,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from peft_reft import Positions
-from peft_reft.arrangement import arrange
-from peft_reft.positions import find_answers, resolve
+from peft_reft.positions.index import arrange
+from peft_reft.positions.resolve import find_answers, resolve
 
 PROMPT = ["<s>", "What", "is", "the", "capital", "of", "Italy", "?"]
 ANSWER = ["Rome", "is", "the", "capital"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import LoreftConfig, Tie
 from ..interventions import INTERVENTIONS
-from ..layer_ranges import resolve_layers
+from ..positions.layers import resolve_layers
 from .ours import Adapter, load_pickled, local_folder, new_folder, rotation_of, targets_of
 
 FORMULAS = {

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrangement import Arrangement
-from ..positions import Group, Layout
+from ..positions.index import Arrangement
+from ..positions.spec import Group, Layout
 
 Ints = NDArray[np.int64]
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peft_reft import LoreftConfig
-from peft_reft.positions import Positions
-from peft_reft.sources import Explicit
+from peft_reft.positions.sources import Explicit
+from peft_reft.positions.spec import Positions
 from peft_reft.state import LayerPlan, PositionState
 
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from peft_reft import Positions
-from peft_reft.arrangement import arrange
-from peft_reft.positions import find_answers, resolve
+from peft_reft.positions.index import arrange
+from peft_reft.positions.resolve import find_answers, resolve
 
 GRID = json.loads((Path(__file__).parent / "locations.json").read_text())
 

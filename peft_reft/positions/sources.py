@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .positions import (
-    NO_POSITION,
-    Answers,
-    Layout,
-    answers_of_batch,
-    find_answers,
-    resolve,
-    slots_per_answer,
-)
+from .resolve import Answers, answers_of_batch, find_answers, resolve
+from .spec import NO_POSITION, Layout, slots_per_answer
 
 POSITIONS = "intervention_positions"
 SUBSPACES = "subspaces"

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .positions import NO_POSITION, Group, Layout, mask_of, slots_per_answer
+from .resolve import mask_of
+from .spec import NO_POSITION, Group, Layout, slots_per_answer
 
 Arrangement = Literal["all", "group", "position"]
 

@@ -33,7 +33,7 @@ def resolve_layers(spec: str | int | Sequence[int], n_layers: int, field: str) -
         ValueError: `spec` is malformed, or names a layer that the model does not have.
 
     Examples:
-        >>> from peft_reft.layer_ranges import resolve_layers
+        >>> from .layers import resolve_layers
         >>> resolve_layers("0-2;-1", 12, "layers")
         [0, 1, 2, 11]
     """

@@ -1,0 +1,1 @@
+"""Which tokens are edited: specs, the prompts and answers of a batch, token columns. Pure torch."""
