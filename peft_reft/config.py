@@ -11,8 +11,8 @@ from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from .edits.formulas import ACTIVATIONS, INTERVENTIONS
 from .hub import write_model_card
-from .interventions import ACTIVATIONS, INTERVENTIONS
 from .positions.layers import check_layers, first_layer, resolve_layers
 from .positions.spec import Layout, Positions, union
 

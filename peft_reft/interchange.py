@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .interventions import Interchange
+from .edits.formulas import Interchange
 from .layer import LoreftLayer
 from .positions.sources import IGNORED, check_subspaces
 from .runtime import ATTRIBUTE

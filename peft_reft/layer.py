@@ -12,9 +12,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .edit import Edit, add_edits, gather, may_change
-from .factors import Factors
-from .interventions import Interchange, Intervention
+from .edits.apply import Edit, add_edits, gather, may_change
+from .edits.factors import Factors
+from .edits.formulas import Interchange
+from .edits.intervention import Intervention
 from .merging import Folded, fold, projection_of, unfold
 from .positions.index import PositionIndex
 from .state import LayerPlan, PositionState

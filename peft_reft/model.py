@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from .architectures import Target, find_targets, modules_of_decoder, modules_of_encoder, output_size
 from .composition import fill_weighted, weighted_config
 from .config import LoreftConfig
-from .interventions import INTERVENTIONS, Intervention
+from .edits.formulas import INTERVENTIONS
+from .edits.intervention import Intervention
+from .edits.rotation import orthonormalise
 from .layer import CHILD, LoreftLayer
 from .positions.spec import Positions
-from .rotation import orthonormalise
 from .runtime import attach, detach
 from .state import LayerPlan, share_plan
 

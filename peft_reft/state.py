@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .factors import Factors
-from .interventions import Intervention, factors_of
+from .edits.factors import Factors
+from .edits.intervention import Intervention, factors_of
 from .positions.index import Arrangement, PositionIndex, arrange
 from .positions.sources import SUBSPACES, Source, Step, Unread
 from .positions.spec import Layout
@@ -178,9 +178,9 @@ class PositionState:
         return index.keep if self._subspaces is None else self._within(self._subspaces, index, factors)
 
     def _within(self, subspaces: Tensor, index: PositionIndex, factors: Factors) -> Tensor:
-        if factors.b is None:
+        r = factors.rank
+        if r is None:
             raise ValueError(f"{SUBSPACES} were given, but the formula of an active adapter has no rank.")
-        r = factors.b.shape[-2]
         key = (id(subspaces), id(index), r)
         if key not in self._computed:
             batch, seq = index.shape
@@ -236,7 +236,7 @@ class PositionState:
                 )
             subspaces = self._subspaces if run.subspaces is None else run.subspaces
             keep = index.keep if subspaces is None else self._within(subspaces, index, factors)
-            given.append((replace(factors, source=source.to(hidden.device)), keep * there.to(keep.device)))
+            given.append((factors.with_source(source.to(hidden.device)), keep * there.to(keep.device)))
         return given
 
     def factors(self, weights: Intervention) -> Factors:
