@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from .config import DEFAULT_R, LoreftConfig
-from .interventions import INTERVENTIONS, Intervention
+from .edits.formulas import INTERVENTIONS
+from .edits.intervention import Intervention
 
 _ALIKE = ("positions", "tie", "component", "target_modules", "exclude_modules", "act_fn")
 _NOT_SUBTRACTING = ("direft", "nodireft")

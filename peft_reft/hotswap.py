@@ -86,6 +86,3 @@ def hotswap_adapter(
                 f"{tuple(tensor.shape)} in {model_name_or_path}."
             )
     set_peft_model_state_dict(peft_model, weights, adapter_name)
-    for layer in layers:
-        if adapter_name in layer.plans:
-            layer.weights(adapter_name).refresh()

@@ -20,7 +20,7 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from .interventions import INTERVENTIONS
+from .edits.formulas import INTERVENTIONS
 from .positions.spec import Positions
 from .wrapping import wrap
 

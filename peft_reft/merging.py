@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .factors import Factors
+from .edits.factors import Affine, ElementwiseFactors, Factors, LowRankFactors
 
 _OUTPUT_NAMES = (
     "o_proj",
@@ -90,13 +90,15 @@ def fold(module: nn.Linear | Conv1D, edits: Sequence[tuple[str, Factors, float]]
     b, inner = weight.new_zeros(0, len(weight)), weight.new_zeros(0, weight.shape[1])
     scaling, bias = torch.zeros_like(m), m.clone()
     for _, factors, scale in edits:
-        if factors.b is not None:
-            assert factors.bias is not None
-            a = torch.zeros_like(factors.b) if factors.a is None else factors.a
-            b, inner = torch.cat([b, factors.b]), torch.cat([inner, scale * (a @ weight)])
-            bias += scale * (a @ m + factors.bias) @ factors.b
+        assert factors.is_affine
+        if isinstance(factors, LowRankFactors):
+            assert isinstance(factors.coordinates, Affine)
+            basis, affine = factors.basis, factors.coordinates
+            a = torch.zeros_like(basis) if affine.weight is None else affine.weight
+            b, inner = torch.cat([b, basis]), torch.cat([inner, scale * (a @ weight)])
+            bias += scale * (a @ m + affine.bias) @ basis
         else:
-            assert factors.shift is not None
+            assert isinstance(factors, ElementwiseFactors)
             u = torch.zeros_like(m) if factors.scale is None else factors.scale
             scaling += scale * u
             bias += scale * (u * m + factors.shift)

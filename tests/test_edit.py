@@ -1,14 +1,13 @@
 """The autograd function of a layer against the same lines written for autograd."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from peft_reft.edit import Edit, add_edits, may_change
-from peft_reft.factors import TENSORS, Factors
+from peft_reft.edits.apply import Edit, add_edits, may_change
+from peft_reft.edits.factors import Activated, Affine, ElementwiseFactors, Gate, LowRankFactors
 
 TOKENS, D, R = 11, 6, 2
+CONSTANT = LowRankFactors(torch.randn(R, D), Affine(None, torch.randn(R)))
 
 
 def make_edits(kind, generator):
@@ -19,22 +18,27 @@ def make_edits(kind, generator):
         return (torch.rand(shape, generator=generator) > 0.3).float()
 
     def low_rank(*lead):
-        return Factors(rand(*lead, R, D), rand(*lead, R, D), rand(*lead, R))
+        return LowRankFactors(rand(*lead, R, D), Affine(rand(*lead, R, D), rand(*lead, R)))
+
+    def constant():
+        return LowRankFactors(rand(R, D), Affine(None, rand(R)))
 
     def non_linear(*lead):
-        return replace(
-            low_rank(*lead), c=rand(*lead, R, D), gate=rand(*lead, D), gate_bias=rand(*lead, 1), act=torch.tanh
+        inside = Affine(rand(*lead, R, D), rand(*lead, R))
+        gate = Gate(rand(*lead, D), rand(*lead, 1))
+        return LowRankFactors(
+            rand(*lead, R, D), Activated(inside, torch.tanh, rand(*lead, R, D), rand(*lead, R)), gate=gate
         )
 
     def elementwise(*lead):
-        return Factors(scale=rand(*lead, D), shift=rand(*lead, D))
+        return ElementwiseFactors(rand(*lead, D), rand(*lead, D))
 
     rows = torch.randperm(TOKENS, generator=generator)
     return {
         "gathered": [Edit(rows[:5], keep(5, 1), None, low_rank())],
         "grouped": [Edit(rows[:6].view(2, 3), keep(2, 3, 1), None, low_rank(2))],
         "dense": [Edit(None, keep(TOKENS, 1), None, low_rank())],
-        "constant": [Edit(rows[:5], keep(5, 1), None, replace(low_rank(), a=None))],
+        "constant": [Edit(rows[:5], keep(5, 1), None, constant())],
         "dropout": [Edit(rows[:5], keep(5, 1), keep(5, D) * 2, low_rank())],
         "subspaces": [Edit(rows[:5], keep(5, R), None, low_rank())],
         "non-linear": [Edit(rows[:5], keep(5, R), keep(5, D) * 2, non_linear())],
@@ -46,7 +50,7 @@ def make_edits(kind, generator):
             Edit(rows[:5], keep(5, 1), None, low_rank()),
             Edit(rows[3:8], keep(5, 1), None, low_rank()),
             Edit(rows[2:6], keep(4, 1), None, non_linear()),
-            Edit(None, keep(TOKENS, 1), None, replace(low_rank(), a=None)),
+            Edit(None, keep(TOKENS, 1), None, constant()),
         ],
     }[kind]
 
@@ -58,29 +62,35 @@ KINDS = [
 
 
 def parameters_of(edits):
-    return [t for e in edits for name in TENSORS if (t := getattr(e.factors, name)) is not None]
+    return [tensor for e in edits for tensor in e.factors.tensors()]
+
+
+def edit_of(factors, h, keep):
+    """The edit of one token h (d,), as the types of factors describe it."""
+    if isinstance(factors, ElementwiseFactors):
+        change = keep * ((0 if factors.scale is None else h * factors.scale) + factors.shift)
+    else:
+        z, f = factors.coordinates, torch.nn.Identity()
+        c, subtracted = torch.zeros(R, D, dtype=h.dtype), 0
+        if isinstance(z, Activated):
+            c, subtracted, f, z = z.subtracted, z.subtracted_bias, z.function, z.inside
+        inner = f((0 if z.weight is None else z.weight @ h) + z.bias) - c @ h - subtracted
+        change = (keep * inner) @ factors.basis
+    if factors.gate is not None:
+        change = change * torch.tanh(factors.gate.weight @ h + factors.gate.bias)
+    return change
 
 
 def plainly(flat, edits):
     """What `add_edits` says it computes, token by token."""
     out = list(flat)
     for e in edits:
-        lead = (e.factors.shift if e.factors.b is None else e.factors.b[..., 0, :]).ndim == 2
+        groups = [e.factors] if e.factors.lead is None else e.factors.unstack()
         rows = torch.arange(TOKENS) if e.rows is None else e.rows
-        for g in range(len(rows) if lead else 1):
-            pick = (lambda t, g=g: t[g]) if lead else (lambda t: t)
-            p = {name: pick(t) for name in TENSORS if (t := getattr(e.factors, name)) is not None}
+        for g, factors in enumerate(groups):
+            pick = (lambda t: t) if e.factors.lead is None else (lambda t, g=g: t[g])
             for at, row in enumerate(pick(rows).tolist()):
-                h = flat[row]
-                if "b" in p:
-                    inner = p["bias"] if "a" not in p else p["a"] @ h + p["bias"]
-                    inner = inner if e.factors.act is None else e.factors.act(inner)
-                    inner = inner - p["c"] @ h if "c" in p else inner
-                    change = (pick(e.keep)[at] * inner) @ p["b"]
-                else:
-                    change = pick(e.keep)[at] * (h * p["scale"] + p["shift"])
-                if "gate" in p:
-                    change = change * torch.tanh(p["gate"] @ h + p["gate_bias"])
+                change = edit_of(factors, flat[row], pick(e.keep)[at])
                 out[row] = out[row] + (change if e.drop is None else change * pick(e.drop)[at])
     return torch.stack(out)
 
@@ -127,7 +137,9 @@ def test_in_place_is_in_place_and_keeps_nothing_but_the_gathered_tokens():
             torch.arange(3),
             torch.ones(3, 1),
             None,
-            Factors(*(torch.randn(*s).requires_grad_() for s in ((R, D), (R, D), (R,)))),
+            LowRankFactors(
+                torch.randn(R, D).requires_grad_(), Affine(*(torch.randn(*s).requires_grad_() for s in ((R, D), (R,))))
+            ),
         )
     ]
     flat = torch.randn(1000, D, generator=generator).requires_grad_() + 0
@@ -135,7 +147,7 @@ def test_in_place_is_in_place_and_keeps_nothing_but_the_gathered_tokens():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         out = add_edits(flat, edits, may_change(flat))
     assert out.data_ptr() == flat.data_ptr()
-    assert sum(saved) <= 3 * (D + R + 2) + 2 * R * D
+    assert sum(saved) <= 3 * (D + R + 2) + 2 * R * D + R
 
 
 @pytest.mark.parametrize(
@@ -155,7 +167,7 @@ def test_what_may_be_changed(make, expected):
 def test_an_output_that_was_kept_is_left_alone():
     """A block that ends by an operation which needs its output again: its gradient must stay right."""
     x = torch.randn(4, D, requires_grad=True)
-    edits = [Edit(torch.arange(2), torch.ones(2, 1), None, Factors(b=torch.randn(R, D), bias=torch.randn(R)))]
+    edits = [Edit(torch.arange(2), torch.ones(2, 1), None, CONSTANT)]
     y = x.exp()
     out = add_edits(y, edits, may_change(y))
     torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], x.detach().exp())
@@ -166,7 +178,7 @@ def test_a_module_that_hands_its_input_through():
     given = torch.randn(4, D)
     before = given.clone()
     out = torch.nn.Dropout().eval()(given)
-    edits = [Edit(torch.arange(2), torch.ones(2, 1), None, Factors(b=torch.randn(R, D), bias=torch.randn(R)))]
+    edits = [Edit(torch.arange(2), torch.ones(2, 1), None, CONSTANT)]
     edited = add_edits(out, edits, may_change(out, (given,)))
     assert torch.equal(given, before) and not torch.equal(edited, before)
 

@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from peft_reft import LoreftConfig
 from peft_reft.architectures import skeleton
-from peft_reft.interventions import INTERVENTIONS
+from peft_reft.edits.formulas import INTERVENTIONS
 from peft_reft.positions.index import arrange as arrange_slots
 from peft_reft.positions.resolve import find_answers, resolve
 from peft_reft.positions.spec import Positions
@@ -99,7 +99,7 @@ def test_pieces_add_up_to_the_whole(data):
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=60))
 def test_arrange_wastes_at_most_half(sets):
     work = arrange(np.arange(len(sets)) + 3, np.array(sets))
-    kept = work.keep[..., 0] > 0
+    kept = work.kept[..., 0]
     by_row = {int(row): int(number) for number, rows, keep in zip(work.sets, work.rows, kept) for row in rows[keep]}
     assert by_row == {n + 3: number for n, number in enumerate(sets)}
     assert kept.sum() == len(sets) and work.rows.size <= 2 * len(sets) + len({*sets})
@@ -168,7 +168,7 @@ def test_a_step_edits_by_the_formula(llama, empty, tmp_path):
     a, b = (read_adapter(sources[name], empty).factors["model.layers.1"] for name in "ab")
     wanted, full = h.clone(), h + residual
     for token in (0, 1, 5):
-        wanted[token] += (a.a @ full[token] + a.bias) @ a.b
+        wanted[token] += (a.coordinates.weight @ full[token] + a.coordinates.bias) @ a.basis
     wanted[6] += b.scale * full[6] + b.shift
     torch.testing.assert_close(found, wanted)
     assert torch.equal(found[[2, 3, 4, 7, 8]], h[[2, 3, 4, 7, 8]])
@@ -238,7 +238,7 @@ def test_what_does_not_fit_changes_nothing(llama, empty, tmp_path):
     for n, layer in enumerate(layers):
         layer.add_module("mlp", torch.nn.Identity())
         loreft.modules.add(f"model.layers.{n}.mlp")
-    before = {name: edits.table.stacks[LINEAR].b.clone() for name, edits in loreft.edits.items()}
+    before = {name: edits.table.stacks[LINEAR].basis.clone() for name, edits in loreft.edits.items()}
     for message, fields in cases.items():
         adapter = read_adapter(adapter_for(llama, tmp_path, message, **fields), empty)
         with pytest.raises(ValueError, match=message):
@@ -252,7 +252,7 @@ def test_what_does_not_fit_changes_nothing(llama, empty, tmp_path):
     loreft.remove("second")
     assert [*loreft.slots] == ["plain"] and {*loreft.edits} == {f"model.layers.{n}" for n in range(3)}
     for name, edits in loreft.edits.items():
-        assert torch.equal(edits.table.stacks[LINEAR].b[0], before[name][0])
+        assert torch.equal(edits.table.stacks[LINEAR].basis[0], before[name][0])
 
 
 def test_what_cannot_be_served(llama, empty, tmp_path):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..architectures import Target, find_targets, skeleton
 from ..config import LoreftConfig
-from ..interventions import INTERVENTIONS
+from ..edits.formulas import INTERVENTIONS
 from ..layer import CHILD
 
 _PREFIX = "base_model.model."

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import LoreftConfig, Tie
-from ..interventions import INTERVENTIONS
+from ..edits.formulas import INTERVENTIONS
 from ..positions.layers import resolve_layers
 from .ours import Adapter, load_pickled, local_folder, new_folder, rotation_of, targets_of
 

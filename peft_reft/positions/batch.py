@@ -74,7 +74,8 @@ class Batch:
                 f"{got}. Pass `{POSITIONS}` instead."
             )
         ids = given.get("input_ids")
-        ids = ids if is_matrix(ids, shape) and not ids.is_floating_point() else None
+        if not isinstance(ids, Tensor) or not is_matrix(ids, shape) or ids.is_floating_point():
+            ids = None
         position_ids = given.get("position_ids")
         position_ids = position_ids if is_matrix(position_ids, shape) else None
         labels = _labels(given, shape, ids) if has_answers else None

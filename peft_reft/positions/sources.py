@@ -44,7 +44,9 @@ class Wanted:
 class Source(Protocol):
     """Where the positions of one forward come from."""
 
-    shape: tuple[int, int]
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(batch, seq)."""
 
     def slots(self, wanted: Wanted) -> Tensor | None:
         """(batch, n) columns laid out by `wanted.layout`, or None if this forward edits nothing."""
@@ -527,7 +529,7 @@ class Generation:
         """What a cache holds that this call leaves: the first `length` columns of `ids` (rows, n)."""
         assert self.real is not None
         prompt = self.real.shape[1]
-        if ids.shape[1] < length or ids.shape[0] != self.real.shape[0] or self.explicit is not None:
+        if not prompt <= length <= ids.shape[1] or ids.shape[0] != self.real.shape[0] or self.explicit is not None:
             return CacheMemory(length=length, certain=False)
         memory = CacheMemory()
         edited = {}

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..config import LoreftConfig
 from ..convert.ours import local_folder
-from ..factors import Factors
+from ..edits.factors import Factors
 from ..layer import LoreftLayer
 from .schedule import Plan
 
@@ -40,7 +40,7 @@ class ServedAdapter:
 
     @property
     def rank(self) -> int:
-        return max((f.b.shape[-2] for f in self.factors.values() if f.b is not None), default=0)
+        return max((factors.rank or 0 for factors in self.factors.values()), default=0)
 
     @property
     def sets(self) -> int:

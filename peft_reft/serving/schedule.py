@@ -80,8 +80,8 @@ class Work:
     """(e,) which set of weights."""
     rows: Ints
     """(e, t) which of the step's tokens; an empty place repeats token 0."""
-    keep: NDArray[np.float32]
-    """(e, t, 1): 1, or 0 at an empty place."""
+    kept: NDArray[np.bool_]
+    """(e, t, 1): False at an empty place."""
 
 
 def arrange(rows: Ints, sets: Ints) -> Work:
@@ -101,10 +101,10 @@ def arrange(rows: Ints, sets: Ints) -> Work:
     within = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
     row = np.repeat(np.cumsum(pieces) - pieces, counts) + within // width
     grid = np.zeros((pieces.sum(), width), dtype=np.int64)
-    keep = np.zeros((*grid.shape, 1), dtype=np.float32)
+    kept = np.zeros((*grid.shape, 1), dtype=np.bool_)
     grid[row, within % width] = rows[order]
-    keep[row, within % width] = 1
-    return Work(np.repeat(distinct, pieces), grid, keep)
+    kept[row, within % width] = True
+    return Work(np.repeat(distinct, pieces), grid, kept)
 
 
 @dataclass(frozen=True)

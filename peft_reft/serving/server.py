@@ -154,7 +154,7 @@ class Server:
                         self.fixed.note(kind, alike, rows[own], sets[own])
 
     def _send(self, work: Work) -> DeviceWork:
-        return DeviceWork(*(send(array, self.device) for array in (work.sets, work.rows, work.keep)))
+        return DeviceWork(*(send(array, self.device) for array in (work.sets, work.rows, work.kept)))
 
     def clear(self) -> None:
         """Edit nothing, until the next step is prepared."""

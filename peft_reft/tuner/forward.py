@@ -12,7 +12,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..factors import Factors
-from ..interventions import Intervention, factors_of
+from ..edits.factors import Factors
+from ..edits.intervention import Intervention, factors_of
 from ..positions.batch import SUBSPACES
 from ..positions.index import Arrangement, PositionIndex, arrange
-from ..positions.sources import Generation, GenerateStep, Source, Unread, Wanted
+from ..positions.sources import GenerateStep, Generation, Source, Unread, Wanted
 from ..positions.spec import Layout
 
 
@@ -305,9 +305,9 @@ class Forward:
 
     def within(self, subspaces: Tensor, index: PositionIndex, factors: Factors) -> Tensor:
         """([G,] n, r): `index.keep` for the coordinates `subspaces` (batch, n) of each token, 0 for the others."""
-        if factors.b is None:
+        r = factors.rank
+        if r is None:
             raise ValueError(f"{SUBSPACES} were given, but the formula of an active adapter has no rank.")
-        r = factors.b.shape[-2]
         key = (id(index), r)
         if key not in self._kept or subspaces is not self.subspaces:
             batch, seq = index.shape

@@ -2,8 +2,8 @@
 
 A hook before the base model's forward sees its inputs on every path that PEFT, transformers and TRL take to it, and
 begins a `Forward` with a source of positions: the caller (`intervention_positions`), `generate`, the cache, or the
-batch itself. A hook behind it ends the `Forward`. Parts of the model that are given tokens (its backbone, a tower) have
-the same hooks, for those who call a part by itself.
+batch itself. A hook behind it ends the `Forward`. Parts of the model that are given tokens (its backbone, a tower)
+have the same hooks, for those who call a part by itself.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ..positions.sources import (
     CONTINUOUS_BATCHING,
     Continued,
     FromBatch,
-    Generation,
     GenerateStep,
+    Generation,
     Given,
     Source,
     Unread,
@@ -128,7 +128,7 @@ def attach(model: nn.Module, has_answers: bool) -> Attachment:
 
 
 def attach_parts(model: nn.Module, edited: Iterable[nn.Module]) -> None:
-    """Hook the parts of `model` that hold `edited` modules and are given tokens or images: its backbone, its towers."""
+    """Hook the parts of `model` that hold `edited` modules and are given tokens or images: backbone, towers."""
     attachment: Attachment = model.__dict__[ATTRIBUTE]
     if attachment.decoder is not None:
         return
@@ -165,11 +165,12 @@ def _hook(module: nn.Module, attachment: Attachment, before: Callable[..., Any])
     )
 
 
-class _Wrapped(partial):  # type: ignore[type-arg]
+class _Wrapped(partial):
     """A wrapped method of one model: not a bound method, which could not be pickled."""
 
     inner: Any
     """What stood in the model's own dictionary before; None if nothing did, and the class's method counts."""
+    __signature__: inspect.Signature
 
 
 def _wrap(model: nn.Module, name: str, wrapper: Callable[..., Any], more: tuple[str, ...] = ()) -> None:
@@ -185,7 +186,7 @@ def _wrap(model: nn.Module, name: str, wrapper: Callable[..., Any], more: tuple[
     parameters = [each for each in parameters if each not in last] + added + last
     wrapped = _Wrapped(wrapper, model)
     wrapped.inner = model.__dict__.get(name)
-    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__signature__ = inspect.Signature(parameters)
     model.__dict__[name] = wrapped
 
 
@@ -377,7 +378,7 @@ def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 def _note_cache(forward: Forward, attachment: Attachment, given: dict[str, Any], output: Any) -> None:
     """Have the cache that a forward outside `generate` leaves know what it holds."""
-    if forward.generation is not None or torch.is_grad_enabled() and forward.module.training:
+    if forward.generation is not None or (torch.is_grad_enabled() and forward.module.training):
         return
     cache = _cache(given) if _cache(given) is not None else _cache_of(output)
     source = forward.source
@@ -470,11 +471,11 @@ def _prepare_inputs(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     if attachment.decoder is not None:
         if generation.real is None:  # a decoder's prompt is what it starts with
             generation.real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        whole = args[0] if args else kwargs["decoder_input_ids"] if "decoder_input_ids" in kwargs else tokens
+        whole = args[0] if args else kwargs.get("decoder_input_ids", tokens)
         start = whole.shape[1] - seq
     else:
         mask = kwargs.get("attention_mask")
-        whole = args[0] if args else kwargs.get("input_ids")
+        whole = args[0] if args else kwargs.get("input_ids", tokens)
         columns = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else whole.shape[1]
         start = generation.offset + columns - seq
     inputs[_STEP] = GenerateStep(generation, start, (tokens.shape[0], seq))
