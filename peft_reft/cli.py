@@ -365,10 +365,10 @@ def _show_positions(args: Any) -> None:
     from .looking import show_positions
     from .paths import check_path
 
+    spec = _spec(args.positions)
     check_path(args.tokenizer)
     with _loading(args.tokenizer, "tokenizer_config.json"):
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    spec = _spec(args.positions)
     for text in args.text:
         given = [{"role": "user", "content": text}] if args.chat else text
         show_positions(tokenizer, given, LoreftConfig(positions=spec))
