@@ -86,8 +86,9 @@ def _types(kind: Any) -> set[Any]:
 
 def _loreft_argument(field: Any) -> tuple[str, Any, Any]:
     kind = _KINDS[field.name]
-    json_too = " Text or JSON." if _types(kind) - {str, float, bool, type(None)} else ""
-    metadata = {"help": field.metadata["help"] + json_too}
+    types = _types(kind) - {type(None)}
+    form = "" if len(types) == 1 and types <= {str, float, bool} else " Text or JSON." if str in types else " JSON."
+    metadata = {"help": field.metadata["help"] + form}
     default = None if field.default is MISSING else field.default
     return (
         field.name,
@@ -198,7 +199,7 @@ def main(arguments: list[str]) -> int:
     try:
         parsed = parser().parse_args_and_config(arguments, return_remaining_strings=True)
     except (yaml.YAMLError, TypeError) as error:
-        raise ValueError(f"--config: {error}") from error
+        raise ValueError(f"The arguments, or the file that --config names, cannot be read: {error}") from error
     data, args, model, mixture, loreft, unknown = parsed
     _refuse(unknown)
     if model.model_name_or_path is None:
