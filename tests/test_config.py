@@ -34,6 +34,8 @@ def readable(value):
         ("modules_to_save", None),
         ("target_parameters", None),
         ("trainable_token_indices", None),
+        ("response_template", None),
+        ("instruction_template", None),
     ],
 )
 def test_defaults(name, default):
@@ -47,6 +49,7 @@ def test_every_own_field_is_in_the_design_and_has_help():
     assert own.keys() == {
         *("r", "positions", "layers", "component", "intervention", "tie", "dropout", "init_weights", "act_fn", "gate"),
         *("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "trainable_token_indices"),
+        *("response_template", "instruction_template"),
     }
     assert all(field.metadata["help"] for field in own.values())
     assert LoreftConfig().init_weights is own["init_weights"].default
@@ -214,6 +217,8 @@ CONFIGS = [
     {"modules_to_save": ["classifier", "score"], "task_type": TaskType.SEQ_CLS},
     {"trainable_token_indices": [3, 1], "base_model_name_or_path": "some/model", "revision": "main"},
     {"trainable_token_indices": {"embed_tokens": [3, 1]}, "inference_mode": True},
+    {"response_template": [[4, 8], [4]], "instruction_template": [[4, 7]]},
+    {"response_template": []},
 ]
 
 
