@@ -82,9 +82,6 @@ class LoreftConfig(PeftConfig):
             `component`. With a mapping in `positions`, layers are then counted among the modules that match.
         exclude_modules: Names of modules to leave out.
         modules_to_save: Modules besides the interventions that are trained and saved, such as a classifier head.
-        response_template: Headers of the chat template behind which an answer begins, each a list of token ids; `[]`
-            if the training data had none, `None` if that is not known. The commands `generate` and `chat` follow it.
-        instruction_template: Headers at which an answer has ended, likewise.
         target_parameters: Not supported, must be left empty (PEFT and TRL read it).
         trainable_token_indices: Token embeddings to train besides the interventions, as in PEFT's `LoraConfig`.
 
@@ -137,13 +134,6 @@ class LoreftConfig(PeftConfig):
     target_parameters: list[str] | None = field(default=None, metadata={"help": "Not supported; leave empty."})
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Token embeddings to train besides the interventions."}
-    )
-    response_template: list[list[int]] | None = field(
-        default=None,
-        metadata={"help": "Token ids of the headers behind which an answer begins; [] if the data has none."},
-    )
-    instruction_template: list[list[int]] | None = field(
-        default=None, metadata={"help": "Token ids of the headers at which an answer has ended."}
     )
 
     def __post_init__(self) -> None:

@@ -95,6 +95,26 @@ def show_positions(tokenizer: Any, batch_or_text: Any, config: LoreftConfig) -> 
             print("  " + "".join(piece.ansi() if colour else piece.plain() for piece in row))
 
 
+def marked_row(tokenizer: Any, batch: Mapping[str, Any], config: LoreftConfig) -> str:
+    """The first row of a batch as text, its edited tokens in brackets, once for each spec of the config.
+
+    Args:
+        tokenizer: of the model.
+        batch: as for `show_positions`; tensors of other shapes than (batch, seq) are left out.
+        config: the adapter's config.
+    """
+    ids = batch["input_ids"]
+    row = {
+        name: value[:1]
+        for name, value in batch.items()
+        if isinstance(value, Tensor) and value.ndim == 2 and (value.shape == ids.shape or name == POSITIONS)
+    }
+    lines = []
+    for where, spec, rows in _marked(tokenizer, row, config):
+        lines += [f"{where}: {spec}", *("  " + "".join(piece.plain() for piece in pieces) for pieces in rows)]
+    return "\n".join(lines)
+
+
 def _in_notebook() -> bool:
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return hasattr(shell, "kernel")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -127,6 +128,10 @@ class LoreftModel(BaseTuner):
             if not (edited := [layer.block for layer in model.modules() if isinstance(layer, LoreftLayer)]):
                 detach(model)
         attach_parts(model, edited)
+        if not self.peft_config[adapter_name].inference_mode or "transformers.trainer" in sys.modules:
+            from .training import add_default_callbacks  # imports transformers' Trainer, which serving does without
+
+            add_default_callbacks()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
