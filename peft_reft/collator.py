@@ -11,7 +11,8 @@ from torch import Tensor
 from .config import LoreftConfig
 from .positions.batch import POSITIONS, SUBSPACES, Batch
 from .positions.marks import Marks
-from .positions.sources import FromBatch, Wanted, check_subspaces
+from .positions.sources import FromBatch, check_subspaces
+from .positions.wanted import Wanted
 
 
 class DataCollatorForLoreft:

@@ -26,8 +26,8 @@ from .edits.intervention import Intervention
 from .edits.rotation import orthonormalise
 from .layer import CHILD, LoreftLayer
 from .positions.marks import Marks
-from .positions.sources import Wanted
 from .positions.spec import Layout, Positions
+from .positions.wanted import Wanted
 from .tuner.forward import LayerPlan, naming_rows, share_plan
 from .tuner.hooks import ATTRIBUTE, attach, attach_parts, detach
 

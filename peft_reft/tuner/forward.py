@@ -23,9 +23,11 @@ from torch.nn import functional as F
 from ..edits.factors import Factors
 from ..edits.intervention import Intervention, factors_of
 from ..positions.batch import SUBSPACES
+from ..positions.generation import GenerateStep, Generation
 from ..positions.index import Arrangement, PositionIndex, arrange
-from ..positions.sources import GenerateStep, Generation, Source, Unread, Wanted
+from ..positions.sources import Source, Unread
 from ..positions.spec import Layout
+from ..positions.wanted import Wanted
 
 
 @dataclass(frozen=True)

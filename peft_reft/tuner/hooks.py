@@ -20,22 +20,12 @@ from torch.nn import functional as F
 
 from ..architectures import modules_of_encoder
 from ..positions.batch import POSITIONS, SUBSPACES, Batch, can_be_read, is_matrix, remember
+from ..positions.cached import Continued, wrong_cache
+from ..positions.generation import GenerateStep, Generation
 from ..positions.memory import CacheMemory, memory_of, set_memory
 from ..positions.resolve import IGNORED
-from ..positions.sources import (
-    CONTINUOUS_BATCHING,
-    Continued,
-    FromBatch,
-    GenerateStep,
-    Generation,
-    Given,
-    Source,
-    Unread,
-    Wanted,
-    check_positions,
-    check_subspaces,
-    wrong_cache,
-)
+from ..positions.sources import CONTINUOUS_BATCHING, FromBatch, Given, Source, Unread, check_positions, check_subspaces
+from ..positions.wanted import Wanted
 from .forward import (
     Attachment,
     Forward,
