@@ -105,7 +105,7 @@ def test_pieces_add_up_to_the_whole(data):
         assert {key: value for key, value in found.items() if key[0] == request} == wanted
 
 
-# Chats: a user's header is 90 92, a tool's 90 93, the assistant's 90 91 95, or 90 91 if its tail merged with what follows.
+# Chats: a user's header is 90 92, a tool's 90 93, the assistant's 90 91 95, or 90 91 where the tail has merged.
 RESPONSE, INSTRUCTION = [[90, 91, 95], [90, 91]], [[90, 92], [90, 93]]
 
 
