@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from .edits.formulas import ACTIVATIONS, INTERVENTIONS
 from .hub import write_model_card
 from .positions.layers import check_layers, first_layer, resolve_layers
+from .positions.marks import check_template
 from .positions.spec import Layout, Positions, union
 
 COMPONENTS = ("block", "attention", "mlp")
@@ -72,6 +73,11 @@ class LoreftConfig(PeftConfig):
         init_weights: `True`: the model is unchanged at the start (not so, unless gated: `consreft`, which begins by
             zeroing its subspace, and `loreft` and `direft` with `act_fn`, which begin as in `"paper"`); `"paper"`: as
             the authors' code; `False`: random, for tests.
+        response_template: Marks of the chat template: headers behind which an answer begins, such as
+            `<|im_start|>assistant\\n`, each a list of token ids. With them, token ids alone say where prompts end.
+            Trainers find them by the tokenizer; `peft_reft.chat_marks(tokenizer)` does, too. None: not known; `[]`:
+            each document is one prompt and one answer.
+        instruction_template: Headers at which an answer has ended, likewise: of user, tool, system.
         target_modules: Names of the modules to edit the output of, as for any PEFT method; instead of `layers` and
             `component`. With a mapping in `positions`, layers are then counted among the modules that match.
         exclude_modules: Names of modules to leave out.
@@ -110,6 +116,12 @@ class LoreftConfig(PeftConfig):
     init_weights: bool | Literal["paper"] = field(
         default=True, metadata={"help": "True (identity at the start), 'paper', or False (random, for tests)."}
     )
+    response_template: list[list[int]] | None = field(
+        default=None, metadata={"help": "Headers behind which an answer begins, as lists of token ids."}
+    )
+    instruction_template: list[list[int]] | None = field(
+        default=None, metadata={"help": "Headers at which an answer has ended, as lists of token ids."}
+    )
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Module names or a regex, instead of `layers` and `component`."}
     )
@@ -141,6 +153,8 @@ class LoreftConfig(PeftConfig):
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r}: expected a number from 0 to below 1.")
         check_layers(self.layers, "layers")
+        for name in ("response_template", "instruction_template"):
+            setattr(self, name, check_template(getattr(self, name), name))
         self._check_r()
         self._check_positions()
         if self.target_parameters:
@@ -208,6 +222,12 @@ class LoreftConfig(PeftConfig):
     def layout(self) -> Layout:
         """The groups of all specs, each once: how the slots of `intervention_positions` are laid out."""
         return union(self.specs)
+
+    @property
+    def edits_everything(self) -> bool:
+        """Whether prompt and answer are edited alike in every layer, all of both."""
+        alike = self.tie in ("layer", "model")
+        return alike and all({"p", "g"} <= {g.kind for g in spec.groups if g.count is None} for spec in self.specs)
 
     def positions_by_layer(self, n_layers: int) -> dict[int, Positions]:
         """The spec of each layer to edit, in a model of `n_layers` blocks.

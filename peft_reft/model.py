@@ -6,7 +6,6 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from peft import TaskType
@@ -25,9 +24,11 @@ from .edits.formulas import INTERVENTIONS
 from .edits.intervention import Intervention
 from .edits.rotation import orthonormalise
 from .layer import CHILD, LoreftLayer
-from .positions.spec import Positions
-from .runtime import attach, detach
-from .state import LayerPlan, share_plan
+from .positions.marks import Marks
+from .positions.sources import Wanted
+from .positions.spec import Layout, Positions
+from .tuner.forward import LayerPlan, naming_rows, share_plan
+from .tuner.hooks import ATTRIBUTE, attach, attach_parts, detach
 
 MERGE_ADVICE = "Keep the adapter beside the model; `unload()` gives the base model back without it."
 
@@ -116,15 +117,16 @@ class LoreftModel(BaseTuner):
         task = self.peft_config[adapter_name].task_type
         base: Any = model
         can_generate = hasattr(base, "can_generate") and base.can_generate() and not base.config.is_encoder_decoder
-        self._state = attach(model, task == TaskType.CAUSAL_LM or (task is None and can_generate))
+        self._attachment = attach(model, task == TaskType.CAUSAL_LM or (task is None and can_generate))
         if state_dict is not None:  # PEFT finds modules by the part of a key before the prefix: that is our child
             below = f".{CHILD}.{self.prefix}"
             state_dict = {key.replace(below, f".{self.prefix}"): value for key, value in state_dict.items()}
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         finally:
-            if not any(isinstance(module, LoreftLayer) for module in model.modules()):
+            if not (edited := [layer.block for layer in model.modules() if isinstance(layer, LoreftLayer)]):
                 detach(model)
+        attach_parts(model, edited)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -158,11 +160,11 @@ class LoreftModel(BaseTuner):
         layer = getattr(target, CHILD, None)
         if layer is None:
             in_decoder = self._decoder is not None and id(target) in self._decoder
-            state = self._state.decoder if in_decoder else self._state
-            assert state is not None
-            layer = LoreftLayer(target, state)
+            attachment = self._attachment.decoder if in_decoder else self._attachment
+            assert attachment is not None
+            layer = LoreftLayer(target, attachment)
             target.add_module(CHILD, layer)
-        plan = LayerPlan(peft_config.layout, spec.groups, by, peft_config.dropout)
+        plan = LayerPlan(wanted_by(peft_config, spec.groups), spec.groups, by, peft_config.dropout)
         layer.update_layer(adapter_name, intervention, share_plan(plan))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -181,13 +183,8 @@ class LoreftModel(BaseTuner):
             raise ValueError("adapter_names chooses adapters row by row, which works in inference mode only.")
         if unknown := sorted({*adapter_names} - {*self.peft_config, "__base__"}):
             raise ValueError(f"adapter_names has {unknown}; there are {sorted(self.peft_config)} and '__base__'.")
-        hook = partial(_set_adapter_names, adapter_names=adapter_names)
-        handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in self._layers()]
-        try:
+        with naming_rows(self.model.__dict__[ATTRIBUTE], adapter_names):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply the edits of an adapter by `scale` in all layers: 1 as trained, 0 nothing, −1 the reverse.
@@ -338,7 +335,8 @@ def _key_prefixes(model: nn.Module, adapter_name: str | None = None) -> set[str]
     return prefixes
 
 
-def _set_adapter_names(
-    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": adapter_names}
+def wanted_by(config: LoreftConfig, groups: Layout) -> Wanted:
+    """What a layer that edits `groups` asks a forward for."""
+    kinds = {group.kind for group in groups if group.count is None}
+    everything = {"p", "g"} <= kinds and config.tie in ("layer", "model")
+    return Wanted(config.layout, Marks.of(config.response_template, config.instruction_template), everything)
