@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .config import DEFAULT_R, LoreftConfig
+from .edits.factors import Activated, Affine, ElementwiseFactors, LowRankFactors
 from .edits.formulas import INTERVENTIONS
 from .edits.intervention import Intervention
 
@@ -66,17 +67,32 @@ def weighted_config(adapters: dict[str, LoreftConfig], n_layers: int) -> LoreftC
 def fill_weighted(target: Intervention, summands: Sequence[tuple[float, Intervention]]) -> None:
     """Give `target` (`nodireft` or `red`) the parameters of the weighted sum, in the order of the summands."""
     values: dict[str, Any]
-    found: list[tuple[float, Any]] = [(weight, intervention.current_factors()) for weight, intervention in summands]
+    found = [(weight, intervention.current_factors()) for weight, intervention in summands]
     if target.has_rank:
+        low_rank = [(weight, each) for weight, each in found if isinstance(each, LowRankFactors)]
+        inside = [_inside(each) for _, each in low_rank]
+        weights = [affine.weight for affine in inside]
         values = {
-            "W1": torch.cat([torch.zeros_like(f.b) if f.a is None else f.a for _, f in found], -2),
-            "W2": torch.cat([weight * f.b for weight, f in found], -2),
-            "b": torch.cat([f.bias for _, f in found], -1),
+            "W1": torch.cat(
+                [torch.zeros_like(each.basis) if w is None else w for w, (_, each) in zip(weights, low_rank)], -2
+            ),
+            "W2": torch.cat([weight * each.basis for weight, each in low_rank], -2),
+            "b": torch.cat([affine.bias for affine in inside], -1),
         }
     else:
+        elementwise = [(weight, each) for weight, each in found if isinstance(each, ElementwiseFactors)]
         values = {
-            "s": 1 + sum(weight * f.scale for weight, f in found if f.scale is not None),
-            "b": sum(weight * f.shift for weight, f in found),
+            "s": 1 + sum(weight * each.scale for weight, each in elementwise if each.scale is not None),
+            "b": sum(weight * each.shift for weight, each in elementwise),
         }
     for name, value in values.items():
         getattr(target, name).copy_(torch.as_tensor(value))
+
+
+def _inside(factors: LowRankFactors) -> Affine:
+    """A and b of an edit ``Bᵀ f(A h + b)``."""
+    z = factors.coordinates
+    if isinstance(z, Activated):
+        z = z.inside
+    assert isinstance(z, Affine)
+    return z

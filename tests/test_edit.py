@@ -1,10 +1,12 @@
-"""The autograd function of a layer against the same lines written for autograd."""
+"""What edits are computed from, and the autograd function of a layer, against the same lines written for autograd."""
+
+import itertools
 
 import pytest
 import torch
 
 from peft_reft.edits.apply import Edit, add_edits, may_change
-from peft_reft.edits.factors import Activated, Affine, ElementwiseFactors, Gate, LowRankFactors
+from peft_reft.edits.factors import Activated, Affine, Difference, ElementwiseFactors, Gate, LowRankFactors
 
 TOKENS, D, R = 11, 6, 2
 CONSTANT = LowRankFactors(torch.randn(R, D), Affine(None, torch.randn(R)))
@@ -65,16 +67,22 @@ def parameters_of(edits):
     return [tensor for e in edits for tensor in e.factors.tensors()]
 
 
-def edit_of(factors, h, keep):
-    """The edit of one token h (d,), as the types of factors describe it."""
+def coordinates_of(z, h, n):
+    if isinstance(z, Difference):
+        return torch.zeros(R) if z.source is None else z.weight @ z.source[n] - z.weight @ h
+    if isinstance(z, Affine):
+        return z.bias if z.weight is None else z.weight @ h + z.bias
+    inner = z.function(coordinates_of(z.inside, h, n))
+    inner = inner if z.subtracted is None else inner - z.subtracted @ h
+    return inner if z.subtracted_bias is None else inner - z.subtracted_bias
+
+
+def edit_of(factors, h, keep, n=0):
+    """The edit of one token h (d,), the n-th, as the types of factors describe it."""
     if isinstance(factors, ElementwiseFactors):
         change = keep * ((0 if factors.scale is None else h * factors.scale) + factors.shift)
     else:
-        z, f = factors.coordinates, torch.nn.Identity()
-        c, subtracted = torch.zeros(R, D, dtype=h.dtype), 0
-        if isinstance(z, Activated):
-            c, subtracted, f, z = z.subtracted, z.subtracted_bias, z.function, z.inside
-        inner = f((0 if z.weight is None else z.weight @ h) + z.bias) - c @ h - subtracted
+        inner = coordinates_of(factors.coordinates, h, n)
         change = (keep * inner) @ factors.basis
     if factors.gate is not None:
         change = change * torch.tanh(factors.gate.weight @ h + factors.gate.bias)
@@ -93,6 +101,87 @@ def plainly(flat, edits):
                 change = edit_of(factors, flat[row], pick(e.keep)[at])
                 out[row] = out[row] + (change if e.drop is None else change * pick(e.drop)[at])
     return torch.stack(out)
+
+
+def every_form(*lead):
+    """All factors that can be built."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*shape):
+        return torch.randn(*lead, *shape, generator=generator)
+
+    gates = [None, Gate(rand(D), rand(1))]
+    affine = [Affine(weight, rand(R)) for weight in (None, rand(R, D))]
+    activated = [
+        Activated(inside, torch.tanh, subtracted, bias)
+        for inside, subtracted, bias in itertools.product(affine, (None, rand(R, D)), (None, rand(R)))
+    ]
+    difference = [Difference(rand(R, D)), Difference(rand(R, D), rand(TOKENS, D))]
+    found = [LowRankFactors(rand(R, D), z, gate=gate) for z in [*affine, *activated, *difference] for gate in gates]
+    return found + [ElementwiseFactors(u, rand(D), gate=gate) for u in (None, rand(D)) for gate in gates]
+
+
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_every_form_computes_all_of_its_terms(lead):
+    forms = every_form(*lead)
+    assert len({factors.form for factors in forms}) == len(forms)
+    h, keep = torch.randn(*lead, TOKENS, D), torch.rand(*lead, TOKENS, 1)
+    for factors in forms:
+        assert factors.lead == (len(h) if lead else None) and factors.d == D
+        assert factors.rank == (R if isinstance(factors, LowRankFactors) else None)
+        for given in (None, keep):
+            found = factors.edit(h, given)
+            for g, one in enumerate(factors.unstack() if lead else [factors]):
+                pick = (lambda t, g=g: t[g]) if lead else (lambda t: t)
+                for n in range(TOKENS):
+                    wanted = edit_of(one, pick(h)[n], 1 if given is None else pick(given)[n], n)
+                    torch.testing.assert_close(pick(found)[n], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_an_edit_that_says_it_is_affine_is():
+    a, b, t = torch.randn(TOKENS, D), torch.randn(TOKENS, D), 0.3
+    for factors in every_form():
+        if not isinstance(getattr(factors, "coordinates", None), Difference):
+            mixed = t * factors.edit(a) + (1 - t) * factors.edit(b)
+            affine = torch.allclose(factors.edit(t * a + (1 - t) * b), mixed, atol=1e-4)
+            constant = isinstance(getattr(factors, "coordinates", None), Activated) and factors.gate is None
+            assert affine == factors.is_affine or (constant and factors.coordinates.inside.weight is None)
+
+
+def test_stacked_and_taken_apart():
+    for one, other in zip(every_form(), every_form()):
+        other = other.map(lambda tensor: tensor * 2)
+        stacked = type(one).stack([one, other])
+        assert one.kind == other.kind != stacked.kind and one.form == stacked.form
+        for again, before in zip(stacked.unstack(), (one, other), strict=True):
+            assert all(map(torch.equal, again.tensors(), before.tensors()))
+        sizes = {"r": R, "d": D, "n": TOKENS, "1": 1}
+        assert [list(tensor.shape) for tensor in one.tensors()] == [
+            [sizes[size] for size in dimensions] for dimensions in one.dimensions()
+        ]
+
+
+def test_what_cannot_be_computed_cannot_be_built():
+    for incomplete in (
+        lambda: LowRankFactors(torch.randn(R, D)),
+        lambda: LowRankFactors(coordinates=Affine(None, torch.randn(R))),
+        lambda: Affine(torch.randn(R, D)),
+        lambda: Activated(Affine(None, torch.randn(R))),
+        lambda: ElementwiseFactors(torch.randn(D)),
+        lambda: Gate(torch.randn(D)),
+    ):
+        with pytest.raises(TypeError, match="missing"):
+            incomplete()
+
+
+def test_a_source_is_for_interchange_alone():
+    source = torch.randn(TOKENS, D)
+    for factors in every_form():
+        if isinstance(getattr(factors, "coordinates", None), Difference):
+            assert factors.with_source(source).coordinates.source is source
+        else:
+            with pytest.raises(TypeError, match="takes no hidden states of another run"):
+                factors.with_source(source)
 
 
 @pytest.mark.parametrize("in_place", [False, True])

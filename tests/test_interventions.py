@@ -1,6 +1,7 @@
 """The maths: formulas and gradients against float64, orthonormality, precision, and writes to parameters."""
 
 import copy
+import importlib
 import io
 import pickle
 
@@ -556,3 +557,45 @@ def test_interchange_puts_the_subspace_of_the_source_in():
         assert_close(out @ beside, base @ beside)
         assert torch.count_nonzero(module.edit(base)) == 0
     assert sum(parameter.numel() for parameter in module.parameters()) == R * D
+
+
+# Replicas of `nn.DataParallel`, whose weights are plain attributes that autograd computed.
+
+
+@pytest.fixture
+def replicate(monkeypatch):
+    """torch's own, with the broadcast to GPUs replaced by a copy that autograd sees."""
+    module = importlib.import_module("torch.nn.parallel.replicate")
+
+    def copy_to_each(tensors, devices, detach=False):
+        return [[tensor.detach() if detach else tensor.clone() for tensor in tensors] for _ in devices]
+
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", copy_to_each)
+    monkeypatch.setattr(module, "_get_device_index", lambda device, optional=True: device)
+    return module.replicate
+
+
+@pytest.mark.parametrize("count", [None, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_replicas(name, count, replicate):
+    """They compute the same, and gradients arrive at the parameters; nothing is written to a replica."""
+    module = skew(make(name, count=count))
+    h = torch.randn(2, *(() if count is None else (count,)), N, D)
+    upstream, before = torch.randn(h.shape), parameters_of(module)
+    exact = {key: value.double().requires_grad_() for key, value in before.items()}
+    formula(name, exact, h.double()).backward(upstream.double())
+    first, second = replicate(module, [0, 1])
+    assert first.trains and second.trains and first.kind == second.kind != module.kind
+    both = [factors_of([first])[0], factors_of([second])[0]]
+    for n, together in enumerate(factors_of([first, second])):
+        for one, other in zip(both[n].tensors(), together.tensors(), strict=True):
+            assert_close(one.detach(), other.detach())
+    for n, replica in enumerate((first, second)):
+        replica.edit(h[n]).backward(upstream[n])
+    for key, parameter in module.named_parameters():
+        assert_close(parameter.grad, exact[key].grad, 1e-4)
+        assert torch.equal(parameter, before[key])
+    with torch.no_grad():
+        for replica in replicate(module, [0, 1], detach=True):
+            assert not replica.trains
+            assert torch.equal(replica.edit(h[0]), module.edit(h[0]))
