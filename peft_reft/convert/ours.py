@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..architectures import Target, find_targets, skeleton
 from ..config import LoreftConfig
+from ..files import check_finite
 from ..interventions import INTERVENTIONS
 from ..layer import CHILD
 
@@ -40,7 +41,11 @@ class Adapter:
 
     @staticmethod
     def load(source: str) -> Adapter:
-        """Read a folder, or what the Hub has by that name. Raises ValueError, naming what is missing, else."""
+        """Read a folder, or what the Hub has by that name.
+
+        Raises:
+            ValueError: a file is missing, damaged or of another method, or has values that are not finite; names it.
+        """
         folder = local_folder(source, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME])
         path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
         for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
@@ -50,7 +55,9 @@ class Adapter:
         if not isinstance(config, LoreftConfig):
             raise ValueError(f"{folder} holds an adapter of type {config.peft_type}, not of LoReFT.")
         adapter = Adapter(config, {})
-        for key, tensor in load_file(path).items():
+        tensors = load_file(path)
+        check_finite(tensors, path)
+        for key, tensor in tensors.items():
             module, found, parameter = key.removeprefix(_PREFIX).partition(_WEIGHTS)
             if found:
                 adapter.weights.setdefault(module, {})[parameter] = tensor
