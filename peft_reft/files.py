@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from glob import escape, glob
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from .wrapping import wrap
 
-INDEX_NAME = f"{SAFETENSORS_WEIGHTS_NAME}.index.json"
+_SHARDS = SAFETENSORS_WEIGHTS_NAME.replace(".", "-*-of-*.")
 
 
 def check_weights_file(folder: str) -> None:
@@ -37,6 +38,11 @@ def check_weights_file(folder: str) -> None:
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or cut short ({error}). Copy it again.") from error
         return
+    if shards := glob(os.path.join(escape(folder), _SHARDS)):
+        raise ValueError(
+            f"{min(shards)} is a part of an adapter, and PEFT and transformers read {SAFETENSORS_WEIGHTS_NAME} alone. "
+            "Save it again with a larger max_shard_size."
+        )
     if os.path.isfile(pickled := os.path.join(folder, WEIGHTS_NAME)):
         raise ValueError(
             f"{pickled} is a pickle, which can run code when it is read: LoReFT adapters are saved and read as "
@@ -106,6 +112,10 @@ def _load_and_check(load: Callable[..., Any], model: Any, *args: Any, **kwargs: 
             info = load(model, *args, **kwargs)
         except SafetensorError as error:
             raise ValueError(f"{where} is damaged or cut short ({error}). Copy it again.") from error
+        except OSError:
+            if source and _new_of_ours(model, before):
+                check_weights_file(str(source))  # says more than that the file is not there
+            raise
         for name in _new_of_ours(model, before):
             if source:
                 check_weights_file(str(source))  # transformers looks for a pickle where there are no safetensors

@@ -316,5 +316,10 @@ def _of_group(tensor: Tensor, g: int) -> Tensor:
 
 
 def _edit_output(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Forward hook of a block. A module-level function, so that the model can be copied and pickled."""
+    """Forward hook of a block. A module-level function, so that the model can be copied and pickled.
+
+    On the meta device there are shapes alone, which no edit changes; positions could not be read there.
+    """
+    if getattr(output[0] if isinstance(output, tuple) else output, "is_meta", False):
+        return output
     return getattr(block, CHILD)(output, args)

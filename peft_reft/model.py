@@ -12,7 +12,6 @@ from typing import Any
 from peft import PeftConfig, TaskType
 from peft.tuners.tuners_utils import (
     BaseTuner,
-    _delete_auxiliary_adapter,
     _filter_state_dict_by_key_prefixes,
     _get_tuner_state_dict_key_prefixes,
     _maybe_include_all_linear_layers,
@@ -175,8 +174,15 @@ class LoreftModel(BaseTuner):
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         # All checks are passed. What a replaced adapter trained besides must not be saved with the new one.
-        if self._replaced is not None and (self._targets or self._beyond):
-            _delete_auxiliary_adapter(model, self._replaced, new_active_adapters=None)
+        if self._replaced is None or not (self._targets or self._beyond):
+            return
+        for name, module in list(model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper) and self._replaced in module._get_available_adapters():
+                if len(module._get_available_adapters()) > 1:
+                    module.delete_adapter(self._replaced, new_active_adapters=None)
+                else:
+                    parent, _, child = name.rpartition(".")
+                    setattr(model.get_submodule(parent), child, module.original_module)
 
     def inject_adapter(
         self,
@@ -443,7 +449,7 @@ class LoreftModel(BaseTuner):
         missing = [cls._remove_adapter_name_from_key(name, adapter_name) for name in own if name not in remapped]
         unknown = [name for name in remapped if cls._is_own(name) and name not in own]
         if missing or unknown:
-            raise ValueError(does_not_fit("The adapter file", missing, unknown))
+            raise ValueError(does_not_fit(f"The file of adapter {adapter_name!r}", missing, unknown))
         check_finite(state_dict, f"The file of adapter {adapter_name!r}")
         return remapped
 

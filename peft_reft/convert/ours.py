@@ -44,7 +44,8 @@ class Adapter:
         """Read a folder, or what the Hub has by that name.
 
         Raises:
-            ValueError: a file is missing, damaged or of another method, or has values that are not finite; names it.
+            ValueError: a file is missing, damaged or of another method, has values that are not finite, or tensors
+                that are not those of the formula; names it.
         """
         folder = local_folder(source, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME])
         path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
@@ -63,6 +64,10 @@ class Adapter:
                 adapter.weights.setdefault(module, {})[parameter] = tensor
             else:
                 adapter.others[module] = tensor
+        try:
+            adapter._check_shapes()
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         return adapter
 
     def save(self, destination: str) -> None:
