@@ -103,7 +103,7 @@ def _save_as_safetensors(
 def _load_and_check(load: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """transformers' `load_adapter`. What it refuses for LoReFT leaves the model as it was."""
     before = set(getattr(model, "peft_config", {}))
-    active = model.active_adapters() if before else []
+    active = model.active_adapters() if getattr(model, "_hf_peft_config_loaded", False) else []
     source = args[0] if args else kwargs.get("peft_model_id")
     source = source or getattr(kwargs.get("load_config"), "pretrained_model_name_or_path", None)
     where = _weights_of(source)
@@ -146,12 +146,13 @@ def _check_loaded(model: Any, name: str, where: str, info: Any) -> None:
         for key, tensor in model.named_parameters(remove_duplicate=False)
         if any(mark in key for mark in marks)
     }
-    # With `tie="model"` the file has the tensors once, and they are missing under the other layers' names.
-    read = {id(tensor) for key, tensor in own.items() if key not in info.missing_keys}
-    missing = sorted(key for key, tensor in own.items() if id(tensor) not in read)
-    unknown = sorted(key for key in info.unexpected_keys if any(mark in key for mark in marks))
-    if missing or unknown:
-        raise ValueError(does_not_fit(where, missing, unknown))
+    if info is not None:  # older versions of transformers do not say what they found
+        # With `tie="model"` the file has the tensors once, and they are missing under the other layers' names.
+        read = {id(tensor) for key, tensor in own.items() if key not in info.missing_keys}
+        missing = sorted(key for key, tensor in own.items() if id(tensor) not in read)
+        unknown = sorted(key for key in info.unexpected_keys if any(mark in key for mark in marks))
+        if missing or unknown:
+            raise ValueError(does_not_fit(where, missing, unknown))
     check_finite(own, where)
 
 

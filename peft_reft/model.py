@@ -198,6 +198,8 @@ class LoreftModel(BaseTuner):
         self._state = attach(base, task == TaskType.CAUSAL_LM or (task is None and can_generate))
         below = f".{CHILD}.{self.prefix}"
         self._checkpoint: set[str] = set()
+        if self.peft_config[adapter_name].tie == "model":
+            state_dict = None  # it names the first layer alone: the config says which layers share the weights
         if state_dict is not None:  # PEFT finds modules by the part of a key before the prefix: that is our child
             self._checkpoint = {key.partition(below)[0].removeprefix("_orig_mod.") for key in state_dict}
             state_dict = {key.replace(below, f".{self.prefix}"): value for key, value in state_dict.items()}
