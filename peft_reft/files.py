@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -122,8 +123,9 @@ def _load_and_check(load: Callable[..., Any], model: Any, *args: Any, **kwargs: 
             _check_loaded(model, name, where, info)
     except Exception:
         for name in _new_of_ours(model, before):
-            if active:
-                model.set_adapter(active)
+            for module in model.modules():
+                if isinstance(module, BaseTunerLayer) and active:
+                    module.set_adapter(active)  # before the new one is deleted, or PEFT chooses and warns
             model.delete_adapter(name)
         raise
     return info

@@ -1,4 +1,4 @@
-"""What PEFT's users do with any method: shorthands, contracts of layers, second tries, state dicts, adapters' names."""
+"""What PEFT's users do with any method: shorthands, layers' contracts, second tries, state dicts, adapters' names."""
 
 import copy
 import warnings
