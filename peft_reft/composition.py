@@ -18,8 +18,34 @@ from .edits.factors import Activated, Affine, ElementwiseFactors, LowRankFactors
 from .edits.formulas import INTERVENTIONS
 from .edits.intervention import Intervention
 
-_ALIKE = ("positions", "tie", "component", "target_modules", "exclude_modules", "act_fn")
+_ALIKE = (
+    "positions",
+    "tie",
+    "component",
+    "target_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "exclude_modules",
+    "act_fn",
+)
 _NOT_SUBTRACTING = ("direft", "nodireft")
+
+
+def check_combination(combination_type: str, settings: dict[str, Any], adapters: dict[str, LoreftConfig]) -> None:
+    """Raise ValueError if LoRA's `combination_type` is another sum than the one that is computed here."""
+    ranked = [name for name, config in adapters.items() if INTERVENTIONS[config.intervention].has_rank]
+    if combination_type == "linear" and ranked:
+        raise ValueError(
+            f"combination_type='linear' adds up the parameters of low-rank edits ({', '.join(map(repr, ranked))}), "
+            "which is not the sum of the edits. Allowed with them: 'cat', the exact sum; ranks add up."
+        )
+    if combination_type not in ("cat", "linear"):
+        raise ValueError(
+            f"combination_type={combination_type!r} is an approximation of LoRA's. Allowed: 'cat' (the exact sum), "
+            "'linear' (the same, for formulas without a rank)."
+        )
+    if given := {name: value for name, value in settings.items() if value is not None}:
+        raise ValueError(f"{', '.join(given)}: combination_type={combination_type!r} has no such settings.")
 
 
 def weighted_config(adapters: dict[str, LoreftConfig], n_layers: int) -> LoreftConfig:

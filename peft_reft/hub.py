@@ -55,6 +55,8 @@ def describe(config: LoreftConfig) -> str:
     ]
     if config.target_modules:
         where = f"the output of modules {config.to_dict()['target_modules']}"
+        if config.layers_to_transform is not None:
+            where += f" in layers {config.layers_to_transform}"
     else:
         layers = "all layers" if config.layers == "all" else f"layers {config.layers}"
         where = f"the {config.component} output of {layers}"

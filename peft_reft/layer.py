@@ -35,6 +35,8 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("loreft_weights",)
     other_param_names = ("plans", "scaling")
+    cast_input_dtype_enabled = True
+    """Part of PEFT's contract, set by `peft.helpers`; edits are computed in float32 whatever it is."""
 
     def __init__(self, block: nn.Module, attachment: Attachment) -> None:
         super().__init__()
@@ -183,6 +185,11 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
             if name in self.scaling:
                 self.scaling[name] = 1.0 if scale is None else self.scaling[name] / scale
 
+    def forget(self, adapter_name: str) -> None:
+        """Take an adapter out, as `delete_adapter` does, but leave the choice of active ones to who replaces it."""
+        for held in (self.loreft_weights, self.plans, self.scaling):
+            del held[adapter_name]
+
     def remove(self) -> None:
         """Take the hook off the block, and this layer out of it."""
         self._handle.remove()
@@ -261,6 +268,30 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
         """The module whose output is edited."""
         return self._block[0]
 
+    def get_base_layer(self) -> nn.Module:
+        """The module whose output is edited, taken out of other methods' wrappers.
+
+        PEFT's `weight`, `bias` and `get_base_weight()` ask here. There is no attribute `base_layer`: PEFT would put
+        that in the place of this child when it unloads.
+        """
+        block = self.block
+        return block.get_base_layer() if isinstance(block, BaseTunerLayer) else block
+
+    @property
+    def in_features(self) -> int:
+        """Size of what the block reads, where it says so as a linear map does, else of what it returns."""
+        own = getattr(self.get_base_layer(), "in_features", None)
+        return own if isinstance(own, int) else self.out_features
+
+    @property
+    def out_features(self) -> int:
+        """Size d of the hidden states that are edited. AttributeError when the last adapter is deleted."""
+        for name in self.loreft_weights:
+            weights = self.weights(name)
+            widest = next(name for name, dimensions in weights.shapes.items() if dimensions.endswith("d"))
+            return int(getattr(weights, widest).shape[-1])
+        raise AttributeError("out_features is the size of the edits, but this layer has no adapter any more.")
+
     @property
     def has_new_bias(self) -> bool:
         """Whether merging gave the linear map a bias that it did not have."""
@@ -298,5 +329,10 @@ def _of_group(tensor: Tensor, g: int) -> Tensor:
 
 
 def _edit_output(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Forward hook of a block. A module-level function, so that the model can be copied and pickled."""
+    """Forward hook of a block. A module-level function, so that the model can be copied and pickled.
+
+    On the meta device there are shapes alone, which no edit changes; positions could not be read there.
+    """
+    if getattr(output[0] if isinstance(output, tuple) else output, "is_meta", False):
+        return output
     return getattr(block, CHILD)(output, args)

@@ -103,7 +103,9 @@ def _find(renderer: _Renderer) -> Found:
             continue
         fault = _fault(renderer, response, instruction, tools)
         import os
-        if os.environ.get("DBG"): print("FAULT",fault, [renderer.show([r]) for r in response],[renderer.show([r]) for r in instruction])
+
+        if os.environ.get("DBG"):
+            print("FAULT", fault, [renderer.show([r]) for r in response], [renderer.show([r]) for r in instruction])
         if fault is None:
             return Found(response, instruction, without_tools=bool(renderer.tool_scripts) and not tools)
     if not response or not instruction:
@@ -155,7 +157,8 @@ class _Writer:
     def __init__(self, renderer: _Renderer, rng: random.Random) -> None:
         self.renderer, self.rng, self.count = renderer, rng, 0
 
-    def chat(self, script: str, *, leads: Sequence[str] = (), empty: float = 0.1, result: str = "text", **options: Any
+    def chat(
+        self, script: str, *, leads: Sequence[str] = (), empty: float = 0.1, result: str = "text", **options: Any
     ) -> _Chat:
         """A chat with random contents.
 
@@ -468,7 +471,9 @@ def _headers(renderer: _Renderer, gaps: Sequence[_Gap]) -> list[str]:
             out.append(header)
             continue
         # Plain words ("User:"), which a content may contain: with the added token that stands before them.
-        starts = [max((i for i in renderer.added_tokens(gap.text) if i < gap.start), default=gap.start) for gap in group]
+        starts = [
+            max((i for i in renderer.added_tokens(gap.text) if i < gap.start), default=gap.start) for gap in group
+        ]
         out += {gap.text[start : gap.start] + header: None for gap, start in zip(group, starts)}
     return [header for header in out if header.strip()]
 
