@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .architectures import Target, find_targets, modules_of_decoder, modules_of_encoder, output_size
 from .composition import fill_weighted, weighted_config
 from .config import LoreftConfig
+from .conflicts import refuse_conflicts
 from .interventions import INTERVENTIONS, Intervention
 from .layer import CHILD, LoreftLayer
 from .merging import NEW_BIAS, SHARED_WEIGHT, projection_of
@@ -86,6 +87,9 @@ class LoreftModel(BaseTuner):
         if peft_config.tie == "model" and len(sizes := {target.d for target, *_ in self._targets.values()}) > 1:
             raise ValueError(f"tie='model' needs one hidden size, but the targets have {sorted(sizes)}.")
         self._shared: Intervention | None = None
+        names = [name for name in self._targets if self._check_target_module_exists(peft_config, name)]
+        layers = [name for name, module in self.model.named_modules() if isinstance(module, LoreftLayer)]
+        refuse_conflicts(self.model, peft_config, names, [name.removesuffix(f".{CHILD}") for name in layers])
         return peft_config
 
     def _find_targets(self, peft_config: LoreftConfig) -> list[Target]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .architectures import modules_of_encoder
+from .conflicts import refuse_fused_head
 from .positions.sources import (
     CONTINUOUS_BATCHING,
     IGNORED,
@@ -33,6 +34,7 @@ from .positions.sources import (
     is_matrix,
 )
 from .state import PositionState
+from .tracing import refuse_tracing
 
 ATTRIBUTE = "peft_reft_state"
 
@@ -115,6 +117,8 @@ def _entrances(model: Any) -> list[nn.Module]:
 
 
 def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    refuse_tracing()
+    refuse_fused_head(model, kwargs)
     state: PositionState = model.__dict__[ATTRIBUTE]
     positions = kwargs.pop(POSITIONS, None)
     subspaces = check_subspaces(kwargs.pop(SUBSPACES, None))
