@@ -64,7 +64,7 @@ def _hand_names(
     if _current.get() is not names or kwargs is None:
         return None
     rows = len(args[0] if args else next(iter(kwargs.values())))
-    if rows % len(names):
+    if not names or rows % len(names):
         raise ValueError(
             f"adapter_names has {len(names)} entries, but {type(wrapper).__name__} is given {rows} rows; give one a "
             "row."

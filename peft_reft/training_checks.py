@@ -13,8 +13,8 @@ from transformers import TrainerCallback
 from .layer import LoreftLayer
 
 _SHOWN = 8
-_WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-"""Where a parameter's gradient is in `grad`; DeepSpeed and FSDP keep it elsewhere, or in pieces."""
+_ELSEWHERE = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM, DistributedType.XLA)
+"""Where a parameter's gradient is not in `grad`, or in pieces."""
 
 
 def warn_of_unmoved(model: nn.Module) -> None:
@@ -57,6 +57,6 @@ class TrainingChecks(TrainerCallback):
         self.checked = False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.checked and state.is_world_process_zero and AcceleratorState().distributed_type in _WHOLE:
+        if not self.checked and state.is_world_process_zero and AcceleratorState().distributed_type not in _ELSEWHERE:
             warn_of_unmoved(kwargs["model"])
         self.checked = True
