@@ -74,7 +74,6 @@ def mixed(model, names=NAMES):
     ],
     ids=["head", "bert", "tokens", "gemma3", "tied", "lm_head"],
 )
-@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning")
 def test_each_row_has_its_own(base, fields, active):
     model = two_adapters(base(), **fields)
     expected = one_by_one(model)
