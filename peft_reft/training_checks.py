@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
 
-from accelerate import DistributedType
-from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import TrainerCallback
 
 from .layer import LoreftLayer
 
 _SHOWN = 8
-_ELSEWHERE = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM, DistributedType.XLA)
-"""Where a parameter's gradient is not in `grad`, or in pieces."""
+_ELSEWHERE = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
+"""Environment variables that accelerate sets while a parameter's gradient is not in `grad`, or in pieces."""
 
 
 def warn_of_unmoved(model: nn.Module) -> None:
@@ -57,6 +56,7 @@ class TrainingChecks(TrainerCallback):
         self.checked = False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.checked and state.is_world_process_zero and AcceleratorState().distributed_type not in _ELSEWHERE:
+        elsewhere = any(os.environ.get(name, "false").lower() == "true" for name in _ELSEWHERE)
+        if not self.checked and state.is_world_process_zero and not elsewhere:
             warn_of_unmoved(kwargs["model"])
         self.checked = True

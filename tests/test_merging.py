@@ -123,7 +123,25 @@ def test_merged_tied_embeddings_are_tied_again():
     same(logits(model), expected)
 
 
+@pytest.mark.filterwarnings(TIED)
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning")
+def test_merged_tied_embeddings_can_be_saved(tmp_path):
+    model = adapted(tied(), target_modules=["lm_head"])
+    without_offset(model)
+    expected = logits(model)
+    model.merge_and_unload().save_pretrained(tmp_path)
+    same(logits(LlamaForCausalLM.from_pretrained(tmp_path).eval()), expected)
+
+
 # Parameters that the base does not have.
+
+
+@torch.no_grad()
+def without_offset(model):
+    """No b, and so nothing for a bias."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("default.b"):
+            parameter.zero_()
 
 
 def test_a_new_bias_is_refused_unless_asked_for():
@@ -146,10 +164,7 @@ def test_a_bias_that_is_there_takes_the_edit(family):
 
 def test_an_edit_without_an_offset_needs_no_bias():
     model = adapted(component="mlp")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("default.b"):
-                parameter.zero_()
+    without_offset(model)
     expected = logits(model)
     model.merge_adapter()
     same(logits(model), expected)
