@@ -8,15 +8,15 @@ from operator import itemgetter
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .edits.apply import Edit, add_edits, gather, may_change
 from .edits.factors import Factors
 from .edits.formulas import Interchange
-from .edits.intervention import Intervention
-from .merging import Folded, fold, projection_of, unfold
+from .edits.intervention import Intervention, factors_of
+from .merging import NEW_BIAS, Folded, fold, gains_bias, onloaded, projection_of, unfold
 from .positions.index import PositionIndex
 from .tuner.exchange import exchange
 from .tuner.forward import Attachment, Forward, LayerPlan, current, current_names
@@ -239,29 +239,56 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
                 return str(error)
         return None
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold the edits into the linear map whose output they edit; see `LoreftModel.merge_adapter`."""
+    def gains_bias(self, adapter_names: Iterable[str]) -> bool:
+        """Whether merging these adapters, which can be merged here, would give the linear map its first bias."""
+        edits = self._edits_to_merge([name for name in adapter_names if name in self.plans])
+        return gains_bias(projection_of(self.block), edits)
+
+    @torch.no_grad()
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        new_parameters: bool = False,
+        shared: bool = False,
+    ) -> None:
+        """Fold the edits into the linear map whose output they edit; see `LoreftModel.merge_adapter`.
+
+        Args:
+            safe_merge: whether to raise ValueError, before anything is changed, if the result is not finite.
+            adapter_names: which; None for the active ones.
+            new_parameters: whether the linear map may get a bias if it has none.
+            shared: whether other modules have its weight too: it then gets one of its own.
+        """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.plans]
         if not names:
             return
-        if reason := self.why_not_merge(names):
+        reason = self.why_not_merge(names)
+        if reason is None and not new_parameters and self.gains_bias(names):
+            reason = NEW_BIAS.format(type(projection_of(self.block)).__name__)
+        if reason:
             raise ValueError(f"LoReFT cannot be merged: {reason}.")
         names = self.merged_adapters + names
         self.unmerge()  # each edit is of the output as it was without the others
-        edits = [(name, self.weights(name)) for name in names]
-        self._folded = fold(
-            projection_of(self.block),
-            [(name, weights.current_factors(), self.scaling[name]) for name, weights in edits],
-            safe_merge,
-        )
+        edits = self._edits_to_merge(names)
+        projection = projection_of(self.block)
+        with onloaded(projection):
+            self._folded = fold(projection, edits, safe_merge, shared)
         self.merged_adapters = names
 
     def unmerge(self) -> None:
         """Take merged edits out of the weights."""
         if self._folded is not None:
-            unfold(projection_of(self.block), self._folded)
+            projection = projection_of(self.block)
+            with onloaded(projection):
+                unfold(projection, self._folded)
             self._folded = None
             self.merged_adapters = []
+
+    def _edits_to_merge(self, names: Sequence[str]) -> list[tuple[str, Factors, float]]:
+        # Of the parameters as they are now, whatever is kept for forwards.
+        with onload_layer(self):
+            return [(name, factors_of([self.weights(name)])[0], self.scaling[name]) for name in names]
 
     @property
     def block(self) -> nn.Module:

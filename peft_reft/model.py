@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 from peft import PeftConfig, TaskType
 from peft.tuners.tuners_utils import (
     BaseTuner,
+    BaseTunerLayer,
     _filter_state_dict_by_key_prefixes,
     _get_tuner_state_dict_key_prefixes,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
+    onload_layer,
 )
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -23,11 +26,14 @@ from torch import Tensor, nn
 from .architectures import Target, find_targets, modules_of_decoder, modules_of_encoder, output_size
 from .composition import check_combination, fill_weighted, weighted_config
 from .config import LoreftConfig
+from .conflicts import refuse_conflicts
 from .edits.formulas import INTERVENTIONS
 from .edits.intervention import Intervention
 from .edits.rotation import orthonormalise
 from .files import check_finite, does_not_fit
 from .layer import CHILD, LoreftLayer
+from .merging import NEW_BIAS, SHARED_WEIGHT, projection_of
+from .mixed_batches import hand_adapter_names
 from .positions.marks import Marks
 from .positions.spec import Layout, Positions
 from .positions.wanted import Wanted
@@ -119,6 +125,9 @@ class LoreftModel(BaseTuner):
         ):
             raise ValueError(f"tie='model' needs one hidden size, but the targets have {sorted(sizes)}.")
         self._shared: Intervention | None = None
+        names = [name for name in self._targets if self._check_target_module_exists(peft_config, name)]
+        layers = [name for name, module in self.model.named_modules() if isinstance(module, LoreftLayer)]
+        refuse_conflicts(self.model, peft_config, names, [name.removesuffix(f".{CHILD}") for name in layers])
         return peft_config
 
     def _write_out_shorthand(self, peft_config: LoreftConfig, read: set[int] | None) -> None:
@@ -287,7 +296,8 @@ class LoreftModel(BaseTuner):
             raise ValueError("adapter_names chooses adapters row by row, which works in inference mode only.")
         if unknown := sorted({*adapter_names} - {*self.peft_config, "__base__"}):
             raise ValueError(f"adapter_names has {unknown}; there are {sorted(self.peft_config)} and '__base__'.")
-        with naming_rows(self.model.__dict__[ATTRIBUTE], adapter_names):
+        attachment = getattr(self.model, "_orig_mod", self.model).__dict__[ATTRIBUTE]
+        with naming_rows(attachment, adapter_names), hand_adapter_names(self.model, adapter_names):
             yield
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -348,34 +358,57 @@ class LoreftModel(BaseTuner):
         if unknown or not adapters:
             raise ValueError(f"Adapters {list(adapters)}: there are {sorted(self.peft_config)}.")
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, new_parameters: bool = False
+    ) -> None:
         """Fold adapters into the weights, where that is exact: `component` "attention" or "mlp", positions "all".
 
-        The linear map whose output is edited takes up the edit, and a bias if it has none. Exact to the rounding of
-        the weights' type; `unmerge_adapter` takes it out again.
+        The linear map whose output is edited takes up the edit. Exact to the rounding of the weights' type;
+        `unmerge_adapter` takes it out again. Trained tokens are merged too, and other PEFT layers of the model.
 
         Args:
             adapter_names: which; None for the active ones.
             safe_merge: whether to raise, before a layer is changed, if its result is not finite.
+            new_parameters: whether a linear map may get a parameter that the base's does not have: a bias, if it has
+                none, or a weight of its own, if it shares one (tied embeddings). Who reads the merged weights by the
+                base's names would not find it, as TRL, which merges so before it sends weights to vLLM.
 
         Raises:
             ValueError: it cannot be merged; the message says which condition fails, and no weight has changed.
         """
-        self._check_merge_allowed(adapter_names)
-        for layer in self._layers():
-            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        self._check_merge_allowed()
+        self._fold(adapter_names, safe_merge, new_parameters)
+        for module in self.model.modules():
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, LoreftLayer):
+                with onload_layer(module):
+                    module.merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
-    def _check_merge_allowed(self, adapter_names: list[str] | None = None) -> None:
+    def _fold(self, adapter_names: list[str] | None, safe_merge: bool, new_parameters: bool) -> None:
+        """Merge the LoReFT layers. Raises ValueError, before anything is changed, if one of them cannot be merged."""
         names = list(self.active_adapters if adapter_names is None else adapter_names)
         self._known(names)
         blocks = {id(block) for lists in self.model.modules() if isinstance(lists, nn.ModuleList) for block in lists}
-        for layer in self._layers():
-            edited = [name for name in names if name in layer.plans]
-            reason = layer.why_not_merge(edited)
-            if edited and id(layer.block) in blocks:
+        of_modules = [parameter for module in self.model.modules() for parameter in module._parameters.values()]
+        times = Counter(id(parameter) for parameter in of_modules if parameter is not None)
+        chosen = [layer for layer in self._layers() if layer.plans.keys() & names]
+        shared = set()
+        reasons = []
+        for layer in chosen:
+            reason = layer.why_not_merge(names)
+            if id(layer.block) in blocks:
                 reason = "a block's output is edited, which no single weight makes (allowed: 'attention', 'mlp')"
-            if reason:
-                raise ValueError(f"LoReFT cannot be merged into the weights: {reason}. {MERGE_ADVICE}")
+            reasons.append(reason)
+        for layer in chosen if not any(reasons) else ():
+            projection = projection_of(layer.block)
+            if times[id(projection.weight)] > 1:
+                shared.add(layer)
+                reasons.append(None if new_parameters else SHARED_WEIGHT.format(type(projection).__name__))
+            elif not new_parameters and layer.gains_bias(names):
+                reasons.append(NEW_BIAS.format(type(projection).__name__))
+        if reason := next(filter(None, reasons), None):
+            raise ValueError(f"LoReFT cannot be merged into the weights: {reason}. {MERGE_ADVICE}")
+        for layer in chosen:
+            layer.merge(safe_merge, adapter_names, new_parameters=True, shared=layer in shared)
 
     def _unload_and_optionally_merge(
         self,
@@ -385,7 +418,7 @@ class LoreftModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self.merge_adapter(adapter_names, safe_merge)
+            self._fold(adapter_names, safe_merge, new_parameters=True)
             gained = [layer for layer in self._layers() if layer.has_new_bias]
             if gained:
                 warnings.warn(
@@ -395,8 +428,11 @@ class LoreftModel(BaseTuner):
                     stacklevel=2,
                 )
         else:
-            self.unmerge_adapter()
-        model = super()._unload_and_optionally_merge(False, progressbar, safe_merge, adapter_names)
+            for module in self.model.modules():
+                if isinstance(module, BaseTunerLayer) and module.merged:
+                    with onload_layer(module):
+                        module.unmerge()
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for module in list(model.modules()):
             if isinstance(module, LoreftLayer):
                 module.remove()

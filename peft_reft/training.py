@@ -20,6 +20,7 @@ from .looking import marked_row
 from .positions.batch import Batch
 from .positions.chat_template import find_marks
 from .positions.marks import Marks
+from .training_checks import TrainingChecks
 from .tuner.forward import Attachment
 from .tuner.hooks import ATTRIBUTE
 
@@ -135,6 +136,6 @@ def add_default_callbacks() -> None:
     """Have every Trainer that is made from now on call the callbacks of this package. Calling it again is harmless."""
     from transformers import trainer
 
-    for callback in (LoReftTraining,):
+    for callback in (LoReftTraining, TrainingChecks):
         if all(each.__name__ != callback.__name__ for each in trainer.DEFAULT_CALLBACKS if isinstance(each, type)):
             trainer.DEFAULT_CALLBACKS.append(callback)

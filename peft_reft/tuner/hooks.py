@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..architectures import modules_of_encoder
+from ..conflicts import refuse_fused_head
 from ..positions.batch import POSITIONS, SUBSPACES, Batch, can_be_read, is_matrix, remember
 from ..positions.cached import Continued, wrong_cache
 from ..positions.generation import GenerateStep, Generation
@@ -26,6 +27,7 @@ from ..positions.memory import CacheMemory, memory_of, set_memory
 from ..positions.resolve import IGNORED
 from ..positions.sources import CONTINUOUS_BATCHING, FromBatch, Given, Source, Unread, check_positions, check_subspaces
 from ..positions.wanted import Wanted
+from ..tracing import refuse_tracing
 from .forward import (
     Attachment,
     Forward,
@@ -209,6 +211,8 @@ def _forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    refuse_tracing()
+    refuse_fused_head(model, kwargs)
     attachment: Attachment = model.__dict__[ATTRIBUTE]
     end(model)  # a forward that was interrupted
     positions, step = kwargs.pop(POSITIONS, None), kwargs.pop(_STEP, None)
