@@ -53,9 +53,9 @@ def find_targets(model: nn.Module, component: str) -> list[Target]:
 
 
 def output_size(model: nn.Module, name: str) -> int:
-    """Size of the last dimension of what module `name` returns: its `out_features`, else the hidden size."""
+    """Size of the last dimension of what module `name` returns: what a linear map says, else the hidden size."""
     module = model.get_submodule(name)
-    own = getattr(module, "out_features", None)
+    own = getattr(module, "out_features", getattr(module, "nf", None))  # `nf`: GPT-2's linear maps
     return own if isinstance(own, int) else _hidden_size(model, _text_config(model))
 
 

@@ -307,7 +307,8 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
     @property
     def in_features(self) -> int:
         """Size of what the block reads, where it says so as a linear map does, else of what it returns."""
-        own = getattr(self.get_base_layer(), "in_features", None)
+        base = self.get_base_layer()
+        own = getattr(base, "in_features", getattr(base, "nx", None))  # `nx`: GPT-2's linear maps
         return own if isinstance(own, int) else self.out_features
 
     @property
