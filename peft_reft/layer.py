@@ -269,6 +269,7 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
         if reason:
             raise ValueError(f"LoReFT cannot be merged: {reason}.")
         names = self.merged_adapters + names
+        shared = shared or (self._folded is not None and self._folded.shared is not None)
         self.unmerge()  # each edit is of the output as it was without the others
         edits = self._edits_to_merge(names)
         projection = projection_of(self.block)
