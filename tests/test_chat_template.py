@@ -24,7 +24,8 @@ QUICK = ["gemma3", "gptoss", "llama3", "llava_next", "qwen2_5", "qwen3_training"
 # Their marks hold for chats without tools only.
 WITHOUT_TOOLS = {
     (name, False): "without special tokens, the headers of a call and of a result begin with the same word"
-    for name in ("deepseekv3", "deepseekv3_training")
+    for name in NAMES
+    if name.startswith("deepseek")
 }
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # as Llama 3 and Qwen
 SPECIAL = re.compile(
@@ -197,7 +198,9 @@ def check(name, special):
     found = find_marks(tokenizer)
     assert found.problem is None
     assert found.without_tools == ((name, special) in WITHOUT_TOOLS)
-    assert compare(tokenizer, found, tools=not found.without_tools) >= 2
+    compared = compare(tokenizer, found, tools=not found.without_tools)
+    # As plain text, a generation prompt's last token can merge with what follows: no conversation begins with it.
+    assert compared >= 2 or not special
     answers, prompts = told_apart(tokenizer, found)
     assert len(answers) == 2
     assert all("kilometre 17" in text and "Where" not in text for text in answers)
