@@ -208,7 +208,9 @@ class LoreftModel(BaseTuner):
         task = self.peft_config[adapter_name].task_type
         base: Any = getattr(model, "_orig_mod", model)
         can_generate = hasattr(base, "can_generate") and base.can_generate() and not base.config.is_encoder_decoder
-        self._attachment = attach(base, task == TaskType.CAUSAL_LM or (task is None and can_generate))
+        has_answers = task == TaskType.CAUSAL_LM or (task is None and can_generate)
+        self.peft_config[adapter_name].has_answers = has_answers
+        self._attachment = attach(base, has_answers)
         below = f".{CHILD}.{self.prefix}"
         self._checkpoint: set[str] = set()
         if self.peft_config[adapter_name].tie == "model":
