@@ -126,8 +126,8 @@ class LoreftModel(BaseTuner):
             raise ValueError(f"tie='model' needs one hidden size, but the targets have {sorted(sizes)}.")
         self._shared: Intervention | None = None
         names = [name for name in self._targets if self._check_target_module_exists(peft_config, name)]
-        layers = [name for name, module in self.model.named_modules() if isinstance(module, LoreftLayer)]
-        refuse_conflicts(self.model, peft_config, names, [name.removesuffix(f".{CHILD}") for name in layers])
+        layers = [name for name, module in self._base.named_modules() if isinstance(module, LoreftLayer)]
+        refuse_conflicts(self._base, peft_config, names, [name.removesuffix(f".{CHILD}") for name in layers])
         return peft_config
 
     def _write_out_shorthand(self, peft_config: LoreftConfig, read: set[int] | None) -> None:

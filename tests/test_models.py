@@ -310,10 +310,17 @@ def test_a_target_outside_the_encoder_and_the_decoder_is_refused():
     assert "names lm_head, in neither" in message
 
 
-def test_a_part_of_the_model_called_by_itself_says_that_positions_are_unknown():
-    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R))
-    with pytest.raises(RuntimeError, match="Call the model itself"):
-        model.get_base_model().model(input_ids=batch()["input_ids"])
+def test_a_part_of_the_model_called_by_itself():
+    """The backbone is given token ids and reads them; a block is given hidden states alone and says so."""
+    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R)).eval()
+    randomise(model)
+    base, ids = model.get_base_model(), batch()["input_ids"]
+    with torch.no_grad():
+        hidden = base.model(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(base.lm_head(hidden), model(input_ids=ids).logits)
+        torch.testing.assert_close(base.forward(input_ids=ids).logits, model(input_ids=ids).logits)
+    with pytest.raises(RuntimeError, match="outside a forward of its model"):
+        base.model.layers[0].loreft(torch.randn(1, 3, base.config.hidden_size))
 
 
 def test_training_without_labels_raises_unless_only_the_beginning_matters():
@@ -324,7 +331,10 @@ def test_training_without_labels_raises_unless_only_the_beginning_matters():
     with torch.no_grad():
         model(**inputs)
     model(**inputs, intervention_positions=torch.zeros(3, 1, dtype=torch.long))
-    get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R, positions="f2")).train()(**inputs)
+    first = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R, positions="f2")).train()
+    with pytest.warns(UserWarning, match="LoReFT was given no labels in training"):
+        first(**inputs)
+    get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R, positions="all")).train()(**inputs)
 
 
 def test_training_data_without_a_prompt_raises():

@@ -297,7 +297,7 @@ def _read(
             prompt_lengths=Batch.read({}, tokens, has_answers).prompt_lengths,
         )
     batch = Batch.read(given, tokens, has_answers)
-    if can_be_read(tokens):
+    if not torch.is_grad_enabled() and can_be_read(tokens):  # evaluation, which may ask once more for the logits
         remember(batch)
     generation = current_generation(attachment)
     if generation is None or not has_answers:
