@@ -68,7 +68,7 @@ def documents_of(row):
 
 
 def header_at(row, document, i, templates):
-    """Length of the longest template that stands in a document from its token `i` on, without a gap; 0 if none does."""
+    """Length of the longest template that stands in a document from its token `i` on without a gap, or 0."""
     longest = 0
     for template in templates:
         columns = document[i : i + len(template)]
