@@ -297,9 +297,12 @@ class LoreftModel(BaseTuner):
             yield
             return
         if self.training:
-            raise ValueError("adapter_names chooses adapters row by row, which works in inference mode only.")
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         if unknown := sorted({*adapter_names} - {*self.peft_config, "__base__"}):
-            raise ValueError(f"adapter_names has {unknown}; there are {sorted(self.peft_config)} and '__base__'.")
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. adapter_names may have "
+                f"{', '.join(sorted(self.peft_config))} and '__base__'."
+            )
         attachment = getattr(self.model, "_orig_mod", self.model).__dict__[ATTRIBUTE]
         with naming_rows(attachment, adapter_names), hand_adapter_names(self.model, adapter_names):
             yield
