@@ -618,7 +618,6 @@ def test_prompt_lengths_behind_a_cache(cuts, spec):
 
 
 @pytest.mark.parametrize("spec", ["f2+l2", "l2"])
-# FAILS: the first piece is taken for the whole prompt.
 def test_prompt_lengths_of_a_prompt_in_pieces(spec):
     """The first piece ends before the prompt does: nothing of it is the prompt's end."""
     model, ids = adapted(spec), [[3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]]
