@@ -199,12 +199,16 @@ def test_kto(make, judged, spy, checkpointing):
     assert spy.scored == spy.train
 
 
-# ORPO and CPO call the model without labels, and their collators give no `input_ids`
+# ORPO and CPO call the model without labels, and their collators give no `input_ids`. Chats: test_who_knows.py
 
 
 @pytest.mark.parametrize("which", ["orpo", "cpo"])
 @pytest.mark.filterwarnings("ignore:You are about to import from `trl.experimental`")
-@pytest.mark.cell("Trainers: preferences and reinforcement", "ORPO, CPO")
+@pytest.mark.cell(
+    "Trainers: preferences and reinforcement",
+    "ORPO, CPO on plain text",
+    refused="the model gets no labels, so a suffix has no place; a prefix trains",
+)
 class TestWithoutLabels:
     CLASSES = {"orpo": (ORPOTrainer, ORPOConfig), "cpo": (CPOTrainer, CPOConfig)}
 

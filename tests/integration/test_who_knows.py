@@ -41,23 +41,38 @@ DIGITS = {TOKENS.index(digit) for digit in "0123456789"}
 
 CASES = {}
 ELSEWHERE = {
-    "plain text, no chat template": "test_sft.test_language_modelling_data_is_refused",
-    "`packing_strategy=\"bfd_split\"`, `\"wrapped\"`, `truncation_mode=\"keep_end\"`": (
-        "test_sft.test_rows_that_start_inside_an_answer_are_refused"
-    ),
+    "plain text, no chat template": "integration/test_sft.py::test_language_modelling_data_is_refused",
+    "GRPO with tools": "integration/test_tools.py::test_rollouts_with_tools_edit_what_training_edits",
     "reward models, classifiers, embeddings, token classification": (
-        "test_trainer_tasks.test_labels_of_token_classification_end_no_prompt"
+        "integration/test_preference.py::test_reward",
+        "integration/test_trainer_seq_cls.py::test_only_the_first_token_is_edited",
+        "integration/test_trainer_tasks.py::test_labels_of_token_classification_end_no_prompt",
+        "integration/test_trainer_tasks.py::test_feature_extraction",
     ),
-    "encoder-decoder models": "test_trainer_tasks.test_seq2seq_edits_the_prompt_in_the_encoder",
+    "encoder-decoder models": "integration/test_trainer_tasks.py::test_seq2seq_edits_the_prompt_in_the_encoder",
+    "padding, beams, static caches, chunked prefill, assistants, prompt lookup": (
+        "test_generate.py::test_mixed_lengths",
+        "test_generate.py::test_ways_of_decoding",
+        "test_generate.py::test_beams",
+        "test_generate.py::test_assisted",
+        "test_generate.py::test_prompt_lookup",
+    ),
+    "vLLM: chats turn by turn, prefix cache, chunks that cut anywhere": (
+        "serving/test_turns.py::test_a_chat_turn_by_turn",
+        "serving/test_turns.py::test_chunks_that_cut_anywhere",
+    ),
 }
+"""Rows whose tests stand in other files."""
 
 
-def case(name, *, slow=False):
-    """Make a function the test of that row of the table."""
+def case(name, *, supported=False):
+    """Make a function the test of that row of the table; if `supported`, it is one of docs/support.md, too."""
 
     def add(function):
         assert name not in CASES, name
-        CASES[name] = pytest.param(function, id=name, marks=[pytest.mark.slow] if slow else [])
+        section = "Trainers: preferences and reinforcement"
+        marks = [pytest.mark.cell(section, f"{name} (docs/prompts.md)")] if supported else []
+        CASES[name] = pytest.param(function, id=name, marks=marks)
         return function
 
     return add
@@ -217,13 +232,30 @@ def _(world):
 
 @case('`packing_strategy="bfd"`, `padding_free=True`')
 def _(world):
-    for data, more in ((as_text(), {}), (as_chats(), dict(assistant_only_loss=True))):
+    for data, more in ((as_text(), {}), (as_chats(), dict(assistant_only_loss=True)), (as_chats(), {})):
         for settings in (dict(packing=True, packing_strategy="bfd", max_length=64), dict(padding_free=True, max_length=None)):
             trainer = world.trainer("SFT", data, per_device_train_batch_size=8, **{**settings, **more})
             trainer.train()
             assert len(world.documents.train) == 8
             world.assert_as_generate(trainer.model)
             world.documents.train.clear()
+
+
+@case('`packing_strategy="bfd_split"`, `"wrapped"`, `truncation_mode="keep_end"`')
+def _(world):
+    """A suffix is right in whatever part of a chat; of plain text see test_sft.py."""
+    for settings in (
+        dict(packing=True, packing_strategy="wrapped", max_length=20),
+        dict(truncation_mode="keep_end", max_length=14),
+    ):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The `'keep_end'` truncation mode is deprecated")
+            trainer = world.trainer("SFT", as_chats(), positions="l2", **settings)
+            trainer.train()
+        for document, edited in set(world.documents.train):
+            assert edited == {at for start in world.starts(document) for at in (start - 2, start - 1)}
+        assert any(document[0] != HEADER[0] for document, _ in world.documents.train), "no row was cut"
+        world.documents.train.clear()
 
 
 def squared(outputs, labels, num_items_in_batch=None):
@@ -330,7 +362,7 @@ def preference_trainers(world, name, chat, positions="f2+l2"):
     return world.trainer(name, data, module=module, positions=positions, **more)
 
 
-@case("ORPO, CPO")
+@case("ORPO, CPO", supported=True)
 def _(world):
     for name in ("ORPO", "CPO"):
         trainer = preference_trainers(world, name, chat=True)
@@ -341,7 +373,7 @@ def _(world):
             preference_trainers(world, name, chat=False).train()
 
 
-@case("TPO")
+@case("TPO", supported=True)
 def _(world):
     trainer = preference_trainers(world, "TPO", chat=True)
     trainer.train()
@@ -355,7 +387,7 @@ def _(world):
     world.assert_as_generate(text.model)
 
 
-@case("online DPO")
+@case("online DPO", supported=True)
 def _(world):
     settings = dict(module="trl.experimental.online_dpo", max_new_tokens=4, given=dict(reward_funcs=alternating))
     trainer = rollouts(world, "OnlineDPO", chat=True, **settings)
@@ -364,7 +396,7 @@ def _(world):
         rollouts(world, "OnlineDPO", chat=False, **settings)
 
 
-@case("distillation (`DistillationTrainer`)")
+@case("distillation (`DistillationTrainer`)", supported=True)
 def _(world):
     for chat in (False, True):
         trainer = rollouts(world, "Distillation", chat, given=dict(teacher_model=build("llama", seed=1)), **SHORT)
@@ -372,7 +404,7 @@ def _(world):
         world.documents.train.clear()
 
 
-@case("GKD, IW-OPD")
+@case("GKD, IW-OPD", supported=True)
 def _(world):
     data = [{"messages": messages(pair)} for pair in PAIRS]
     world.tokenizer.save_pretrained(world.folder)
@@ -388,7 +420,7 @@ def _(world):
             world.documents.train.clear()
 
 
-@case("SDPO, SDFT")
+@case("SDPO, SDFT", supported=True)
 def _(world):
     for chat in (False, True):
         trainer = rollouts(
@@ -575,16 +607,16 @@ def _(world):
 @case("`guidance_scale`")
 def _(world):
     """The forwards beside: of the negative prompt, with edits of its own."""
-    asked = Asked(world, chat=False)
-    negative = world.tokenizer("x y z")["input_ids"]
-    options = dict(guidance_scale=1.5, negative_prompt_ids=torch.tensor([negative]))
-    answer, _ = ask(asked.model, asked.prompt, **options, output_scores=True)
-    for n in range(len(answer)):
-        with prompt_lengths([len(asked.prompt)]):
-            with_prompt = forward(asked.model, asked.prompt + answer[:n])[-1].log_softmax(-1)
-        with prompt_lengths([len(negative)]):
-            without = forward(asked.model, negative + answer[:n])[-1].log_softmax(-1)
-        assert int((without + 1.5 * (with_prompt - without)).argmax()) == answer[n]
+    for chat, negative in ((False, world.tokenizer("x y z")["input_ids"]), (True, next_turn(world, "x y z")[1:])):
+        asked = Asked(world, chat)
+        options = dict(guidance_scale=1.5, negative_prompt_ids=torch.tensor([negative]))
+        answer, _ = ask(asked.model, asked.prompt, **options)
+        for n in range(len(answer)):
+            with prompt_lengths([len(asked.prompt)]):
+                towards = forward(asked.model, asked.prompt + answer[:n])[-1].log_softmax(-1)
+            with prompt_lengths([len(negative)]):
+                away = forward(asked.model, negative + answer[:n])[-1].log_softmax(-1)
+            assert int((away + 1.5 * (towards - away)).argmax()) == answer[n]
 
 
 # Loops of one's own
@@ -608,7 +640,12 @@ def _(world):
     for positions in ("f2+l2", "p", "l1+g2", "all"):
         for chat in (False, True):
             asked = Asked(world, chat, positions)
-            assert_close(fed(asked.model, [asked.prompt, *singly(asked.answer)])[asked.answered], asked.logits)
+            pieces = [asked.prompt, *singly(asked.answer)]
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                found = fed(asked.model, pieces)
+            assert_close(found[asked.answered], asked.logits)
+            assert [PLAIN in str(each.message) for each in caught] == ([] if chat or positions == "all" else [True])
 
 
 @case("a prompt in pieces")
@@ -665,3 +702,19 @@ def world(tokenizer, tmp_path, monkeypatch):
 @pytest.mark.parametrize("row", CASES.values())
 def test_row(row, world):
     row(world)
+
+
+def test_the_page_has_the_rows_that_are_tested():
+    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    rows = [line[2:].partition(" | ")[0] for line in lines if not line.startswith("| case |")]
+    assert len(rows) == len(set(rows))
+    assert set(rows) == CASES.keys() | ELSEWHERE.keys() and not CASES.keys() & ELSEWHERE.keys()
+
+
+@pytest.mark.parametrize("row", ELSEWHERE)
+def test_rows_that_are_tested_elsewhere(row):
+    named = ELSEWHERE[row]
+    for name in [named] if isinstance(named, str) else named:
+        path, _, function = name.partition("::")
+        source = (Path(__file__).parents[1] / path).read_text(encoding="utf-8")
+        assert re.search(rf"^def {function}\(", source, re.MULTILINE), name
