@@ -72,7 +72,9 @@ CALLS = {"none": [], "one": ["x"], "two": ["y", "x"]}
 """What the model looks up, one after the other, by the user's word."""
 
 
-@pytest.mark.cell("Trainers: preferences and reinforcement", "GRPO with tools: log-probs of rollout and training agree")
+@pytest.mark.cell(
+    "Trainers: preferences and reinforcement", "GRPO with tools: log-probs of rollout and training agree"
+)
 def test_rollouts_with_tools_edit_what_training_edits(tmp_path, monkeypatch):
     tokenizer = qwen_like()
     torch.manual_seed(0)

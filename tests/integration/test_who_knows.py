@@ -15,11 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import trl
-from conftest import _SIZES, SPECIAL, WORDS, build, randomise
+from conftest import SPECIAL, WORDS, build, randomise
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import DynamicCache, LlamaConfig, LlamaForSequenceClassification, Trainer, TrainingArguments
+from transformers import DynamicCache
 
 from peft_reft import DataCollatorForLoreft, LoreftConfig, chat_marks, prompt_lengths
 
@@ -86,8 +85,8 @@ def messages(*pairs):
     return [m for p, c in pairs for m in ({"role": "user", "content": p}, {"role": "assistant", "content": c})]
 
 
-def first_message(pair):
-    return messages(pair)[:1]
+def question(text):
+    return [{"role": "user", "content": text}]
 
 
 class World:
@@ -164,8 +163,6 @@ class World:
         return self.tokenizer.apply_chat_template(chat, return_dict=False, **kwargs)
 
 
-
-
 def as_text():
     return [{"prompt": p, "completion": f" {c}"} for p, c in PAIRS]
 
@@ -175,8 +172,8 @@ def as_chats():
     return [{"messages": messages(*(PAIRS[(n + 3 * k) % 8] for k in range(n % 3 + 1)))} for n in range(8)]
 
 
-def as_pairs_of_messages(**more):
-    return [{"prompt": messages(pair)[:1], "completion": messages(pair)[1:], **more} for pair in PAIRS]
+def as_pairs_of_messages():
+    return [{"prompt": messages(pair)[:1], "completion": messages(pair)[1:]} for pair in PAIRS]
 
 
 # Training: SFT
@@ -204,9 +201,7 @@ def _(world):
     for collate in (False, True):
         trainer = world.trainer("SFT", as_chats(), max_steps=2)
         if collate:
-            trainer.data_collator = DataCollatorForLoreft(
-                trainer.data_collator, trainer.model.peft_config["default"]
-            )
+            trainer.data_collator = DataCollatorForLoreft(trainer.data_collator, trainer.model.peft_config["default"])
         assert (next(iter(trainer.get_train_dataloader()))["labels"][:, 0] != -100).all()
         trainer.train()
         assert len(world.documents.train) == 8
@@ -233,8 +228,9 @@ def _(world):
 @case('`packing_strategy="bfd"`, `padding_free=True`')
 def _(world):
     for data, more in ((as_text(), {}), (as_chats(), dict(assistant_only_loss=True)), (as_chats(), {})):
-        for settings in (dict(packing=True, packing_strategy="bfd", max_length=64), dict(padding_free=True, max_length=None)):
-            trainer = world.trainer("SFT", data, per_device_train_batch_size=8, **{**settings, **more})
+        packed = dict(packing=True, packing_strategy="bfd", max_length=64)
+        for settings in (packed, dict(padding_free=True, max_length=None)):
+            trainer = world.trainer("SFT", data, per_device_train_batch_size=8, **settings, **more)
             trainer.train()
             assert len(world.documents.train) == 8
             world.assert_as_generate(trainer.model)
@@ -306,7 +302,7 @@ def preferences(chat, **more):
     for n, (prompt, completion) in enumerate(PAIRS):
         row = dict(prompt=prompt, chosen=f" {completion}", rejected=f" {answers[(n + 1) % 8]}", **more)
         if chat:
-            row |= dict(prompt=messages((prompt, ""))[:1])
+            row |= dict(prompt=question(prompt))
             row |= {name: [{"role": "assistant", "content": row[name].strip()}] for name in ("chosen", "rejected")}
         rows.append(row)
     return rows
@@ -328,7 +324,7 @@ def _(world):
 
 def rollouts(world, name, chat, module="trl", more=(), **settings):
     """Train on rollouts; their prompts are known, and what was edited in both is compared."""
-    prompts = [p if not chat else messages((p, ""))[:1] for p, _ in PAIRS]
+    prompts = [p if not chat else question(p) for p, _ in PAIRS]
     data = [dict(prompt=prompt, **dict(more)) for prompt in prompts]
     trainer = world.trainer(name, data, module=module, **settings)
     trainer.train()
@@ -423,19 +419,14 @@ def _(world):
 @case("SDPO, SDFT", supported=True)
 def _(world):
     for chat in (False, True):
-        trainer = rollouts(
-            world,
-            "SDPO",
-            chat,
-            "trl.experimental.sdpo",
-            given=dict(reward_funcs=alternating),
-            num_generations=2,
-            teacher_model_kind="live",  # TRL has its default, a moving average, for LoRA alone
-            **SHORT,
-        )
+        # TRL has its default teacher, a moving average, for LoRA alone.
+        settings = dict(num_generations=2, teacher_model_kind="live", **SHORT)
+        rewards = dict(reward_funcs=alternating)
+        trainer = rollouts(world, "SDPO", chat, "trl.experimental.sdpo", given=rewards, **settings)
         world.assert_as_generate(trainer.model)
         world.documents.train.clear()
-        trainer = rollouts(world, "SDFT", chat, "trl.experimental.sdft", more=dict(privileged_context="s t u"), teacher_model_kind="live", num_generations=2, distillation_topk=8, **SHORT)
+        context = dict(privileged_context="s t u")
+        trainer = rollouts(world, "SDFT", chat, "trl.experimental.sdft", context, distillation_topk=8, **settings)
         world.assert_as_generate(trainer.model)
         world.documents.train.clear()
 
@@ -509,9 +500,7 @@ class Asked:
         self.model = world.adapted(positions, **marks)
         self.marked, text = chat, "a b c d e f"
         self.prompt = (
-            world.ids(messages((text, ""))[:1], add_generation_prompt=True)
-            if chat
-            else world.tokenizer(text)["input_ids"]
+            world.ids(question(text), add_generation_prompt=True) if chat else world.tokenizer(text)["input_ids"]
         )
         self.answer, self.logits = ask(self.model, self.prompt)
         self.row = self.prompt + self.answer
@@ -529,6 +518,8 @@ def _(world):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_close(forward(chat.model, chat.row)[chat.answered], chat.logits)
+        padded = forward(chat.model, chat.row + [0] * 3)  # on the right, without a mask, as lm-eval does
+        assert_close(padded[len(chat.prompt) - 1 : -4], chat.logits)
     with pytest.warns(UserWarning, match=PLAIN):
         wrong = forward(text.model, text.row)[text.answered]
     assert_far(wrong, text.logits)
@@ -556,7 +547,7 @@ def _(world):
 
 
 def next_turn(world, text):
-    return [TOKENS.index("<|im_end|>"), *world.ids(messages((text, ""))[:1], add_generation_prompt=True)]
+    return [TOKENS.index("<|im_end|>"), *world.ids(question(text), add_generation_prompt=True)]
 
 
 def turns(world, model, keep, first=(), **kwargs):
