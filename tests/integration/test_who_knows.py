@@ -498,7 +498,7 @@ class Asked:
     def __init__(self, world, chat, positions="f2+l2"):
         marks = chat_marks(world.tokenizer) if chat else {}
         self.model = world.adapted(positions, **marks)
-        self.marked, text = chat, "a b c d e f"
+        text = "a b c d e f"
         self.prompt = (
             world.ids(question(text), add_generation_prompt=True) if chat else world.tokenizer(text)["input_ids"]
         )
@@ -655,8 +655,9 @@ def _(world):
             pytest.raises(ValueError, match="cache holds edits that this document does not have"),
         ):
             fed(asked.model, pieces)
-        if asked.marked:
-            continue
+        with prompt_lengths([len(asked.prompt)]), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert_close(fed(asked.model, pieces)[asked.answered], asked.logits)
         last = len(asked.prompt) - 3
         positions = [[[0, 1, -1, -1]], [[-1, -1, last - 2, last - 1]]]
         with warnings.catch_warnings():
