@@ -251,7 +251,16 @@ def test_a_second_config_takes_back_what_the_first_has_merged():
     assert [layer.block.mlp.down_proj.bias for layer in layers(second)] == [None]
 
 
-@pytest.mark.parametrize("bad", [dict(r=99), dict(layers=[9]), dict(target_modules=["nothing"])], ids=str)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(r=99),
+        dict(layers=[9]),
+        dict(target_modules=["nothing"]),
+        dict(layers=[0], exclude_modules=["model.layers.0"]),
+    ],
+    ids=str,
+)
 def test_a_second_config_that_fails_leaves_the_first(bad, tmp_path):
     base = build("llama")
     model = get_peft_model(base, config(modules_to_save=["lm_head"]))

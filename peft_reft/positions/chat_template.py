@@ -15,7 +15,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 from .turns import answers_of
@@ -96,13 +96,17 @@ class _NoMarks(Exception):
 
 def _find(renderer: _Renderer) -> Found:
     renderer.probe()
-    fault = None
-    for tools in (True, False) if renderer.tool_scripts else (False,):
+    fault, takes_tools, takes_mid_system = None, bool(renderer.tool_scripts), renderer.mid_system
+    # Also without system messages in mid-chat, which some templates write under the header of an answer.
+    for tools, mid_system in product((True, False), (True, False)):
+        if tools > takes_tools or mid_system > takes_mid_system:
+            continue
+        renderer.mid_system = mid_system
         for response, instruction in _marks(renderer, tools):
             if response and instruction:
                 fault = _fault(renderer, response, instruction, tools)
                 if fault is None:
-                    return Found(response, instruction, without_tools=bool(renderer.tool_scripts) and not tools)
+                    return Found(response, instruction, without_tools=takes_tools and not tools)
     if fault is None:
         what = "an answer from the message before it" if not response else "a message from the answer before it"
         raise _NoMarks(
