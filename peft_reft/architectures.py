@@ -143,7 +143,7 @@ def _block_list(model: nn.Module, config: Any) -> str:
         name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) if len(module)
     }
     n_layers = getattr(config, "num_hidden_layers", None)
-    if n_layers not in map(len, lists.values()):  # LongCat counts the two halves of its blocks
+    if all(len(module) != n_layers for module in lists.values()):  # LongCat counts the two halves of its blocks
         n_layers = getattr(config, "num_layers", n_layers)
     candidates = [name for name, module in lists.items() if len(module) == n_layers]
     # A list inside one of these (the experts of a block) is part of a block, not a list of blocks.

@@ -23,7 +23,15 @@ from peft.tuners.tuners_utils import (
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .architectures import Target, check_streams, check_tokens, find_targets, modules_of_decoder, modules_of_encoder, output_size
+from .architectures import (
+    Target,
+    check_streams,
+    check_tokens,
+    find_targets,
+    modules_of_decoder,
+    modules_of_encoder,
+    output_size,
+)
 from .composition import check_combination, fill_weighted, weighted_config
 from .config import LoreftConfig
 from .conflicts import refuse_conflicts

@@ -3,8 +3,8 @@
 `pytest --support-table -m cell` runs them, and keeps the results in docs/support.json: some tests need packages that
 do not go together, so that several environments add their rows (`make support-table`). A test whose cell cannot work,
 and which asserts the error that says so, gives the reason: in the mark (`refused=...`), or by
-`record_property("refused", ...)`. What a base model itself cannot do is no part of a cell that works; the test names it
-by `record_property("except", ...)`.
+`record_property("refused", ...)`. What a base model itself cannot do is no part of a cell that works; the test names
+it by `record_property("except", ...)`.
 """
 
 import contextlib

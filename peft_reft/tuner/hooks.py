@@ -52,6 +52,12 @@ _CACHES = ("past_key_values", "cache_params", "state")
 _STEP = "_peft_reft_step"
 """Key by which the wrapped `generate` hands each forward its step."""
 
+LOST_CACHE = (
+    "A forward beside `generate`, such as that of `guidance_scale`, was given a mask of more tokens than ids, and no "
+    "cache that holds the others: transformers hands on a cache named `past_key_values` alone, so this model has lost "
+    "what came before (with LoReFT or without). Pass use_cache=False to `generate`."
+)
+
 logger = logging.getLogger(__name__)
 
 
@@ -279,10 +285,13 @@ def _read(attachment: Attachment, given: dict[str, Any], positions: Any, trainin
             training=training,
             prompt_lengths=Batch.read({}, tokens, has_answers).prompt_lengths,
         )
+    generation = current_generation(attachment)
+    mask = given.get("attention_mask")
+    if generation is not None and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > shape[1]:
+        raise ValueError(LOST_CACHE)
     batch = Batch.read(given, tokens, has_answers)
     if can_be_read(tokens):
         remember(batch)
-    generation = current_generation(attachment)
     if generation is None or not has_answers:
         return FromBatch(batch, has_answers, training)
     # A forward that somebody makes beside `generate`, such as that of classifier-free guidance.
@@ -309,9 +318,13 @@ def _counted(cache: Any) -> int | None:
     """How many tokens a cache counts; None if it holds some and counts none."""
     if hasattr(cache, "get_seq_length"):
         try:
-            return int(cache.get_seq_length())
+            length = int(cache.get_seq_length())
         except ValueError:  # without a layer of attention, as Mamba's
             pass
+        else:
+            # The first layer may keep its state elsewhere, as MiniMax's does.
+            others = (layer for layer in getattr(cache, "layers", ()) if hasattr(layer, "get_seq_length"))
+            return length or max((int(layer.get_seq_length()) for layer in others), default=0)
     if hasattr(cache, "has_previous_state"):
         state = cache.has_previous_state
         return None if (state() if callable(state) else state) else 0

@@ -38,6 +38,13 @@ SIZES: dict[str, Any] = dict(
     bos_token_id=1,
     eos_token_id=2,
     is_decoder=True,
+    # Linear attention
+    linear_head_dim=8,
+    linear_num_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
     # Experts
     num_experts=4,
     num_local_experts=4,
@@ -45,6 +52,7 @@ SIZES: dict[str, Any] = dict(
     num_experts_per_tok=2,
     moe_intermediate_size=16,
     shared_expert_intermediate_size=16,
+    moe_shared_expert_intermediate_size=16,
     n_group=1,
     topk_group=1,
     first_k_dense_replace=1,
@@ -98,7 +106,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     ),
     "dbrx": dict(attn_config=dict(kv_n_heads=2, rope_theta=1e4, clip_qkv=8.0), ffn_config=dict(ffn_hidden_size=16)),
     "dots1": dict(n_shared_experts=1),
-    "dots3_note": dict(vision_config={}, audio_config={}),
+    "dots3_note": dict(vision_config=dict(adapter_out_dim=D), audio_config=dict(adapter_out_dim=D)),
     "dots3_note_text": dict(qk_rope_head_dim=4, head_dim=16, layer_types=["indexed_attention"] * 2, index_topk=64),
     "falcon_h1": dict(MAMBA2, mamba_d_ssm=64),
     "fuyu": dict(text_config=dict(PART, model_type="persimmon")),
@@ -129,12 +137,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
         num_layers=LAYERS, ffn_hidden_size=48, expert_ffn_hidden_size=16, moe_topk=2, zero_expert_num=2
     ),
     "mamba2": dict(num_heads=8, head_dim=8, state_size=8, n_groups=1, chunk_size=4),
-    "minimax": LINEAR,
+    "minimax": dict(LINEAR, sliding_window=None),
     "moshi": dict(audio_vocab_size=VOCAB, sliding_window=64),  # its own cache is wrong beyond the window
     "moss_transcribe_diarize": dict(
         text_config=dict(PART, head_dim=8, model_type="qwen3"),
         audio_config=dict(d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=16),
     ),
+    "nemotron_h": dict(mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=8, n_groups=1, chunk_size=4),
     "prophetnet": dict(num_encoder_layers=LAYERS, num_decoder_layers=LAYERS, num_decoder_attention_heads=4),
     "qwen3_5_moe_text": LINEAR,
     "qwen3_5_text": LINEAR,
@@ -149,17 +158,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
     ),
     "recurrent_gemma": dict(block_types=["recurrent", "attention"]),
     "reformer": dict(attn_layers=["local", "lsh"], axial_pos_embds=False, attention_head_size=8, feed_forward_size=48),
-    "roc_bert": dict(
-        pronunciation_vocab_size=16, shape_vocab_size=16, pronunciation_embed_dim=8, shape_embed_dim=8
-    ),
+    "roc_bert": dict(pronunciation_vocab_size=16, shape_vocab_size=16, pronunciation_embed_dim=8, shape_embed_dim=8),
     "rwkv": dict(attention_hidden_size=D),
     "xlnet": dict(n_layer=LAYERS, n_head=4, d_inner=48, attn_type="uni"),
     "xlstm": dict(hidden_size=128, num_heads=4, chunk_size=4),
     "xmod": dict(default_language="en_XX"),
     "zamba": dict(num_hidden_layers=3, layers_block_type=["linear_attention", "hybrid", "hybrid"], n_mamba_heads=2),
-    "zamba2": dict(
-        layers_block_type=["linear_attention", "hybrid"], n_mamba_heads=8, chunk_size=4, mamba_d_state=8
-    ),
+    "zamba2": dict(layers_block_type=["linear_attention", "hybrid"], n_mamba_heads=8, chunk_size=4, mamba_d_state=8),
     "zaya": dict(num_experts_per_tok=1),
 }
 
