@@ -31,10 +31,10 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from peft_reft import LoreftConfig, runtime
-from peft_reft.edit import _AddEdits
-from peft_reft.interventions import INTERVENTIONS
+from peft_reft.edits.apply import _AddEdits
+from peft_reft.edits.formulas import INTERVENTIONS
+from peft_reft.edits.rotation import _Orthonormalise
 from peft_reft.layer import LoreftLayer
-from peft_reft.rotation import _Orthonormalise
 
 METHODS = {
     "LoRA r=8 (q, v)": lambda: LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "v_proj"]),

@@ -6,7 +6,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 DESCRIPTION = """\
@@ -36,8 +37,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if args.traceback:
             raise
-        print(f"peft-reft: {error}", file=sys.stderr)
+        print(f"peft-reft: {_one_line(error)}", file=sys.stderr)
         return 1
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def _loading(source: str, file: str = "") -> Iterator[None]:
+    """Turn what a loader raises, which is nearly anything if a file is damaged, into a ValueError that names the file.
+
+    Args:
+        source: folder, or name on the Hub.
+        file: the file in it that is loaded, if it is one. An error that names the source itself is left as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = _one_line(error)
+        if not isinstance(error, ValueError | OSError | ImportError):  # not made to be read
+            said = f"{type(error).__name__}: {said[:400]}"
+        elif source in said:
+            raise ValueError(said) from error
+        where = os.path.join(source, file) if file else source
+        raise ValueError(f"{where} cannot be loaded: {said}") from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,8 +91,24 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("adapter", metavar="ADAPTER")
         if name == "generate":
             made.add_argument("prompt", nargs="+", metavar="PROMPT")
-            made.add_argument("--raw", action="store_true", help="no chat template, even if the tokenizer has one")
+            form = made.add_mutually_exclusive_group()
+            form.add_argument(
+                "--raw",
+                dest="chat_template",
+                action="store_false",
+                default=None,
+                help="prompts as they are, without a chat template; default: as the adapter's training data",
+            )
+            form.add_argument(
+                "--chat-template", action="store_true", default=None, help="prompts as a user's messages"
+            )
             made.add_argument("--compare", action="store_true", help="answer without the adapter, too")
+        else:
+            made.add_argument(
+                "--chat-template",
+                action="store_true",
+                help="even if the adapter was trained on prompts without a chat template",
+            )
         made.add_argument("--base", help="base model, if not the one that the adapter names")
         made.add_argument("--max-new-tokens", type=int, default=128)
         made.add_argument("--temperature", type=float, default=0.0, help="0, the default: greedy")
@@ -114,38 +155,106 @@ def _train(rest: list[str]) -> int:
     return sft.main(rest)
 
 
+def _config(adapter: str) -> Any:
+    from peft.utils import CONFIG_NAME
+
+    from .config import LoreftConfig
+
+    with _loading(adapter, CONFIG_NAME):
+        return LoreftConfig.from_pretrained(adapter)
+
+
+def _read(adapter: str) -> Any:
+    """Config and tensors, without a model around them."""
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+    from .convert import Adapter
+
+    if os.path.isdir(adapter):
+        _config(adapter)  # so that an error names the file
+    with _loading(adapter, SAFETENSORS_WEIGHTS_NAME):
+        read = Adapter.load(adapter)
+    if not read.weights:
+        raise ValueError(f"{os.path.join(adapter, SAFETENSORS_WEIGHTS_NAME)} has no tensors of LoReFT.")
+    return read
+
+
 def _model_and_tokenizer(args: Any) -> tuple[Any, Any]:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .config import LoreftConfig
+    from .paths import check_path
 
-    base = args.base or LoreftConfig.from_pretrained(args.adapter).base_model_name_or_path
+    check_path(args.adapter)
+    config = _config(args.adapter)
+    task = getattr(config.task_type, "value", config.task_type)
+    if task not in (None, "CAUSAL_LM"):
+        raise ValueError(f"{args.adapter} has task_type={task!r}. This command takes causal language models only.")
+    if os.path.isdir(args.adapter) and not any(name.startswith("adapter_model.") for name in os.listdir(args.adapter)):
+        raise ValueError(f"{args.adapter} has no weights: no file adapter_model.safetensors.")
+    base = args.base or config.base_model_name_or_path
     if not base:
         raise ValueError(f"{args.adapter} names no base model: give --base.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.adapter)
-    except (OSError, ValueError):  # saved without one
-        tokenizer = AutoTokenizer.from_pretrained(base)
+    check_path(base)
+    tokenizer = None
+    if not os.path.isdir(args.adapter) or os.path.isfile(os.path.join(args.adapter, "tokenizer_config.json")):
+        try:
+            with _loading(args.adapter, "tokenizer_config.json"):
+                tokenizer = AutoTokenizer.from_pretrained(args.adapter)
+        except ValueError:
+            if os.path.isdir(args.adapter):
+                raise
+    if tokenizer is None:  # saved without one
+        with _loading(base, "tokenizer_config.json"):
+            tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     device = getattr(args, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto").to(device)
-    return PeftModel.from_pretrained(model, args.adapter).eval(), tokenizer
+    with _loading(base, "config.json"):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto").to(device)
+    with _loading(args.adapter):
+        return PeftModel.from_pretrained(model, args.adapter).eval(), tokenizer
+
+
+def _trained_on_chats(model: Any) -> bool | None:
+    """Whether the adapter's training data was in a chat template; None if its config does not say."""
+    marks = getattr(model.peft_config["default"], "response_template", None)
+    return None if marks is None else bool(marks)
+
+
+def _assume(adapter: str, form: str) -> None:
+    print(
+        f"{adapter} does not say whether its training data was in a chat template. Assumed: {form}.", file=sys.stderr
+    )
+
+
+def _asks_in_chat_template(args: Any, model: Any, tokenizer: Any) -> bool:
+    """Whether prompts go through the chat template: as told, else as in training, else if there is one."""
+    asked: bool | None = args.chat_template
+    if asked is None:
+        asked = _trained_on_chats(model)
+    if asked is None:
+        asked = bool(tokenizer.chat_template)
+        _assume(args.adapter, "it was (else --raw)" if asked else "it was not, for the tokenizer has none")
+    if asked and not tokenizer.chat_template:
+        raise ValueError(f"The tokenizer of {args.adapter} has no chat template. Give --raw to ask without one.")
+    return asked
 
 
 def _answer(model: Any, tokenizer: Any, inputs: Any, args: Any, **kwargs: Any) -> list[str]:
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
     inputs = inputs.to(model.device)
+    if not inputs["attention_mask"].any(-1).all():
+        raise ValueError("A prompt is empty: there is nothing to answer.")
     out = model.generate(**inputs, max_new_tokens=args.max_new_tokens, **sampling, **kwargs)
     return tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def _generate(args: Any) -> None:
     model, tokenizer = _model_and_tokenizer(args)
-    if tokenizer.chat_template and not args.raw:
+    if _asks_in_chat_template(args, model, tokenizer):
         inputs = tokenizer.apply_chat_template(
             [[{"role": "user", "content": prompt}] for prompt in args.prompt],
             add_generation_prompt=True,
@@ -172,6 +281,14 @@ def _chat(args: Any) -> None:
     model, tokenizer = _model_and_tokenizer(args)
     if not tokenizer.chat_template:
         raise ValueError(f"The tokenizer of {args.adapter} has no chat template. Use `peft-reft generate`.")
+    trained = _trained_on_chats(model)
+    if trained is False and not args.chat_template:
+        raise ValueError(
+            f"{args.adapter} was trained on prompts without a chat template, which a conversation needs. Use "
+            "`peft-reft generate`, or give --chat-template to talk with it nonetheless."
+        )
+    if trained is None and not args.chat_template:
+        _assume(args.adapter, "it was")
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     turns: list[dict[str, str]] = []
     while True:
@@ -190,32 +307,23 @@ def _chat(args: Any) -> None:
 
 
 def _inspect(args: Any) -> None:
-    import torch
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-    from .convert import Adapter
-    from .hub import describe
+    from .hub import describe, how_to_ask
 
-    adapter = Adapter.load(args.adapter)
-    rows = []
-    for module, parameters in adapter.weights.items():
-        row: dict[str, Any] = {"module": module, "parameters": sum(t.numel() for t in parameters.values())}
-        if "R" in parameters:
-            r = parameters["R"].float()
-            row["orthogonality error"] = float((r @ r.mT - torch.eye(r.shape[-2])).abs().max())
-        if "R" in parameters and "W" in parameters:
-            row["|W - R|"] = float((parameters["W"].float() - parameters["R"].float()).norm())
-        row |= {f"|{name}|": float(t.float().norm()) for name, t in parameters.items() if name != "R"}
-        rows.append(row)
+    adapter = _read(args.adapter)
+    with _loading(args.adapter, SAFETENSORS_WEIGHTS_NAME):
+        rows = [_row(module, parameters) for module, parameters in adapter.weights.items()]
     others = sum(tensor.numel() for tensor in adapter.others.values())
     total = sum(row["parameters"] for row in rows)
     if args.json:
         config = {key: value for key, value in adapter.config.to_dict().items() if value is not None}
         print(json.dumps({"config": config, "parameters": total, "modules_to_save": others, "layers": rows}, indent=2))
         return
-    print(f"{describe(adapter.config)}\nBase model: {adapter.config.base_model_name_or_path or 'not said'}")
-    print(
-        f"Parameters: {total:,}" + (f", and {others:,} of {adapter.config.modules_to_save}" if others else "") + "\n"
-    )
+    trained = f", and {others:,} of {adapter.config.modules_to_save}" if others else ""
+    print(f"{describe(adapter.config)}{how_to_ask(adapter.config)}")
+    print(f"Base model: {adapter.config.base_model_name_or_path or 'not said'}")
+    print(f"Parameters: {total:,}{trained}\n")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[_cell(row.get(column, "")) for column in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells)]
@@ -223,8 +331,31 @@ def _inspect(args: Any) -> None:
         print("  ".join(f"{cell:<{w}}" if n == 0 else f"{cell:>{w}}" for n, (cell, w) in enumerate(zip(line, widths))))
 
 
+def _row(module: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    """What `inspect` says of one edited module."""
+    import torch
+
+    row: dict[str, Any] = {"module": module, "parameters": sum(t.numel() for t in parameters.values())}
+    if "R" in parameters:
+        r = parameters["R"].float()
+        row["orthogonality error"] = float((r @ r.mT - torch.eye(r.shape[-2])).abs().max())
+    if "R" in parameters and "W" in parameters:
+        row["|W - R|"] = float((parameters["W"].float() - parameters["R"].float()).norm())
+    return row | {f"|{name}|": float(t.float().norm()) for name, t in parameters.items() if name != "R"}
+
+
 def _cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _spec(text: str) -> Any:
+    """A spec of positions, or JSON with one for each range of layers."""
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--positions {text} is no JSON: {error}.") from None
 
 
 def _show_positions(args: Any) -> None:
@@ -232,27 +363,32 @@ def _show_positions(args: Any) -> None:
 
     from .config import LoreftConfig
     from .looking import show_positions
+    from .paths import check_path
 
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    spec = json.loads(args.positions) if args.positions.lstrip().startswith("{") else args.positions
+    spec = _spec(args.positions)
+    check_path(args.tokenizer)
+    with _loading(args.tokenizer, "tokenizer_config.json"):
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     for text in args.text:
         given = [{"role": "user", "content": text}] if args.chat else text
         show_positions(tokenizer, given, LoreftConfig(positions=spec))
 
 
 def _convert(args: Any) -> None:
-    from .convert import Adapter, from_adapters, from_pyreft, to_easysteer, to_pyreft
+    from .convert import from_adapters, from_pyreft, to_easysteer, to_pyreft
     from .hub import describe
 
     if args.origin == "pyreft":
         if not args.positions:
             raise ValueError("--positions is missing: pyreft does not save which tokens an adapter was trained on.")
-        spec = json.loads(args.positions) if args.positions.lstrip().startswith("{") else args.positions
-        adapter = from_pyreft(args.source, spec, args.act_fn, base=args.base, task_type=args.task_type)
+        spec = _spec(args.positions)
+        with _loading(args.source):
+            adapter = from_pyreft(args.source, spec, args.act_fn, base=args.base, task_type=args.task_type)
     elif args.origin == "adapters":
-        adapter = from_adapters(args.source, args.intervention, args.base, args.task_type)
+        with _loading(args.source):
+            adapter = from_adapters(args.source, args.intervention, args.base, args.task_type)
     else:
-        adapter = Adapter.load(args.source)
+        adapter = _read(args.source)
         write = to_pyreft if args.goal == "pyreft" else to_easysteer
         write(adapter, args.destination, args.base)
         print(f"Wrote {args.destination}. The format does not hold the positions: {adapter.config.positions!r}.")
@@ -266,17 +402,22 @@ def _convert(args: Any) -> None:
 
 
 def _export(args: Any) -> None:
+    import torch
+
     from .convert.ours import new_folder
 
     model, tokenizer = _model_and_tokenizer(args)
-    modules = model.get_base_model().named_modules()
-    missing = [name for name, module in modules if module._parameters.get("bias", 0) is None]
     merged = model.merge_and_unload(safe_merge=True)
-    gained = [name for name in missing if merged.get_submodule(name).bias is not None]
-    if gained:
+    head = merged.get_output_embeddings()
+    if head is not None and head.weight is not merged.get_input_embeddings().weight:
+        merged.config.get_text_config().tie_word_embeddings = False  # one of them was trained, or edited
+    with torch.device("meta"):
+        loaded_again = type(merged)(merged.config)
+    lost = sorted(set(merged.state_dict()) - set(loaded_again.state_dict()))
+    if lost:
         raise ValueError(
-            f"{gained[0]} has no bias in the base model and needs one now, which a saved {type(merged).__name__} "
-            "would lose. Keep the adapter beside the model."
+            f"A saved {type(merged).__name__} would lose {lost[0]}, which the base model has not and needs now. Keep "
+            "the adapter beside the model."
         )
     new_folder(args.destination)
     merged.save_pretrained(args.destination)

@@ -9,8 +9,10 @@ from peft import TaskType
 from torch import Tensor
 
 from .config import LoreftConfig
-from .positions.resolve import answers_of_batch, resolve
-from .positions.sources import POSITIONS, SUBSPACES, check_batch, check_subspaces
+from .positions.batch import POSITIONS, SUBSPACES, Batch
+from .positions.marks import Marks
+from .positions.sources import FromBatch, check_subspaces
+from .positions.wanted import Wanted
 
 
 class DataCollatorForLoreft:
@@ -64,21 +66,11 @@ class DataCollatorForLoreft:
         return batch
 
     def _positions(self, batch: Any) -> Tensor:
-        ids = batch["input_ids"]
-        mask = batch.get("attention_mask")
-        position_ids, labels = (
-            value if value is not None and value.shape == ids.shape else None
-            for value in (batch.get("position_ids"), batch.get("labels"))
-        )
-        if labels is None and (completion := batch.get("completion_mask")) is not None:  # TRL's preference data
-            labels = ids.masked_fill(completion == 0, -100)
-        if self.config.task_type not in (None, TaskType.CAUSAL_LM):
-            labels = None  # of token classification, say
-        answers = answers_of_batch(ids, mask, labels, position_ids)
-        slots = resolve(self.config.layout, answers)
-        if labels is not None:
-            check_batch(self.config.layout, slots, answers, labels, position_ids if mask is None else None)
-        return slots
+        has_answers = self.config.task_type in (None, TaskType.CAUSAL_LM)
+        marks = Marks.of(self.config.response_template, self.config.instruction_template)
+        read = Batch.read(batch, batch["input_ids"], has_answers)
+        source = FromBatch(read, has_answers, training=read.labels is not None)
+        return source.slots(Wanted(self.config.layout, marks, self.config.edits_everything))
 
     def __getattr__(self, name: str) -> Any:
         """Anything else is the wrapped collator's: trainers read options such as `padding_free` on it ..."""

@@ -14,10 +14,38 @@ from typing import Any
 import torch
 
 from .config import DEFAULT_R, LoreftConfig
-from .interventions import INTERVENTIONS, Intervention
+from .edits.factors import Activated, Affine, ElementwiseFactors, LowRankFactors
+from .edits.formulas import INTERVENTIONS
+from .edits.intervention import Intervention
 
-_ALIKE = ("positions", "tie", "component", "target_modules", "exclude_modules", "act_fn")
+_ALIKE = (
+    "positions",
+    "tie",
+    "component",
+    "target_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "exclude_modules",
+    "act_fn",
+)
 _NOT_SUBTRACTING = ("direft", "nodireft")
+
+
+def check_combination(combination_type: str, settings: dict[str, Any], adapters: dict[str, LoreftConfig]) -> None:
+    """Raise ValueError if LoRA's `combination_type` is another sum than the one that is computed here."""
+    ranked = [name for name, config in adapters.items() if INTERVENTIONS[config.intervention].has_rank]
+    if combination_type == "linear" and ranked:
+        raise ValueError(
+            f"combination_type='linear' adds up the parameters of low-rank edits ({', '.join(map(repr, ranked))}), "
+            "which is not the sum of the edits. Allowed with them: 'cat', the exact sum; ranks add up."
+        )
+    if combination_type not in ("cat", "linear"):
+        raise ValueError(
+            f"combination_type={combination_type!r} is an approximation of LoRA's. Allowed: 'cat' (the exact sum), "
+            "'linear' (the same, for formulas without a rank)."
+        )
+    if given := {name: value for name, value in settings.items() if value is not None}:
+        raise ValueError(f"{', '.join(given)}: combination_type={combination_type!r} has no such settings.")
 
 
 def weighted_config(adapters: dict[str, LoreftConfig], n_layers: int) -> LoreftConfig:
@@ -65,17 +93,32 @@ def weighted_config(adapters: dict[str, LoreftConfig], n_layers: int) -> LoreftC
 def fill_weighted(target: Intervention, summands: Sequence[tuple[float, Intervention]]) -> None:
     """Give `target` (`nodireft` or `red`) the parameters of the weighted sum, in the order of the summands."""
     values: dict[str, Any]
-    found: list[tuple[float, Any]] = [(weight, intervention.current_factors()) for weight, intervention in summands]
+    found = [(weight, intervention.current_factors()) for weight, intervention in summands]
     if target.has_rank:
+        low_rank = [(weight, each) for weight, each in found if isinstance(each, LowRankFactors)]
+        inside = [_inside(each) for _, each in low_rank]
+        weights = [affine.weight for affine in inside]
         values = {
-            "W1": torch.cat([torch.zeros_like(f.b) if f.a is None else f.a for _, f in found], -2),
-            "W2": torch.cat([weight * f.b for weight, f in found], -2),
-            "b": torch.cat([f.bias for _, f in found], -1),
+            "W1": torch.cat(
+                [torch.zeros_like(each.basis) if w is None else w for w, (_, each) in zip(weights, low_rank)], -2
+            ),
+            "W2": torch.cat([weight * each.basis for weight, each in low_rank], -2),
+            "b": torch.cat([affine.bias for affine in inside], -1),
         }
     else:
+        elementwise = [(weight, each) for weight, each in found if isinstance(each, ElementwiseFactors)]
         values = {
-            "s": 1 + sum(weight * f.scale for weight, f in found if f.scale is not None),
-            "b": sum(weight * f.shift for weight, f in found),
+            "s": 1 + sum(weight * each.scale for weight, each in elementwise if each.scale is not None),
+            "b": sum(weight * each.shift for weight, each in elementwise),
         }
     for name, value in values.items():
         getattr(target, name).copy_(torch.as_tensor(value))
+
+
+def _inside(factors: LowRankFactors) -> Affine:
+    """A and b of an edit ``Bᵀ f(A h + b)``."""
+    z = factors.coordinates
+    if isinstance(z, Activated):
+        z = z.inside
+    assert isinstance(z, Affine)
+    return z

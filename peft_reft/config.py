@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from peft import PeftConfig, PeftType
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+from .edits.formulas import ACTIVATIONS, INTERVENTIONS
+from .files import check_weights_file
 from .hub import write_model_card
-from .interventions import ACTIVATIONS, INTERVENTIONS
 from .positions.layers import check_layers, first_layer, resolve_layers
+from .positions.marks import check_template
 from .positions.spec import Layout, Positions, union
 
 COMPONENTS = ("block", "attention", "mlp")
@@ -72,8 +73,18 @@ class LoreftConfig(PeftConfig):
         init_weights: `True`: the model is unchanged at the start (not so, unless gated: `consreft`, which begins by
             zeroing its subspace, and `loreft` and `direft` with `act_fn`, which begin as in `"paper"`); `"paper"`: as
             the authors' code; `False`: random, for tests.
+        response_template: Marks of the chat template: headers behind which an answer begins, such as
+            `<|im_start|>assistant\\n`, each a list of token ids. With them, token ids alone say where prompts end.
+            Trainers find them by the tokenizer; `peft_reft.chat_marks(tokenizer)` does, too. None: not known; `[]`:
+            each document is one prompt and one answer.
+        instruction_template: Headers at which an answer has ended, likewise: of user, tool, system.
         target_modules: Names of the modules to edit the output of, as for any PEFT method; instead of `layers` and
             `component`. With a mapping in `positions`, layers are then counted among the modules that match.
+            `"all-linear"`: all linear maps but the output head.
+        layers_to_transform: PEFT's name for `layers`, which takes its value. With `target_modules` as in `LoraConfig`:
+            which layers' modules, by the number in their names.
+        layers_pattern: Only with `target_modules` and `layers_to_transform`, as in `LoraConfig`: the name of the list
+            that the layers are numbered in.
         exclude_modules: Names of modules to leave out.
         modules_to_save: Modules besides the interventions that are trained and saved, such as a classifier head.
         target_parameters: Not supported, must be left empty (PEFT and TRL read it).
@@ -110,8 +121,20 @@ class LoreftConfig(PeftConfig):
     init_weights: bool | Literal["paper"] = field(
         default=True, metadata={"help": "True (identity at the start), 'paper', or False (random, for tests)."}
     )
+    response_template: list[list[int]] | None = field(
+        default=None, metadata={"help": "Headers behind which an answer begins, as lists of token ids."}
+    )
+    instruction_template: list[list[int]] | None = field(
+        default=None, metadata={"help": "Headers at which an answer has ended, as lists of token ids."}
+    )
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Module names or a regex, instead of `layers` and `component`."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "PEFT's name for `layers`; with `target_modules`, which layers' modules."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers, for `layers_to_transform` and `target_modules`."}
     )
     exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Module names or a regex of modules to leave out."}
@@ -127,8 +150,10 @@ class LoreftConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("LOREFT")
-        if isinstance(self.layers, tuple | set | frozenset | range):
-            self.layers = sorted(self.layers)
+        for name in ("layers", "layers_to_transform"):
+            if isinstance(value := getattr(self, name), tuple | set | frozenset | range):
+                setattr(self, name, sorted(value))
+        self._read_synonym()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, list | tuple):
@@ -141,6 +166,8 @@ class LoreftConfig(PeftConfig):
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r}: expected a number from 0 to below 1.")
         check_layers(self.layers, "layers")
+        for name in ("response_template", "instruction_template"):
+            setattr(self, name, check_template(getattr(self, name), name))
         self._check_r()
         self._check_positions()
         if self.target_parameters:
@@ -152,6 +179,39 @@ class LoreftConfig(PeftConfig):
             raise ValueError(
                 f"target_modules={self.target_modules!r} names the modules itself; it cannot be combined with "
                 f"layers={self.layers!r} and component={self.component!r}. Give one or the other."
+            )
+
+    def _read_synonym(self) -> None:
+        """`layers_to_transform` names the blocks, or the layers of `target_modules`, which PEFT then matches."""
+        chosen = self.layers_to_transform = None if self.layers_to_transform == [] else self.layers_to_transform
+        if self.target_modules is None:
+            if self.layers_pattern:
+                raise ValueError(
+                    f"layers_pattern={self.layers_pattern!r} needs target_modules: without them blocks are found by "
+                    "rule, in whatever list they are. Leave it out, or name modules with `target_modules`."
+                )
+            if chosen is None:
+                return
+            check_layers(chosen, "layers_to_transform")
+            if self.layers not in ("all", chosen, [chosen]) and [self.layers] != chosen:
+                raise ValueError(
+                    f"layers={self.layers!r} and layers_to_transform={chosen!r} name one thing and differ. Give one."
+                )
+            self.layers, self.layers_to_transform = chosen, None
+        elif chosen is None:
+            if self.layers_pattern:
+                raise ValueError(
+                    f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, the layers' numbers."
+                )
+        elif isinstance(self.target_modules, str):
+            raise ValueError(
+                f"layers_to_transform={chosen!r} cannot be combined with target_modules={self.target_modules!r}: a "
+                "string is matched as it is. Give a list of names."
+            )
+        elif isinstance(chosen, str) or min([chosen] if isinstance(chosen, int) else chosen) < 0:
+            raise ValueError(
+                f"layers_to_transform={chosen!r}: with target_modules PEFT matches the numbers in modules' names. "
+                "Expected an int, or a list of ints, from 0."
             )
 
     def _check_choice(self, name: str, allowed: tuple[Any, ...]) -> None:
@@ -209,6 +269,12 @@ class LoreftConfig(PeftConfig):
         """The groups of all specs, each once: how the slots of `intervention_positions` are laid out."""
         return union(self.specs)
 
+    @property
+    def edits_everything(self) -> bool:
+        """Whether prompt and answer are edited alike in every layer, all of both."""
+        alike = self.tie in ("layer", "model")
+        return alike and all({"p", "g"} <= {g.kind for g in spec.groups if g.count is None} for spec in self.specs)
+
     def positions_by_layer(self, n_layers: int) -> dict[int, Positions]:
         """The spec of each layer to edit, in a model of `n_layers` blocks.
 
@@ -246,15 +312,20 @@ class LoreftConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> LoreftConfig:
-        """Load from a folder or the Hub. Raises ValueError, naming the file, if weights beside it are cut short."""
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        weights = os.path.join(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-        if os.path.isfile(weights):
-            try:  # the reader's own error names no file
-                with safe_open(weights, framework="pt"):
-                    pass
-            except SafetensorError as error:
-                raise ValueError(f"{weights} is damaged or cut short ({error}). Copy it again.") from error
+        """Load from a folder or the Hub.
+
+        Raises:
+            ValueError: the config, or the weights beside it, are damaged or cannot be used; names the file.
+        """
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        path = os.path.join(folder, CONFIG_NAME)
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        except (ValueError, TypeError, KeyError) as error:  # of the JSON reader, of PEFT, or of a field
+            if not os.path.isfile(path):
+                raise
+            raise ValueError(f"{path} cannot be used: {error}") from error
+        check_weights_file(folder)
         return config
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
 from .config import LoreftConfig
+from .files import check_finite
 from .layer import LoreftLayer
 from .model import LoreftModel
 
@@ -18,6 +19,8 @@ _MAY_DIFFER = (
     "inference_mode",
     "init_weights",
     "layers",
+    "layers_pattern",
+    "layers_to_transform",
     "peft_version",
     "revision",
     "target_modules",
@@ -47,7 +50,8 @@ def hotswap_adapter(
         **kwargs: `subfolder`, `revision`, `token` and the like, for the Hub.
 
     Raises:
-        ValueError: there is no such adapter, or formula, positions, ties, layers or shapes differ, or it is merged.
+        ValueError: there is no such adapter, or formula, positions, ties, layers or shapes differ, or it is merged, or
+            the file has values that are not finite.
 
     Examples:
         >>> import tempfile
@@ -76,6 +80,7 @@ def hotswap_adapter(
     if any(adapter_name in layer.merged_adapters for layer in layers):
         raise ValueError(f"{adapter_name!r} is merged into the weights. Call `unmerge_adapter` first.")
     weights = load_peft_weights(model_name_or_path, device=torch_device or "cpu", **kwargs)
+    check_finite(weights, f"The adapter of {model_name_or_path}")
     parameters = dict(peft_model.named_parameters())
     for name, tensor in LoreftModel._remap_adapter_state_dict_for_load(
         peft_model, loaded, adapter_name, weights
@@ -86,6 +91,3 @@ def hotswap_adapter(
                 f"{tuple(tensor.shape)} in {model_name_or_path}."
             )
     set_peft_model_state_dict(peft_model, weights, adapter_name)
-    for layer in layers:
-        if adapter_name in layer.plans:
-            layer.weights(adapter_name).refresh()

@@ -20,7 +20,7 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from .interventions import INTERVENTIONS
+from .edits.formulas import INTERVENTIONS
 from .positions.spec import Positions
 from .wrapping import wrap
 
@@ -31,6 +31,7 @@ _START, _END = "<!-- peft_reft: start -->", "<!-- peft_reft: end -->"
 _TEMPLATE_MARK = "# Model Card for Model ID"
 _VERSIONS = "### Framework versions"
 _PIPELINE = "from transformers import pipeline\n"
+_ASKED_IN_CHAT = 'generator([{"role": "user", "content": question}], '
 _IMPORT = "import peft_reft  # makes the LOREFT method known to PEFT: pip install peft-reft\n"
 
 _pushed_to: ContextVar[str | None] = ContextVar("_pushed_to", default=None)
@@ -54,6 +55,8 @@ def describe(config: LoreftConfig) -> str:
     ]
     if config.target_modules:
         where = f"the output of modules {config.to_dict()['target_modules']}"
+        if config.layers_to_transform is not None:
+            where += f" in layers {config.layers_to_transform}"
     else:
         layers = "all layers" if config.layers == "all" else f"layers {config.layers}"
         where = f"the {config.component} output of {layers}"
@@ -79,6 +82,15 @@ def snippet(directory: str, config: LoreftConfig, name: str | None = None) -> st
         f"{_IMPORT}from peft import {auto_class}\n\n"
         f'model = {auto_class}.from_pretrained("{name}")  # the folder, or its name on the Hub'
     )
+
+
+def how_to_ask(config: LoreftConfig) -> str:
+    """The form in which the training data gave prompts, in words; empty if the config does not say it."""
+    if config.response_template is None:
+        return ""
+    if config.response_template:
+        return " It was trained on chats: give prompts in the tokenizer's chat template."
+    return " It was trained on prompts without a chat template: give them as they are."
 
 
 def size(directory: str) -> str:
@@ -111,6 +123,8 @@ def write_model_card(directory: str, config: LoreftConfig) -> None:
         text = f"# LoReFT adapter\n\n{text[text.index(_VERSIONS) :] if _VERSIONS in text else ''}"
     if _PIPELINE in text and _IMPORT not in text.partition(_PIPELINE)[0]:
         text = text.replace(_PIPELINE, _IMPORT + _PIPELINE, 1)
+    if config.response_template == []:  # TRL's example asks in the chat template
+        text = text.replace(_ASKED_IN_CHAT, "generator(question, ")
     hub_name = re.search(r'pipeline\(.*model="([^"/]+/[^"/]+)"', text)  # TRL's example has it
     before, _, rest = text.partition(_START) if _START in text else text.partition(f"\n{_VERSIONS}")
     after = rest.partition(_END)[2] if _START in text else f"{_VERSIONS}{rest}" if rest else ""
@@ -119,7 +133,7 @@ def write_model_card(directory: str, config: LoreftConfig) -> None:
         f"{_START}\nA LoReFT adapter (representation finetuning, arXiv 2404.03592)"
         + (f" for `{config.base_model_name_or_path}`" if config.base_model_name_or_path else "")
         + f".\n\n## How to load it\n\n```python\n{code}\n```\n\n## What it does\n\n"
-        + f"{describe(config)}{size(directory)}\n{_END}"
+        + f"{describe(config)}{how_to_ask(config)}{size(directory)}\n{_END}"
     )
     card.text = f"{before.rstrip()}\n\n{section}\n\n{after.strip()}".strip() + "\n"
     with open(filename, "w", encoding="utf-8", newline="") as file:  # not `save`, which would come here again

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .interventions import Interchange
+from .edits.formulas import Interchange
 from .layer import LoreftLayer
-from .positions.sources import IGNORED, check_subspaces
-from .runtime import ATTRIBUTE
-from .state import PositionState, SourceRun
+from .positions.resolve import IGNORED
+from .positions.sources import check_subspaces
+from .tuner.exchange import SourceRun
+from .tuner.forward import Attachment
+from .tuner.hooks import ATTRIBUTE
 
 
 @contextmanager
@@ -58,13 +60,13 @@ def interchange(model: nn.Module, source: Mapping[str, Any], subspaces: Any = No
         >>> torch.allclose(logits, model(**other).logits[0, -1], atol=1e-5)  # all of the last layer was exchanged
         True
     """
-    states = _states(model)
+    attachments = _attachments(model)
     layers = [module for module in model.modules() if isinstance(module, LoreftLayer)]
-    if not any(isinstance(weights, Interchange) for layer in layers for weights in layer.active_weights()):
+    if not any(isinstance(weights, Interchange) for layer in layers for weights in layer.weights_of(None)):
         raise ValueError("The model has no active adapter with intervention='interchange'.")
-    runs = [SourceRun(check_subspaces(subspaces)) for _ in states]
-    for state, run in zip(states, runs):
-        state.source_runs.append(run)
+    runs = [SourceRun(check_subspaces(subspaces)) for _ in attachments]
+    for attachment, run in zip(attachments, runs):
+        attachment.source_runs.append(run)
     try:
         with torch.no_grad():
             model(**source)
@@ -72,15 +74,15 @@ def interchange(model: nn.Module, source: Mapping[str, Any], subspaces: Any = No
             run.collecting = False
         yield
     finally:
-        for state, run in zip(states, runs):
-            state.source_runs.remove(run)
+        for attachment, run in zip(attachments, runs):
+            attachment.source_runs.remove(run)
 
 
-def _states(model: nn.Module) -> list[PositionState]:
-    state = next((module.__dict__[ATTRIBUTE] for module in model.modules() if ATTRIBUTE in module.__dict__), None)
-    if state is None:
+def _attachments(model: nn.Module) -> list[Attachment]:
+    found = next((module.__dict__[ATTRIBUTE] for module in model.modules() if ATTRIBUTE in module.__dict__), None)
+    if found is None:
         raise ValueError(f"{type(model).__name__} has no LoReFT adapter.")
-    return [state] if state.decoder is None else [state, state.decoder]
+    return [found] if found.decoder is None else [found, found.decoder]
 
 
 def interchange_accuracy(logits: Tensor, labels: Tensor) -> float:

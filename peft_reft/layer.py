@@ -8,41 +8,45 @@ from operator import itemgetter
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .edit import Edit, add_edits, gather, may_change
-from .factors import Factors
-from .interventions import Interchange, Intervention
-from .merging import Folded, fold, projection_of, unfold
+from .edits.apply import Edit, add_edits, gather, may_change
+from .edits.factors import Factors
+from .edits.formulas import Interchange
+from .edits.intervention import Intervention, factors_of
+from .merging import NEW_BIAS, Folded, fold, gains_bias, onloaded, projection_of, unfold
 from .positions.index import PositionIndex
-from .state import LayerPlan, PositionState
+from .tuner.exchange import exchange
+from .tuner.forward import Attachment, Forward, LayerPlan, current, current_names
 
 CHILD = "loreft"
 """Name of the layer in its block. Keys read `...layers.3.loreft.loreft_weights.<adapter>.R`."""
 
 
 class LoreftLayer(nn.Module, BaseTunerLayer):
-    """Edits the output of the block it is a child of, at the positions that the model's `PositionState` has.
+    """Edits the output of the block it is a child of, at the positions of the forward that runs.
 
     Args:
         block: the module whose output is edited; a forward hook on it calls this layer.
-        state: positions of the running forward, shared by all layers of the model.
+        attachment: what all layers of the model have in common.
     """
 
     adapter_layer_names = ("loreft_weights",)
     other_param_names = ("plans", "scaling")
+    cast_input_dtype_enabled = True
+    """Part of PEFT's contract, set by `peft.helpers`; edits are computed in float32 whatever it is."""
 
-    def __init__(self, block: nn.Module, state: PositionState) -> None:
+    def __init__(self, block: nn.Module, attachment: Attachment) -> None:
         super().__init__()
         self.loreft_weights = nn.ModuleDict()
         self.plans: dict[str, LayerPlan] = {}
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._folded: Folded | None = None
-        self.state = state
-        state.layers.append(self)
+        self.attachment = attachment
+        attachment.layers.append(self)
         self._block = (block,)  # in a tuple, or it would be registered as a child of its own child
         # `prepend`: transformers' recorder of hidden states is a hook too, and must see the edited ones.
         self._handle = block.register_forward_hook(_edit_output, prepend=True)
@@ -58,26 +62,32 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
         """The intervention of an adapter; KeyError if it does not edit here."""
         return cast(Intervention, self.loreft_weights[adapter_name])
 
-    def forward(self, output: Any, inputs: Sequence[Any] = (), adapter_names: Sequence[str] | None = None) -> Any:
+    def forward(self, output: Any, inputs: Sequence[Any] = ()) -> Any:
         """Edit a block's output.
 
         Args:
             output: hidden states (batch, seq, d) or (batch * seq, d), or a tuple that begins with them.
             inputs: what the block was given, which is never changed.
-            adapter_names: one adapter a row (`"__base__"` for none) instead of the active ones for all.
 
         Returns:
             The same structure with edited hidden states; the very same object where nothing is edited.
         """
+        adapter_names = current_names(self.attachment)
         if self.disable_adapters or self.merged:
             if adapter_names is not None and self.merged:
                 raise ValueError("adapter_names cannot choose among merged adapters; call `unmerge_adapter` first.")
             return output
+        forward = current(self.attachment)
+        if forward is None:
+            raise RuntimeError(
+                "A module edited by LoReFT ran outside a forward of its model, so the positions of the prompt are "
+                "unknown. Call the model, its `generate`, or a part of it that is given tokens (`model.model`)."
+            )
         hidden = output[0] if isinstance(output, tuple) else output
         wanted = cast(Iterable[str], self.active_adapters) if adapter_names is None else dict.fromkeys(adapter_names)
         found: list[tuple[str, LayerPlan, PositionIndex]] = []
         for name in wanted:
-            if name in self.plans and (index := self.state.index(self.plans[name], hidden)) is not None:
+            if name in self.plans and (index := forward.index(name, self.plans[name], hidden)) is not None:
                 found.append((name, self.plans[name], index))
         if not found:
             return output
@@ -88,23 +98,23 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
                 f"hidden states of shape {tuple(hidden.shape)}."
             )
         if adapter_names is None:
-            edits = [edit for name, plan, index in found for edit in self._edits(name, plan, index, hidden)]
+            edits = [edit for name, plan, index in found for edit in self._edits(forward, name, plan, index, hidden)]
         else:
-            edits = self._edits_by_row(found, self.state.names_of_rows(adapter_names, batch))
+            edits = self._edits_by_row(forward, found, forward.names_of_rows(adapter_names, batch))
         if not edits:
             return output
         edited = add_edits(hidden, edits, may_change(hidden, inputs))
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
-    def _edits(self, name: str, plan: LayerPlan, index: PositionIndex, hidden: Tensor) -> list[Edit]:
+    def _edits(self, forward: Forward, name: str, plan: LayerPlan, index: PositionIndex, hidden: Tensor) -> list[Edit]:
         """One adapter's edits of all rows."""
         weights = self.weights(name)
-        factors = self.state.factors(weights)
+        factors = forward.factors(weights)
         if isinstance(weights, Interchange):
             at = gather(hidden.reshape(-1, hidden.shape[-1]), index.rows, factors.lead)
-            given = self.state.exchange((id(self), name), at, index, factors)
+            given = exchange(forward, (id(self), name), at, index, factors)
         else:
-            given = [(factors, self.state.keep(index, factors))]
+            given = [(factors, forward.keep(index, factors))]
         scale = self.scaling[name]
         return [
             edit
@@ -120,7 +130,9 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
             for g, part in enumerate(keep)
         ]
 
-    def _edits_by_row(self, found: list[tuple[str, LayerPlan, PositionIndex]], names: Sequence[str]) -> list[Edit]:
+    def _edits_by_row(
+        self, forward: Forward, found: list[tuple[str, LayerPlan, PositionIndex]], names: Sequence[str]
+    ) -> list[Edit]:
         """Edits of a batch whose row n is edited by adapter `names[n]`: adapters alike in one batched product."""
         alike: dict[Any, list[tuple[str, Factors]]] = {}
         shared: dict[Any, tuple[LayerPlan, PositionIndex]] = {}
@@ -128,7 +140,7 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
             weights = self.weights(name)
             if isinstance(weights, Interchange):
                 raise ValueError(f"adapter_names has {name!r}, an interchange intervention: make it active instead.")
-            factors = self.state.factors(weights)
+            factors = forward.factors(weights)
             key = (plan, factors.kind)
             alike.setdefault(key, []).append((name, factors))
             shared[key] = plan, index
@@ -136,15 +148,18 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
         for key, adapters in alike.items():
             plan, index = shared[key]
             scales = tuple((name, self.scaling[name]) for name, _ in adapters)
-            which, scale = self.state.rows_of(scales, names, index.keep.device)
+            which, scale = forward.rows_of(scales, names, index.keep.device)
             factors = Factors.stack([each for _, each in adapters]).map(partial(_of_rows, which=which))
-            edits += _by_row(index, self.state.keep(index, factors), plan, scale, factors)
+            edits += _by_row(index, forward.keep(index, factors), plan, scale, factors)
         return edits
 
-    def active_weights(self) -> Iterator[Intervention]:
-        """What edits in a forward that names no adapters."""
+    def weights_of(self, adapter_names: Sequence[str] | None) -> Iterator[Intervention]:
+        """What edits here: of the adapters named, one a row, or else of the active ones."""
         if not self.disable_adapters:
-            for name in cast(Iterable[str], self.active_adapters):
+            names = (
+                cast(Iterable[str], self.active_adapters) if adapter_names is None else dict.fromkeys(adapter_names)
+            )
+            for name in names:
                 if name in self.plans:
                     yield self.weights(name)
 
@@ -170,10 +185,15 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
             if name in self.scaling:
                 self.scaling[name] = 1.0 if scale is None else self.scaling[name] / scale
 
+    def forget(self, adapter_name: str) -> None:
+        """Take an adapter out, as `delete_adapter` does, but leave the choice of active ones to who replaces it."""
+        for held in (self.loreft_weights, self.plans, self.scaling):
+            del held[adapter_name]
+
     def remove(self) -> None:
         """Take the hook off the block, and this layer out of it."""
         self._handle.remove()
-        self.state.layers.remove(self)
+        self.attachment.layers.remove(self)
         delattr(self.block, CHILD)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -219,34 +239,85 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
                 return str(error)
         return None
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold the edits into the linear map whose output they edit; see `LoreftModel.merge_adapter`."""
+    def gains_bias(self, adapter_names: Iterable[str]) -> bool:
+        """Whether merging these adapters, which can be merged here, would give the linear map its first bias."""
+        edits = self._edits_to_merge([name for name in adapter_names if name in self.plans])
+        return gains_bias(projection_of(self.block), edits)
+
+    @torch.no_grad()
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        new_parameters: bool = False,
+        shared: bool = False,
+    ) -> None:
+        """Fold the edits into the linear map whose output they edit; see `LoreftModel.merge_adapter`.
+
+        Args:
+            safe_merge: whether to raise ValueError, before anything is changed, if the result is not finite.
+            adapter_names: which; None for the active ones.
+            new_parameters: whether the linear map may get a bias if it has none.
+            shared: whether other modules have its weight too: it then gets one of its own.
+        """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.plans]
         if not names:
             return
-        if reason := self.why_not_merge(names):
+        reason = self.why_not_merge(names)
+        if reason is None and not new_parameters and self.gains_bias(names):
+            reason = NEW_BIAS.format(type(projection_of(self.block)).__name__)
+        if reason:
             raise ValueError(f"LoReFT cannot be merged: {reason}.")
         names = self.merged_adapters + names
         self.unmerge()  # each edit is of the output as it was without the others
-        edits = [(name, self.weights(name)) for name in names]
-        self._folded = fold(
-            projection_of(self.block),
-            [(name, weights.current_factors(), self.scaling[name]) for name, weights in edits],
-            safe_merge,
-        )
+        edits = self._edits_to_merge(names)
+        projection = projection_of(self.block)
+        with onloaded(projection):
+            self._folded = fold(projection, edits, safe_merge, shared)
         self.merged_adapters = names
 
     def unmerge(self) -> None:
         """Take merged edits out of the weights."""
         if self._folded is not None:
-            unfold(projection_of(self.block), self._folded)
+            projection = projection_of(self.block)
+            with onloaded(projection):
+                unfold(projection, self._folded)
             self._folded = None
             self.merged_adapters = []
+
+    def _edits_to_merge(self, names: Sequence[str]) -> list[tuple[str, Factors, float]]:
+        # Of the parameters as they are now, whatever is kept for forwards.
+        with onload_layer(self):
+            return [(name, factors_of([self.weights(name)])[0], self.scaling[name]) for name in names]
 
     @property
     def block(self) -> nn.Module:
         """The module whose output is edited."""
         return self._block[0]
+
+    def get_base_layer(self) -> nn.Module:
+        """The module whose output is edited, taken out of other methods' wrappers.
+
+        PEFT's `weight`, `bias` and `get_base_weight()` ask here. There is no attribute `base_layer`: PEFT would put
+        that in the place of this child when it unloads.
+        """
+        block = self.block
+        return block.get_base_layer() if isinstance(block, BaseTunerLayer) else block
+
+    @property
+    def in_features(self) -> int:
+        """Size of what the block reads, where it says so as a linear map does, else of what it returns."""
+        own = getattr(self.get_base_layer(), "in_features", None)
+        return own if isinstance(own, int) else self.out_features
+
+    @property
+    def out_features(self) -> int:
+        """Size d of the hidden states that are edited. AttributeError when the last adapter is deleted."""
+        for name in self.loreft_weights:
+            weights = self.weights(name)
+            widest = next(name for name, dimensions in weights.shapes.items() if dimensions.endswith("d"))
+            return int(getattr(weights, widest).shape[-1])
+        raise AttributeError("out_features is the size of the edits, but this layer has no adapter any more.")
 
     @property
     def has_new_bias(self) -> bool:
@@ -285,5 +356,10 @@ def _of_group(tensor: Tensor, g: int) -> Tensor:
 
 
 def _edit_output(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Forward hook of a block. A module-level function, so that the model can be copied and pickled."""
+    """Forward hook of a block. A module-level function, so that the model can be copied and pickled.
+
+    On the meta device there are shapes alone, which no edit changes; positions could not be read there.
+    """
+    if getattr(output[0] if isinstance(output, tuple) else output, "is_meta", False):
+        return output
     return getattr(block, CHILD)(output, args)

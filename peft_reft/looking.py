@@ -12,14 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import TaskType
 from torch import Tensor, nn
 
 from .config import LoreftConfig
 from .layer import LoreftLayer
+from .positions.batch import POSITIONS, Batch
 from .positions.index import arrange
-from .positions.resolve import answers_of_batch, resolve
-from .positions.sources import POSITIONS
+from .positions.marks import Marks
+from .positions.resolve import resolve
 from .positions.spec import Group, Positions
+from .tuner.forward import current
 
 _COLOURS = {"f": ("44", "#9ecbff"), "l": ("42", "#a6e3a1"), "p": ("46", "#a5e8e8"), "g": ("43", "#ffe08a")}
 """Of each kind of group: ANSI background, HTML background."""
@@ -92,6 +95,26 @@ def show_positions(tokenizer: Any, batch_or_text: Any, config: LoreftConfig) -> 
             print("  " + "".join(piece.ansi() if colour else piece.plain() for piece in row))
 
 
+def marked_row(tokenizer: Any, batch: Mapping[str, Any], config: LoreftConfig) -> str:
+    """The first row of a batch as text, its edited tokens in brackets, once for each spec of the config.
+
+    Args:
+        tokenizer: of the model.
+        batch: as for `show_positions`; tensors of other shapes than (batch, seq) are left out.
+        config: the adapter's config.
+    """
+    ids = batch["input_ids"]
+    row = {
+        name: value[:1]
+        for name, value in batch.items()
+        if isinstance(value, Tensor) and value.ndim == 2 and (value.shape == ids.shape or name == POSITIONS)
+    }
+    lines = []
+    for where, spec, rows in _marked(tokenizer, row, config):
+        lines += [f"{where}: {spec}", *("  " + "".join(piece.plain() for piece in pieces) for pieces in rows)]
+    return "\n".join(lines)
+
+
 def _in_notebook() -> bool:
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return hasattr(shell, "kernel")
@@ -130,7 +153,9 @@ def _rows(tokenizer: Any, batch: Mapping[str, Any], config: LoreftConfig, spec: 
     mask: Tensor | None = batch.get("attention_mask")
     slots = batch.get(POSITIONS)
     if slots is None:
-        slots = resolve(config.layout, answers_of_batch(ids, mask, batch.get("labels"), batch.get("position_ids")))
+        has_answers = config.task_type in (None, TaskType.CAUSAL_LM)
+        marks = Marks.of(config.response_template, config.instruction_template) if has_answers else None
+        slots = resolve(config.layout, Batch.read(batch, ids, has_answers).turns(marks).answers())
     of_token = np.full(ids.numel(), -1)
     for number, group in enumerate(spec.groups):
         index = arrange(slots, ids.shape[1], config.layout, (group,), "all")
@@ -214,10 +239,12 @@ def _recorded(layers: list[LoreftLayer], found: dict[int, np.ndarray]) -> Iterat
     def compare(layer: Any, args: tuple[Any, ...], output: Any) -> None:
         h = before.pop(layer).float()
         edited = (output[0] if isinstance(output, tuple) else output).float()
+        forward = current(layer.attachment)
+        assert forward is not None
         indices = [
             index
             for name in layer.active_adapters
-            if name in layer.plans and (index := layer.state.index(layer.plans[name], h)) is not None
+            if name in layer.plans and (index := forward.index(name, layer.plans[name], h)) is not None
         ]
         if not indices:
             return

@@ -7,15 +7,17 @@ bias m + Bᵀ(A m + b).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft.tuners.tuners_utils import onload_layer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .factors import Factors
+from .edits.factors import Affine, ElementwiseFactors, Factors, LowRankFactors
 
 _OUTPUT_NAMES = (
     "o_proj",
@@ -33,6 +35,15 @@ _OUTPUT_NAMES = (
 _RESIDUAL_NAMES = ("residual", "input_tensor")
 """Arguments of modules that add the residual stream themselves, after their linear map."""
 
+NEW_BIAS = (
+    "a {} without a bias would get one, and who reads the weights by the base's names does not know it (TRL's sync to "
+    "vLLM leaves it out; allowed: `merge_and_unload`, or `merge_adapter(new_parameters=True)`)"
+)
+SHARED_WEIGHT = (
+    "other modules have the weight of {} too, so the merged one would be a new parameter, and who reads the weights "
+    "by the base's names may not know it (allowed: `merge_and_unload`, or `merge_adapter(new_parameters=True)`)"
+)
+
 
 @dataclass
 class Folded:
@@ -46,6 +57,8 @@ class Folded:
     """... unless there were edits without a rank: then the weight itself."""
     bias: Tensor | None
     """None if there was none."""
+    shared: nn.Parameter | None
+    """The weight itself, if other modules have it too: while merged, the linear map has one of its own."""
 
 
 def projection_of(module: nn.Module) -> nn.Linear | Conv1D:
@@ -75,14 +88,26 @@ def projection_of(module: nn.Module) -> nn.Linear | Conv1D:
     return found[0]
 
 
+def gains_bias(module: nn.Linear | Conv1D, edits: Sequence[tuple[str, Factors, float]]) -> bool:
+    """Whether `fold` would give a bias to the linear map, which has none."""
+    if module.bias is not None:
+        return False
+    # Of a map without a bias the output of 0 is 0: what an edit makes of it is the bias.
+    zero = torch.zeros(1, len(_matrix(module)), device=module.weight.device)
+    return bool(torch.stack([scale * factors.edit(zero) for _, factors, scale in edits]).sum(0).any())
+
+
 @torch.no_grad()
-def fold(module: nn.Linear | Conv1D, edits: Sequence[tuple[str, Factors, float]], check: bool) -> Folded:
+def fold(
+    module: nn.Linear | Conv1D, edits: Sequence[tuple[str, Factors, float]], check: bool, shared: bool = False
+) -> Folded:
     """Add edits, each of the map's own output, to the map.
 
     Args:
         module: the linear map; gets a bias if it has none and the edits have one.
         edits: name, affine factors or scale and shift, and the factor that the edit is multiplied by.
         check: whether to raise ValueError, before anything is changed, if the result is not finite.
+        shared: whether other modules have the map's weight too, which then gets one of its own.
     """
     weight = _matrix(module)
     before = module.bias
@@ -90,22 +115,28 @@ def fold(module: nn.Linear | Conv1D, edits: Sequence[tuple[str, Factors, float]]
     b, inner = weight.new_zeros(0, len(weight)), weight.new_zeros(0, weight.shape[1])
     scaling, bias = torch.zeros_like(m), m.clone()
     for _, factors, scale in edits:
-        if factors.b is not None:
-            assert factors.bias is not None
-            a = torch.zeros_like(factors.b) if factors.a is None else factors.a
-            b, inner = torch.cat([b, factors.b]), torch.cat([inner, scale * (a @ weight)])
-            bias += scale * (a @ m + factors.bias) @ factors.b
+        assert factors.is_affine
+        if isinstance(factors, LowRankFactors):
+            assert isinstance(factors.coordinates, Affine)
+            basis, affine = factors.basis, factors.coordinates
+            a = torch.zeros_like(basis) if affine.weight is None else affine.weight
+            b, inner = torch.cat([b, basis]), torch.cat([inner, scale * (a @ weight)])
+            bias += scale * (a @ m + affine.bias) @ basis
         else:
-            assert factors.shift is not None
+            assert isinstance(factors, ElementwiseFactors)
             u = torch.zeros_like(m) if factors.scale is None else factors.scale
             scaling += scale * u
             bias += scale * (u * m + factors.shift)
     merged = weight + b.T @ inner + scaling.unsqueeze(-1) * weight
-    if check and not (torch.isfinite(merged).all() and torch.isfinite(bias).all()):
+    stored = merged.to(module.weight.dtype), bias.to(module.weight.dtype)
+    if check and not all(torch.isfinite(tensor).all() for tensor in stored):
         names = ", ".join(name for name, _, _ in edits)
         raise ValueError(f"The merged weights are not finite; of the adapters {names} one seems to be broken.")
-    folded = Folded(b, inner, None, None if before is None else before.detach().clone())
-    if scaling.any():
+    folded = Folded(b, inner, None, None if before is None else before.detach().clone(), None)
+    if shared:
+        folded.shared = cast(nn.Parameter, module.weight)
+        module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=module.weight.requires_grad)
+    elif scaling.any():
         folded.weight = module.weight.detach().clone()
     _set_matrix(module, merged)
     if before is not None:
@@ -118,7 +149,9 @@ def fold(module: nn.Linear | Conv1D, edits: Sequence[tuple[str, Factors, float]]
 @torch.no_grad()
 def unfold(module: nn.Linear | Conv1D, folded: Folded) -> None:
     """Undo `fold`, to the rounding of the weights' type."""
-    if folded.weight is not None:
+    if folded.shared is not None:
+        module.weight = folded.shared
+    elif folded.weight is not None:
         module.weight.copy_(folded.weight)
     else:
         _set_matrix(module, _matrix(module) - folded.b.T @ folded.inner)
@@ -126,6 +159,15 @@ def unfold(module: nn.Linear | Conv1D, folded: Folded) -> None:
         module.bias = None
     else:
         module.bias.copy_(folded.bias)
+
+
+@contextmanager
+def onloaded(module: nn.Linear | Conv1D) -> Iterator[None]:
+    """While it lasts, weights that are offloaded are here; what was written to them is offloaded when it ends."""
+    holder: Any = nn.Module()
+    holder.base_layer = module  # the name by which PEFT knows what to write back
+    with onload_layer(holder):
+        yield
 
 
 def _matrix(module: nn.Linear | Conv1D) -> Tensor:

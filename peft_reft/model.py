@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
-from peft import TaskType
+from peft import PeftConfig, TaskType
 from peft.tuners.tuners_utils import (
     BaseTuner,
+    BaseTunerLayer,
     _filter_state_dict_by_key_prefixes,
     _get_tuner_state_dict_key_prefixes,
+    _maybe_include_all_linear_layers,
     check_target_module_exists,
+    onload_layer,
 )
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .architectures import Target, find_targets, modules_of_decoder, modules_of_encoder, output_size
-from .composition import fill_weighted, weighted_config
+from .composition import check_combination, fill_weighted, weighted_config
 from .config import LoreftConfig
-from .interventions import INTERVENTIONS, Intervention
+from .conflicts import refuse_conflicts
+from .edits.formulas import INTERVENTIONS
+from .edits.intervention import Intervention
+from .edits.rotation import orthonormalise
+from .files import check_finite, does_not_fit
 from .layer import CHILD, LoreftLayer
-from .positions.spec import Positions
-from .rotation import orthonormalise
-from .runtime import attach, detach
-from .state import LayerPlan, share_plan
+from .merging import NEW_BIAS, SHARED_WEIGHT, projection_of
+from .mixed_batches import hand_adapter_names
+from .positions.marks import Marks
+from .positions.spec import Layout, Positions
+from .positions.wanted import Wanted
+from .tuner.forward import LayerPlan, naming_rows, share_plan
+from .tuner.hooks import ATTRIBUTE, attach, attach_parts, detach
 
 MERGE_ADVICE = "Keep the adapter beside the model; `unload()` gives the base model back without it."
 
@@ -53,18 +65,46 @@ class LoreftModel(BaseTuner):
     tuner_layer_cls = LoreftLayer
     target_module_mapping: dict[str, list[str]] = {}  # blocks are found by rule, see architectures.py
 
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        shared = getattr(model, "peft_config", None)
+        before = dict(shared) if isinstance(shared, dict) else None
+        try:
+            super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        except Exception:
+            # PEFT has entered the config of what could not be added, perhaps over that of one which still edits.
+            if isinstance(shared, dict) and before is not None:
+                shared.clear()
+                shared.update(before)
+            raise
+
+    @property
+    def _base(self) -> nn.Module:
+        """The model itself, if `torch.compile` has wrapped it: PEFT, too, leaves the wrapper out of names."""
+        model: Any = self.model
+        return getattr(model, "_orig_mod", model)
+
     def _prepare_adapter_config(self, peft_config: LoreftConfig, model_config: dict[str, Any]) -> LoreftConfig:
         """Decide what is edited where, before anything is changed: all that can be wrong raises here."""
+        encoder, self._decoder = modules_of_encoder(self._base), modules_of_decoder(self._base)
+        read = None if encoder is None else encoder | (self._decoder or set())
+        if isinstance(peft_config.target_modules, str):
+            self._write_out_shorthand(peft_config, read)
         self._probe = copy.copy(peft_config)
         targets = self._find_targets(peft_config)
         if peft_config.target_modules is None:
             self._probe.target_modules = {target.name for target in targets}
-        encoder, self._decoder = modules_of_encoder(self.model), modules_of_decoder(self.model)
-        outside = [t.name for t in targets if encoder and not self._is_in(t.name, encoder | (self._decoder or set()))]
+        outside = [target.name for target in targets if read is not None and not self._is_in(target.name, read)]
         if outside:
             raise ValueError(
                 f"target_modules names {', '.join(outside)}, in neither the encoder nor the decoder of "
-                f"{type(self.model).__name__}. Only modules of these can be edited: positions count in their inputs."
+                f"{type(self._base).__name__}. Only modules of these can be edited: positions count in their inputs."
             )
         specs = peft_config.positions_by_layer(len(targets)) if targets else {}
         ranks = peft_config.ranks(specs, len(targets)) if targets else {}
@@ -78,31 +118,83 @@ class LoreftModel(BaseTuner):
                         f"allowed are 1 to {target.d}."
                     )
                 self._targets[target.name] = (target, specs[target.layer], r)
-        if peft_config.tie == "model" and len(sizes := {target.d for target, *_ in self._targets.values()}) > 1:
+        self._beyond = self._targets_of_checkpoint(peft_config, targets)
+        if (
+            peft_config.tie == "model"
+            and len(sizes := {target.d for target, *_ in (self._targets | self._beyond).values()}) > 1
+        ):
             raise ValueError(f"tie='model' needs one hidden size, but the targets have {sorted(sizes)}.")
         self._shared: Intervention | None = None
+        names = [name for name in self._targets if self._check_target_module_exists(peft_config, name)]
+        layers = [name for name, module in self.model.named_modules() if isinstance(module, LoreftLayer)]
+        refuse_conflicts(self.model, peft_config, names, [name.removesuffix(f".{CHILD}") for name in layers])
         return peft_config
+
+    def _write_out_shorthand(self, peft_config: LoreftConfig, read: set[int] | None) -> None:
+        """`target_modules="all-linear"` becomes PEFT's list of names, less maps that do not read token by token."""
+        shorthand = peft_config.target_modules
+        _maybe_include_all_linear_layers(peft_config, self._base)
+        if peft_config.target_modules is not shorthand:
+            peft_config.target_modules = {
+                name
+                for name in peft_config.target_modules or ()
+                if "pooler" not in name.split(".") and (read is None or self._is_in(name, read))
+            }
+
+    def _targets_of_checkpoint(
+        self, peft_config: LoreftConfig, targets: list[Target]
+    ) -> dict[str, tuple[Target, Positions, int | None]]:
+        """What a state dict, from whose keys the adapter is injected, has beyond the config."""
+        there = {name for name, _ in self._base.named_modules()}
+        names = sorted((self._checkpoint & there) - {*self._targets})
+        if not names:
+            return {}
+        wide = copy.copy(peft_config)
+        wide.layers = "all"
+        by_name = {target.name: target for target in targets}
+        specs = wide.positions_by_layer(len(targets))
+        beyond: dict[str, tuple[Target, Positions, int | None]] = {}
+        for name in names:
+            target = by_name.get(name) or Target(name, -1, output_size(self._base, name))
+            spec = specs.get(target.layer) or (wide.specs[0] if isinstance(wide.positions, str) else None)
+            if spec is None:
+                raise ValueError(f"state_dict has {name}, but positions={peft_config.positions!r} has no spec there.")
+            beyond[name] = (target, spec, wide.ranks([target.layer], len(targets))[target.layer])
+        return beyond
 
     def _find_targets(self, peft_config: LoreftConfig) -> list[Target]:
         if peft_config.target_modules is None:
-            return find_targets(self.model, peft_config.component)
+            return find_targets(self._base, peft_config.component)
         names = [
             name
-            for name, _ in self.model.named_modules()
+            for name, _ in self._base.named_modules()
             if name and f".{CHILD}." not in f".{name}." and check_target_module_exists(peft_config, name)
         ]
-        return [Target(name, layer, output_size(self.model, name)) for layer, name in enumerate(names)]
+        return [Target(name, layer, output_size(self._base, name)) for layer, name in enumerate(names)]
 
     def _is_in(self, name: str, modules: set[int]) -> bool:
-        return id(self.model.get_submodule(name)) in modules
+        return id(self._base.get_submodule(name)) in modules
 
     def _check_target_module_exists(self, peft_config: LoreftConfig, key: str) -> Any:
         # `exclude_modules` and `modules_to_save` are PEFT's to judge, on the names we chose.
+        key = key.removeprefix("_orig_mod.")
         found = check_target_module_exists(self._probe, key)
         return key in self._targets if found else found
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
         """PEFT's check concerns weights that LoRA would bypass; the outputs of any module can be edited."""
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        # All checks are passed. What a replaced adapter trained besides must not be saved with the new one.
+        if self._replaced is None or not (self._targets or self._beyond):
+            return
+        for name, module in list(model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper) and self._replaced in module._get_available_adapters():
+                if len(module._get_available_adapters()) > 1:
+                    module.delete_adapter(self._replaced, new_active_adapters=None)
+                else:
+                    parent, _, child = name.rpartition(".")
+                    setattr(model.get_submodule(parent), child, module.original_module)
 
     def inject_adapter(
         self,
@@ -113,17 +205,39 @@ class LoreftModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         task = self.peft_config[adapter_name].task_type
-        base: Any = model
+        base: Any = getattr(model, "_orig_mod", model)
         can_generate = hasattr(base, "can_generate") and base.can_generate() and not base.config.is_encoder_decoder
-        self._state = attach(model, task == TaskType.CAUSAL_LM or (task is None and can_generate))
+        self._attachment = attach(base, task == TaskType.CAUSAL_LM or (task is None and can_generate))
+        below = f".{CHILD}.{self.prefix}"
+        self._checkpoint: set[str] = set()
+        if self.peft_config[adapter_name].tie == "model":
+            state_dict = None  # it names the first layer alone: the config says which layers share the weights
         if state_dict is not None:  # PEFT finds modules by the part of a key before the prefix: that is our child
-            below = f".{CHILD}.{self.prefix}"
+            self._checkpoint = {key.partition(below)[0].removeprefix("_orig_mod.") for key in state_dict}
             state_dict = {key.replace(below, f".{self.prefix}"): value for key, value in state_dict.items()}
+        replaces = any(adapter_name in layer.plans for layer in self._layers())
+        self._replaced = adapter_name if replaces else None
+        self._filled: set[LoreftLayer] = set()
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            if replaces:
+                self._forget_elsewhere(adapter_name)
         finally:
-            if not any(isinstance(module, LoreftLayer) for module in model.modules()):
-                detach(model)
+            if not (edited := [layer.block for layer in base.modules() if isinstance(layer, LoreftLayer)]):
+                detach(base)
+        attach_parts(base, edited)
+        if not self.peft_config[adapter_name].inference_mode or "transformers.trainer" in sys.modules:
+            from .training import add_default_callbacks  # imports transformers' Trainer, which serving does without
+
+            add_default_callbacks()
+
+    def _forget_elsewhere(self, adapter_name: str) -> None:
+        """`get_peft_model` was called again on one base: the adapter is the new one alone."""
+        for layer in list(self._layers()):
+            if layer not in self._filled and adapter_name in layer.plans:
+                layer.forget(adapter_name)
+                if not layer.plans:
+                    layer.remove()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -141,7 +255,8 @@ class LoreftModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        chosen, spec, r = self._targets[current_key]
+        name = current_key.removeprefix("_orig_mod.")
+        chosen, spec, r = self._targets.get(name) or self._beyond[name]
         by = peft_config.tie if peft_config.tie in ("group", "position") else "all"
         count = {
             "all": None,
@@ -157,12 +272,13 @@ class LoreftModel(BaseTuner):
         layer = getattr(target, CHILD, None)
         if layer is None:
             in_decoder = self._decoder is not None and id(target) in self._decoder
-            state = self._state.decoder if in_decoder else self._state
-            assert state is not None
-            layer = LoreftLayer(target, state)
+            attachment = self._attachment.decoder if in_decoder else self._attachment
+            assert attachment is not None
+            layer = LoreftLayer(target, attachment)
             target.add_module(CHILD, layer)
-        plan = LayerPlan(peft_config.layout, spec.groups, by, peft_config.dropout)
+        plan = LayerPlan(wanted_by(peft_config, spec.groups), spec.groups, by, peft_config.dropout)
         layer.update_layer(adapter_name, intervention, share_plan(plan))
+        self._filled.add(layer)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # Called only to take PEFT's other wrappers out again. PEFT's own also copies a weight, which a classifier head
@@ -180,13 +296,9 @@ class LoreftModel(BaseTuner):
             raise ValueError("adapter_names chooses adapters row by row, which works in inference mode only.")
         if unknown := sorted({*adapter_names} - {*self.peft_config, "__base__"}):
             raise ValueError(f"adapter_names has {unknown}; there are {sorted(self.peft_config)} and '__base__'.")
-        hook = partial(_set_adapter_names, adapter_names=adapter_names)
-        handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in self._layers()]
-        try:
+        attachment = getattr(self.model, "_orig_mod", self.model).__dict__[ATTRIBUTE]
+        with naming_rows(attachment, adapter_names), hand_adapter_names(self.model, adapter_names):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply the edits of an adapter by `scale` in all layers: 1 as trained, 0 nothing, −1 the reverse.
@@ -197,16 +309,27 @@ class LoreftModel(BaseTuner):
         for layer in self._layers():
             layer.set_scale(adapter, scale)
 
-    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        **settings: Any,
+    ) -> None:
         """Add an adapter whose edit is exactly the weighted sum of the edits of `adapters`; see `composition.py`.
 
         Args:
             adapters: names of adapters of one kind: with one spec of positions, tied alike, on the same modules.
             weights: one for each; negative ones subtract.
             adapter_name: name of the new adapter. Those of rank r₁, r₂ ... give one of rank r₁ + r₂ ...
+            combination_type: as for LoRA: `"cat"`, the exact sum; `"linear"`, the sum of the parameters, which is that
+                of the edits for formulas without a rank (`red`, `bias`) alone.
+            **settings: LoRA's settings of its other combination types, which must be left out.
 
         Raises:
-            ValueError: the sum is no single edit of this family; the message says what differs.
+            ValueError: the sum is no single edit of this family, or is not what `combination_type` asks for; the
+                message says which.
         """
         self._known(adapters)
         if adapter_name in self.peft_config:
@@ -214,6 +337,7 @@ class LoreftModel(BaseTuner):
         if len(weights) != len(adapters):
             raise ValueError(f"weights has {len(weights)} entries for {len(adapters)} adapters.")
         chosen = {name: self.peft_config[name] for name in adapters}
+        check_combination(combination_type, settings, chosen)
         config = weighted_config(chosen, len(self._find_targets(chosen[adapters[0]])))
         self.peft_config[adapter_name] = config
         try:
@@ -234,34 +358,57 @@ class LoreftModel(BaseTuner):
         if unknown or not adapters:
             raise ValueError(f"Adapters {list(adapters)}: there are {sorted(self.peft_config)}.")
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, new_parameters: bool = False
+    ) -> None:
         """Fold adapters into the weights, where that is exact: `component` "attention" or "mlp", positions "all".
 
-        The linear map whose output is edited takes up the edit, and a bias if it has none. Exact to the rounding of
-        the weights' type; `unmerge_adapter` takes it out again.
+        The linear map whose output is edited takes up the edit. Exact to the rounding of the weights' type;
+        `unmerge_adapter` takes it out again. Trained tokens are merged too, and other PEFT layers of the model.
 
         Args:
             adapter_names: which; None for the active ones.
             safe_merge: whether to raise, before a layer is changed, if its result is not finite.
+            new_parameters: whether a linear map may get a parameter that the base's does not have: a bias, if it has
+                none, or a weight of its own, if it shares one (tied embeddings). Who reads the merged weights by the
+                base's names would not find it, as TRL, which merges so before it sends weights to vLLM.
 
         Raises:
             ValueError: it cannot be merged; the message says which condition fails, and no weight has changed.
         """
-        self._check_merge_allowed(adapter_names)
-        for layer in self._layers():
-            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        self._check_merge_allowed()
+        self._fold(adapter_names, safe_merge, new_parameters)
+        for module in self.model.modules():
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, LoreftLayer):
+                with onload_layer(module):
+                    module.merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
-    def _check_merge_allowed(self, adapter_names: list[str] | None = None) -> None:
+    def _fold(self, adapter_names: list[str] | None, safe_merge: bool, new_parameters: bool) -> None:
+        """Merge the LoReFT layers. Raises ValueError, before anything is changed, if one of them cannot be merged."""
         names = list(self.active_adapters if adapter_names is None else adapter_names)
         self._known(names)
         blocks = {id(block) for lists in self.model.modules() if isinstance(lists, nn.ModuleList) for block in lists}
-        for layer in self._layers():
-            edited = [name for name in names if name in layer.plans]
-            reason = layer.why_not_merge(edited)
-            if edited and id(layer.block) in blocks:
+        of_modules = [parameter for module in self.model.modules() for parameter in module._parameters.values()]
+        times = Counter(id(parameter) for parameter in of_modules if parameter is not None)
+        chosen = [layer for layer in self._layers() if layer.plans.keys() & names]
+        shared = set()
+        reasons = []
+        for layer in chosen:
+            reason = layer.why_not_merge(names)
+            if id(layer.block) in blocks:
                 reason = "a block's output is edited, which no single weight makes (allowed: 'attention', 'mlp')"
-            if reason:
-                raise ValueError(f"LoReFT cannot be merged into the weights: {reason}. {MERGE_ADVICE}")
+            reasons.append(reason)
+        for layer in chosen if not any(reasons) else ():
+            projection = projection_of(layer.block)
+            if times[id(projection.weight)] > 1:
+                shared.add(layer)
+                reasons.append(None if new_parameters else SHARED_WEIGHT.format(type(projection).__name__))
+            elif not new_parameters and layer.gains_bias(names):
+                reasons.append(NEW_BIAS.format(type(projection).__name__))
+        if reason := next(filter(None, reasons), None):
+            raise ValueError(f"LoReFT cannot be merged into the weights: {reason}. {MERGE_ADVICE}")
+        for layer in chosen:
+            layer.merge(safe_merge, adapter_names, new_parameters=True, shared=layer in shared)
 
     def _unload_and_optionally_merge(
         self,
@@ -271,7 +418,7 @@ class LoreftModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self.merge_adapter(adapter_names, safe_merge)
+            self._fold(adapter_names, safe_merge, new_parameters=True)
             gained = [layer for layer in self._layers() if layer.has_new_bias]
             if gained:
                 warnings.warn(
@@ -281,8 +428,11 @@ class LoreftModel(BaseTuner):
                     stacklevel=2,
                 )
         else:
-            self.unmerge_adapter()
-        model = super()._unload_and_optionally_merge(False, progressbar, safe_merge, adapter_names)
+            for module in self.model.modules():
+                if isinstance(module, BaseTunerLayer) and module.merged:
+                    with onload_layer(module):
+                        module.unmerge()
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for module in list(model.modules()):
             if isinstance(module, LoreftLayer):
                 module.remove()
@@ -299,7 +449,11 @@ class LoreftModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """R as it computes, W and b; with `tie="model"` once, under the first layer's name."""
-        found = _filter_state_dict_by_key_prefixes(state_dict, _key_prefixes(model))
+        shapes = INTERVENTIONS[config.intervention].shapes_of(config.act_fn, config.gate)
+        _put_back(model, adapter_name, state_dict, unwanted_adapter_names, shapes)
+        prefixes = {prefix for prefix in _key_prefixes(model, adapter_name) if cls._is_own(prefix)}
+        found = _filter_state_dict_by_key_prefixes(state_dict, prefixes)
+        _check_gathered(found, shapes)
         if config.tie == "model":
             first_of_each = {key.rpartition(".")[2]: key for key in reversed(found)}
             found = {key: found[key] for key in found if key in first_of_each.values()}
@@ -309,24 +463,89 @@ class LoreftModel(BaseTuner):
         }
 
     @classmethod
+    def _is_own(cls, key: str) -> bool:
+        return f".{CHILD}.{cls.prefix}" in f".{key}"
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT's own takes any part of that name for the adapter's, such as a layer's number or `score`.
+        before, holder, after = key.rpartition(f"{CHILD}.{cls.prefix}weights.")
+        return f"{before}{holder}{after.removeprefix(f'{adapter_name}.')}" if holder else key
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: LoreftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Names of the model for names of the file. Raises ValueError if a tensor is missing or has no place."""
+        """Names of the model for names of the file.
+
+        Raises:
+            ValueError: a tensor is missing, has no place, or has values that are not finite.
+        """
         own = _filter_state_dict_by_key_prefixes(model.state_dict(), _key_prefixes(model, adapter_name))
+        own = {name: tensor for name, tensor in own.items() if cls._is_own(name)}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         if config.tie == "model":
-            shared = {name.rpartition(".")[2]: t for name, t in remapped.items() if f".{CHILD}.{cls.prefix}" in name}
+            shared = {name.rpartition(".")[2]: tensor for name, tensor in remapped.items() if cls._is_own(name)}
             remapped |= {name: shared[last] for name in own if (last := name.rpartition(".")[2]) in shared}
         missing = [cls._remove_adapter_name_from_key(name, adapter_name) for name in own if name not in remapped]
-        unknown = [name for name in remapped if f".{CHILD}.{cls.prefix}" in name and name not in own]
+        unknown = [name for name in remapped if cls._is_own(name) and name not in own]
         if missing or unknown:
-            raise ValueError(
-                "The adapter file does not fit its config and this model."
-                + (f" Missing: {', '.join(missing)}." if missing else "")
-                + (f" In the file, but with no place in the model: {', '.join(unknown)}." if unknown else "")
-            )
+            raise ValueError(does_not_fit(f"The file of adapter {adapter_name!r}", missing, unknown))
+        check_finite(state_dict, f"The file of adapter {adapter_name!r}")
         return remapped
+
+
+def _put_back(
+    model: nn.Module,
+    adapter_name: str,
+    state_dict: dict[str, Tensor],
+    others: Sequence[str],
+    parameters: Iterable[str],
+) -> None:
+    """Enter in `state_dict` what PEFT has dropped from it although it is this adapter's.
+
+    PEFT drops every key that has the name of another adapter between dots: if one is named "b" every bias of the
+    others, if one is named "layers" everything. Modules that are trained besides are looked up in `state_dict`, too,
+    after this.
+
+    Raises:
+        ValueError: something is lost, and `state_dict` is not of this model's own tensors.
+    """
+    prefixes = _key_prefixes(model, adapter_name)
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            prefixes |= {f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values()}
+    parts = {part for prefix in (*prefixes, *parameters) for part in prefix.split(".")}
+    clashing = parts & set(others)
+    if not clashing:
+        return
+    whole = model.state_dict()
+    lost = {key for key in _filter_state_dict_by_key_prefixes(whole, prefixes) if key not in state_dict}
+    if not lost:
+        return
+    if any(_is_another(tensor, whole.get(key)) for key, tensor in state_dict.items()):
+        raise ValueError(
+            f"Adapter {adapter_name!r} cannot be saved from a state_dict that is given: PEFT takes {min(lost)} for "
+            f"a tensor of adapter {min(clashing)!r}, whose name is a part of it. Give that adapter another name."
+        )
+    complete = {key: whole[key] for key in whole if key in lost or key in state_dict}
+    state_dict.clear()
+    state_dict.update(complete)
+
+
+def _is_another(tensor: Any, own: Any) -> bool:
+    """Whether `tensor` is not the model's own; entries that are no tensors do not count."""
+    return isinstance(tensor, Tensor) and (not isinstance(own, Tensor) or tensor.data_ptr() != own.data_ptr())
+
+
+def _check_gathered(tensors: dict[str, Tensor], shapes: dict[str, str]) -> None:
+    """Raise ValueError if tensors are flat or empty, as the shards of FSDP and ZeRO-3 are."""
+    for key, tensor in tensors.items():
+        if not tensor.numel() or tensor.ndim < len(shapes[key.rpartition(".")[2]]):
+            raise ValueError(
+                f"{key} is a shard of shape {tuple(tensor.shape)}, which no file can be made of. Save under "
+                "`deepspeed.zero.GatheredParameters` (ZeRO-3) or `FullyShardedDataParallel.summon_full_params` (FSDP)."
+            )
 
 
 def _key_prefixes(model: nn.Module, adapter_name: str | None = None) -> set[str]:
@@ -337,7 +556,8 @@ def _key_prefixes(model: nn.Module, adapter_name: str | None = None) -> set[str]
     return prefixes
 
 
-def _set_adapter_names(
-    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": adapter_names}
+def wanted_by(config: LoreftConfig, groups: Layout) -> Wanted:
+    """What a layer that edits `groups` asks a forward for."""
+    kinds = {group.kind for group in groups if group.count is None}
+    everything = {"p", "g"} <= kinds and config.tie in ("layer", "model")
+    return Wanted(config.layout, Marks.of(config.response_template, config.instruction_template), everything)

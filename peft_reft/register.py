@@ -34,6 +34,7 @@ def register() -> None:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
     from .config import LoreftConfig
+    from .files import guard_files
     from .hub import complete_all_cards
     from .model import LoreftModel
 
@@ -42,3 +43,4 @@ def register() -> None:
         mapping.pop(peft_type, None)  # a reloaded module brings new classes, and PEFT refuses to register twice
     register_peft_method(name=NAME.lower(), config_cls=LoreftConfig, model_cls=LoreftModel, prefix=LoreftModel.prefix)
     complete_all_cards()
+    guard_files()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
+from collections.abc import Collection
 from dataclasses import MISSING, fields, make_dataclass
 from dataclasses import field as dataclass_field
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
-from datasets import load_dataset
+import yaml
 from peft import PeftConfig
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import (
@@ -20,47 +21,119 @@ from trl import (
     SFTConfig,
     SFTTrainer,
     TrlParser,
-    get_dataset,
     get_quantization_config,
 )
 
 from .config import LoreftConfig
+from .paths import check_path
+from .training_data import training_data
+
+# What of TRL's classes this command uses. The rest is not taken, so that nothing is ignored without a word.
+_OF_MODEL = {
+    "model_name_or_path",
+    "model_revision",
+    "dtype",
+    "attn_implementation",
+    "load_in_8bit",
+    "load_in_4bit",
+    "bnb_4bit_quant_type",
+    "use_bnb_nested_quant",
+    "bnb_4bit_quant_storage",
+}
+_OF_SCRIPT = {"dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming"}
+_WITH_4BIT = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
+
+_INSTEAD = {
+    "lora_r": "--r",
+    "lora_alpha": "--learning_rate (LoReFT has no scaling)",
+    "lora_dropout": "--dropout",
+    "lora_target_modules": "--layers and --component, or --target_modules",
+    "lora_modules_to_save": "--modules_to_save",
+}
+"""What to give in place of arguments that TRL's own command has for LoRA."""
 
 _OF_ALL_METHODS = {field.name for field in fields(PeftConfig)}
-# Text on a command line, where JSON says what is not: 8, [0, 3], {"0-11": "f5"}, false.
-_TEXT = {"r", "positions", "layers", "init_weights", "target_modules", "exclude_modules", "modules_to_save"}
-_LEFT_OUT = {"target_parameters", "trainable_token_indices"}  # not supported; not for a command line
+_LEFT_OUT = {"target_parameters"}  # not supported
+_KINDS = get_type_hints(LoreftConfig)
 
-LoreftArguments: Any = make_dataclass(
-    "LoreftArguments",
-    [
+
+def _part_of(whole: Any, names: Collection[str], more: list[Any]) -> Any:
+    """A dataclass with the fields `names` of another, and `more`."""
+    hints = get_type_hints(whole)
+    taken = [
         (
             field.name,
-            {"dropout": float, "gate": bool}.get(field.name, str | None),
+            hints[field.name],
             dataclass_field(
-                default=None if field.default is MISSING else field.default,
-                metadata={"help": field.metadata["help"] + (" Text or JSON." if field.name in _TEXT else "")},
+                default=field.default,
+                metadata={**field.metadata, "help": field.metadata["help"].replace(" Works only with LoRA.", "")},
             ),
         )
-        for field in fields(LoreftConfig)
-        if field.name not in _OF_ALL_METHODS | _LEFT_OUT
-    ],
+        for field in fields(whole)
+        if field.name in names
+    ]
+    return make_dataclass(f"{whole.__name__}Part", taken + more)
+
+
+def _types(kind: Any) -> set[Any]:
+    """The types that a hint allows, without what they hold: `str | list[int]` is {str, list}."""
+    if get_origin(kind) in (Union, UnionType):
+        return set().union(*(_types(each) for each in get_args(kind)))
+    if get_origin(kind) is Literal:
+        return {type(value) for value in get_args(kind)}
+    return {get_origin(kind) or kind}
+
+
+def _loreft_argument(field: Any) -> tuple[str, Any, Any]:
+    kind = _KINDS[field.name]
+    types = _types(kind) - {type(None)}
+    form = "" if len(types) == 1 and types <= {str, float, bool} else " Text or JSON." if str in types else " JSON."
+    metadata = {"help": field.metadata["help"] + form}
+    default = None if field.default is MISSING else field.default
+    return (
+        field.name,
+        kind if kind in (float, bool) else str | None,
+        dataclass_field(default=default, metadata=metadata),
+    )
+
+
+_TEST_FILE = (
+    "test_file",
+    str | None,
+    dataclass_field(default=None, metadata={"help": "File of rows to evaluate on."}),
+)
+
+ModelArguments: Any = _part_of(ModelConfig, _OF_MODEL, [])
+DataArguments: Any = _part_of(ScriptArguments, _OF_SCRIPT, [_TEST_FILE])
+LoreftArguments: Any = make_dataclass(
+    "LoreftArguments",
+    [_loreft_argument(field) for field in fields(LoreftConfig) if field.name not in _OF_ALL_METHODS | _LEFT_OUT],
 )
 
 
 def loreft_config(arguments: Any) -> LoreftConfig:
     """The config that command-line arguments or a YAML file describe."""
     given = {field.name: getattr(arguments, field.name) for field in fields(arguments)}
-    return LoreftConfig(task_type="CAUSAL_LM", **{name: _value(name, value) for name, value in given.items()})
+    named = {field.name: field.default for field in fields(arguments)}
+    return LoreftConfig(
+        task_type="CAUSAL_LM",
+        **{name: _value(name, value) for name, value in given.items() if value != named[name]},
+    )
 
 
 def _value(name: str, value: Any) -> Any:
-    if name not in _TEXT or not isinstance(value, str):
+    """What a word on a command line says: JSON where the field takes more than text."""
+    types = _types(_KINDS[name])
+    if not isinstance(value, str) or types <= {str, type(None)}:
         return value
     try:
         return json.loads(value)
     except ValueError:
-        return value
+        if str in types:
+            return value
+        if list[str] in get_args(_KINDS[name]):  # one name
+            return [value]
+        raise ValueError(f"--{name} {value!r} is no JSON. Expected {LoreftConfig.__annotations__[name]}.") from None
 
 
 class SaveOnInterrupt(TrainerCallback):
@@ -94,8 +167,8 @@ class SaveOnInterrupt(TrainerCallback):
 
 
 def parser() -> TrlParser:
-    """All arguments of TRL's `SFTConfig` and `ModelConfig`, and LoReFT's."""
-    classes: Any = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, LoreftArguments)
+    """All arguments of TRL's `SFTConfig`, those of its other classes that are used here, and LoReFT's."""
+    classes: Any = (DataArguments, SFTConfig, ModelArguments, DatasetMixtureConfig, LoreftArguments)
     made = TrlParser(
         classes,
         prog="peft-reft train",
@@ -107,20 +180,38 @@ def parser() -> TrlParser:
     return made
 
 
+def _refuse(unknown: list[str]) -> None:
+    """Raise ValueError if there are arguments that nobody reads; of LoRA's it says what to give instead."""
+    flags = [word.removeprefix("--").partition("=")[0].replace("-", "_") for word in unknown if word.startswith("--")]
+    of_lora = [flag for flag in flags if flag.startswith("lora_") or flag in ("use_peft", "use_dora", "use_rslora")]
+    if of_lora:
+        instead = "".join(f" For --{flag} give {_INSTEAD[flag]}." for flag in of_lora if flag in _INSTEAD)
+        raise ValueError(
+            f"{', '.join(f'--{flag}' for flag in of_lora)}: for LoRA, which this command does not train. It always "
+            f"trains a LoReFT adapter.{instead}"
+        )
+    if unknown:
+        raise ValueError(f"Unknown arguments: {' '.join(unknown)}. `peft-reft train --help` has all.")
+
+
 def main(arguments: list[str]) -> int:
     """Train, save, push if asked to. Returns the exit code: 130 if interrupted, with a checkpoint left behind."""
-    script, args, model, mixture, loreft = parser().parse_args_and_config(arguments)
+    try:
+        parsed = parser().parse_args_and_config(arguments, return_remaining_strings=True)
+    except (yaml.YAMLError, TypeError) as error:
+        raise ValueError(f"The arguments, or the file that --config names, cannot be read: {error}") from error
+    data, args, model, mixture, loreft, unknown = parsed
+    _refuse(unknown)
     if model.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: a folder, or a name on the Hub.")
+    check_path(model.model_name_or_path)
+    if model.load_in_4bit and model.load_in_8bit:
+        raise ValueError("--load_in_4bit and --load_in_8bit exclude each other. Give one.")
+    for field in fields(model):
+        if field.name in _WITH_4BIT and getattr(model, field.name) != field.default and not model.load_in_4bit:
+            raise ValueError(f"--{field.name} {getattr(model, field.name)} goes with --load_in_4bit true.")
     config = loreft_config(loreft)
-    if mixture.datasets:
-        data = get_dataset(mixture)
-    elif script.dataset_name and os.path.isfile(script.dataset_name):
-        data = load_dataset("json", data_files=script.dataset_name)
-    elif script.dataset_name:
-        data = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
-    else:
-        raise ValueError("--dataset_name is missing: a file of JSON lines, a folder, or a name on the Hub.")
+    train, test = training_data(data, mixture, args)
     args.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
@@ -131,8 +222,8 @@ def main(arguments: list[str]) -> int:
     trainer = SFTTrainer(
         model=model.model_name_or_path,
         args=args,
-        train_dataset=data[script.dataset_train_split],
-        eval_dataset=data[script.dataset_test_split] if args.eval_strategy != "no" else None,
+        train_dataset=train,
+        eval_dataset=test,
         quantization_config=get_quantization_config(model),
         peft_config=config,
         callbacks=[stop],
@@ -146,10 +237,18 @@ def main(arguments: list[str]) -> int:
         return 130
     trainer.save_model(args.output_dir)
     if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script.dataset_name)
+        trainer.push_to_hub(dataset_name=data.dataset_name)
     if trainer.is_world_process_zero():
-        print(f"Saved to {args.output_dir}. Ask it: peft-reft generate {args.output_dir} 'A prompt'")
+        print(f"Saved to {args.output_dir}. {_how_to_ask(args.output_dir, trainer.model.peft_config['default'])}")
     return 0
+
+
+def _how_to_ask(folder: str, config: LoreftConfig) -> str:
+    said = f"Ask it: peft-reft generate {folder} 'A prompt'"
+    if config.response_template is None:
+        return said
+    form = "in the chat template" if config.response_template else "with the prompt as it is, without a chat template"
+    return f"{said}\n(`generate` asks as the training data did: {form}.)"
 
 
 def _checkpoint(args: Any) -> Any:

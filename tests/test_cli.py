@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import build
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from peft_reft import LoreftConfig
@@ -106,6 +106,24 @@ def test_train_from_yaml(tmp_path, model_id):
     assert (config.intervention, config.act_fn, config.gate) == ("nodireft", "relu", True)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tokens", ["[4, 9]", '{"embed_tokens": [9]}'])
+def test_train_tokens(tokens, tmp_path, model_id, tokenizer):
+    assert main(train_arguments(tmp_path, model_id, trainable_token_indices=tokens)) == 0
+    assert LoreftConfig.from_pretrained(tmp_path / "out").trainable_token_indices == json.loads(tokens)
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    (rows,) = [tensor for name, tensor in saved.items() if "token_adapter" in name]
+    before = AutoModelForCausalLM.from_pretrained(model_id).get_input_embeddings().weight
+    assert tokenizer.decode([9]) == "a"  # which stands in the rows
+    assert not torch.equal(rows[-1], before[9])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_train_a_module_named_by_a_word(tmp_path, model_id):
+    assert main(train_arguments(tmp_path, model_id, modules_to_save="lm_head", max_steps="1")) == 0
+    assert LoreftConfig.from_pretrained(tmp_path / "out").modules_to_save == ["lm_head"]
+
+
 def test_interrupted_training_goes_on_where_it_stopped(tmp_path, model_id):
     arguments = train_arguments(tmp_path, model_id, max_steps="200", logging_steps="1")
     process = in_a_process(arguments)
@@ -138,11 +156,100 @@ def test_generate_is_what_the_model_says(adapter, model_id, tokenizer, capsys):
     assert said == tokenizer.decode(expected, skip_special_tokens=True).strip()
 
 
+def says(adapter, **fields):
+    """Write fields into the saved config, as the end of a training run does."""
+    path = Path(adapter) / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def answer(model_id, adapter, inputs):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_id), adapter).eval()
+    return model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+
+
+MARKS = [[4, 8]]  # <|im_start|> assistant
+
+
+@pytest.mark.parametrize(
+    "template, flags, in_chat_template",
+    [
+        (None, [], True),
+        (None, ["--raw"], False),
+        ([], [], False),
+        ([], ["--chat-template"], True),
+        (MARKS, [], True),
+        (MARKS, ["--raw"], False),
+    ],
+)
+def test_generate_asks_as_the_training_data_did(
+    template, flags, in_chat_template, adapter, model_id, tokenizer, capsys
+):
+    says(adapter, response_template=template)
+    assert main(["generate", adapter, "a b c d", "--max-new-tokens", "6", *flags]) == 0
+    said = capsys.readouterr()
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a b c d"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    raw = tokenizer("a b c d", return_tensors="pt")
+    in_chat, as_it_is = (
+        tokenizer.decode(answer(model_id, adapter, inputs), skip_special_tokens=True).strip() for inputs in (chat, raw)
+    )
+    assert in_chat != as_it_is
+    assert said.out.strip() == (in_chat if in_chat_template else as_it_is)
+    assert ("does not say" in said.err) is (template is None and not flags)
+
+
+def test_generate_without_a_chat_template(adapter, model_id, tokenizer, capsys):
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(model_id)
+    (Path(model_id) / "chat_template.jinja").unlink(missing_ok=True)
+    assert main(["generate", adapter, "a b", "--max-new-tokens", "2"]) == 0
+    assert "Assumed: it was not" in capsys.readouterr().err
+    says(adapter, response_template=MARKS)
+    assert main(["generate", adapter, "a b", "--max-new-tokens", "2"]) == 1
+    assert "no chat template" in capsys.readouterr().err
+    assert main(["chat", adapter]) == 1
+    assert "no chat template" in capsys.readouterr().err
+
+
+def test_generate_refuses_what_it_cannot_answer(adapter, capsys):
+    assert main(["generate", adapter, "a b", "", "--raw"]) == 1
+    assert "empty" in capsys.readouterr().err
+    says(adapter, task_type="SEQ_CLS")
+    assert main(["generate", adapter, "a b"]) == 1
+    assert "task_type='SEQ_CLS'" in capsys.readouterr().err
+
+
 def test_chat_ends_with_an_empty_line(adapter, monkeypatch, capsys):
     said = iter(["a b", "c d", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(said))
     assert main(["chat", adapter, "--max-new-tokens", "3"]) == 0
-    assert len(capsys.readouterr().out.strip().splitlines()) >= 1
+    told = capsys.readouterr()
+    assert len(told.out.strip().splitlines()) >= 1 and "Assumed: it was." in told.err
+
+
+def test_chat_with_an_adapter_of_raw_prompts(adapter, monkeypatch, capsys):
+    monkeypatch.setattr("builtins.input", lambda prompt: "")
+    says(adapter, response_template=[])
+    assert main(["chat", adapter]) == 1
+    assert "without a chat template" in capsys.readouterr().err
+    assert main(["chat", adapter, "--chat-template"]) == 0
+    says(adapter, response_template=MARKS)
+    assert main(["chat", adapter]) == 0
+    assert "does not say" not in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("template, words", [("[]", "without a chat template"), ("[[4, 8]]", "in the chat template")])
+def test_train_says_how_to_ask(template, words, tmp_path, model_id, capsys):
+    given = {"max_steps": "1", "response_template": template, "instruction_template": "[[4, 7], [4, 6]]"}
+    assert main(train_arguments(tmp_path, model_id, **given)) == 0
+    assert f"peft-reft generate {tmp_path / 'out'}" in (said := capsys.readouterr().out) and words in said
+    config = LoreftConfig.from_pretrained(tmp_path / "out")
+    assert config.response_template == json.loads(template)
+    assert config.instruction_template == [[4, 7], [4, 6]]
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert "chat" in capsys.readouterr().out
 
 
 def test_inspect_as_json(adapter, capsys):
@@ -181,20 +288,34 @@ def test_convert_there_and_back(tmp_path, capsys):
     assert main([*arguments, "--intervention", "nodireft"]) == 0
 
 
-def test_export(tmp_path, tokenizer, capsys):
-    torch.manual_seed(0)
-    base = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, pad_token_id=0)).eval()
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("trained", [None, "lm_head", "wte", "ln_f"])
+@pytest.mark.filterwarnings("ignore:.*(tie|tied)")
+def test_export(trained, tied, tmp_path, tokenizer):
+    sizes = dict(vocab_size=64, n_embd=32, n_layer=2, n_head=2, pad_token_id=0)
+    base = GPT2LMHeadModel(GPT2Config(**sizes, tie_word_embeddings=tied)).eval()
     base.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    fields = dict(task_type="CAUSAL_LM", r=2, positions="all", component="mlp", init_weights=False)
-    model = get_peft_model(base, LoreftConfig(**fields)).eval()
+    config = LoreftConfig(
+        task_type="CAUSAL_LM",
+        r=2,
+        positions="all",
+        component="mlp",
+        init_weights=False,
+        modules_to_save=trained and [trained],
+    )
+    model = get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save.default" in name:
+                parameter += torch.randn_like(parameter)
     model.save_pretrained(str(tmp_path / "adapter"))
     assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "whole")]) == 0
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
     ids = torch.arange(3, 13).unsqueeze(0)
     with torch.no_grad():
-        assert torch.allclose(whole(ids).logits, model(ids).logits, atol=1e-5)
+        assert torch.allclose(whole(ids).logits, model(ids).logits, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:.*linear maps without a bias")
@@ -205,7 +326,7 @@ def test_export_says_why_not(tmp_path, adapter, model_id, capsys):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_id), LoreftConfig(**fields))
     model.save_pretrained(str(tmp_path / "mlp"))
     assert main(["export", str(tmp_path / "mlp"), str(tmp_path / "whole")]) == 1
-    assert "has no bias in the base model" in capsys.readouterr().err
+    assert "would lose model.layers.0.mlp.down_proj.bias" in capsys.readouterr().err
     assert not (tmp_path / "whole").exists()
 
 
@@ -217,6 +338,9 @@ def test_export_says_why_not(tmp_path, adapter, model_id, capsys):
         (["convert", "--from", "pyreft", "x", "y"], "--positions is missing"),
         (["convert", "--from", "pyreft", "x", "y", "--positions", "q7"], "no folder"),
         (["train", "--output_dir", "x"], "--model_name_or_path is missing"),
+        (["train", "--model_name_or_path", "./no/model", "--dataset_name", "x"], "no file or folder ./no/model"),
+        (["show-positions", "a", "--tokenizer", "/no/such/folder"], "no file or folder /no/such/folder"),
+        (["show-positions", "a", "--tokenizer", ".", "--positions", "{0"], "{0 is no JSON"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
@@ -267,3 +391,58 @@ def test_train_under_accelerate_launch(tmp_path, model_id):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("trainable params") == 1 and done.stdout.count("Saved to") == 1
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def changed_config(**fields):
+    def change(folder):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return change
+
+
+def written(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def first_tensor_of_another_shape(folder):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, min(tensors): torch.zeros(7)}, path)
+
+
+@pytest.mark.parametrize(
+    "damage, file",
+    [
+        (written("adapter_config.json", '{"peft_type": "LOR'), "adapter_config.json"),
+        (written("adapter_config.json", ""), "adapter_config.json"),
+        (written("adapter_config.json", "[1]"), "adapter_config.json"),
+        (changed_config(peft_type="NONESUCH"), "adapter_config.json"),
+        (changed_config(positions="q7"), "adapter_config.json"),
+        (written("adapter_model.safetensors", "short"), "adapter_model.safetensors"),
+        (lambda folder: save_file({}, folder / "adapter_model.safetensors"), "adapter_model.safetensors"),
+        (first_tensor_of_another_shape, "adapter_model.safetensors"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "adapter_model.safetensors"),
+    ],
+)
+def test_a_damaged_adapter_is_a_line_that_names_the_file(damage, file, adapter, capsys):
+    damage(Path(adapter))
+    assert main(["inspect", adapter]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and file in error
+    assert main(["generate", adapter, "a"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("peft-reft: ") and adapter in last
+
+
+def test_a_base_model_of_another_size_is_a_line(adapter, tmp_path, tokenizer, capsys):
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=3, n_head=2)).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    assert main(["generate", adapter, "a", "--base", str(tmp_path / "gpt2")]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"peft-reft: {adapter}")
+
+
+def test_a_damaged_tokenizer_is_not_replaced_by_that_of_the_base_model(adapter, capsys):
+    written("tokenizer_config.json", "{")(Path(adapter))
+    assert main(["generate", adapter, "a"]) == 1
+    assert "tokenizer_config.json cannot be loaded" in capsys.readouterr().err

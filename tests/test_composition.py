@@ -192,7 +192,7 @@ def test_merging_is_exact(family, fields, component):
     with model.disable_adapter():
         base = logits(model)
     assert not torch.allclose(expected, base, atol=1e-2)
-    model.merge_adapter()
+    model.merge_adapter(new_parameters=True)
     torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
     model.unmerge_adapter()
     torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
@@ -223,9 +223,9 @@ def test_several_merged_and_scaled():
     model.base_model.set_scale("second", -0.5)
     model.base_model.set_adapter(["default", "second"])
     expected = logits(model)
-    model.merge_adapter(["default"])
+    model.merge_adapter(["default"], new_parameters=True)
     with pytest.warns(UserWarning, match="Already following adapters were merged default"):
-        model.merge_adapter(["default", "second"])
+        model.merge_adapter(["default", "second"], new_parameters=True)
     torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="unmerge_adapter"):
         logits(model, adapter_names=["default"] * 3)
@@ -237,7 +237,7 @@ def test_several_merged_and_scaled():
 
 def test_unload_takes_merged_edits_out_again():
     model = adapted(positions="all", component="mlp")
-    model.merge_adapter()
+    model.merge_adapter(new_parameters=True)
     torch.testing.assert_close(logits(model.unload()), logits(build("llama")), atol=1e-5, rtol=1e-4)
 
 
@@ -308,7 +308,7 @@ def test_safe_merge_changes_nothing_if_the_result_is_broken():
         layer.loreft.loreft_weights["default"].W[0, 0] = torch.nan
     before = layer.down_proj.weight.clone()
     with pytest.raises(ValueError, match=r"not finite.*default"):
-        model.merge_adapter(safe_merge=True)
+        model.merge_adapter(safe_merge=True, new_parameters=True)
     assert torch.equal(layer.down_proj.weight, before) and layer.down_proj.bias is None
 
 
@@ -318,7 +318,7 @@ def test_the_merged_weight_by_hand():
     mlp = model.get_base_model().model.layers[0].mlp
     m = mlp.down_proj.weight.detach().double()
     p = {name: value.detach().double() for name, value in mlp.loreft.loreft_weights["default"].named_parameters()}
-    model.merge_adapter()
+    model.merge_adapter(new_parameters=True)
     expected = (torch.eye(HIDDEN) + p["R"].T @ (p["W"] - p["R"])) @ m
     torch.testing.assert_close(mlp.down_proj.weight.double(), expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(mlp.down_proj.bias.double(), p["R"].T @ p["b"], atol=1e-5, rtol=1e-4)

@@ -34,6 +34,8 @@ def readable(value):
         ("modules_to_save", None),
         ("target_parameters", None),
         ("trainable_token_indices", None),
+        ("response_template", None),
+        ("instruction_template", None),
     ],
 )
 def test_defaults(name, default):
@@ -47,6 +49,8 @@ def test_every_own_field_is_in_the_design_and_has_help():
     assert own.keys() == {
         *("r", "positions", "layers", "component", "intervention", "tie", "dropout", "init_weights", "act_fn", "gate"),
         *("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "trainable_token_indices"),
+        *("response_template", "instruction_template"),
+        *("layers_to_transform", "layers_pattern"),
     }
     assert all(field.metadata["help"] for field in own.values())
     assert LoreftConfig().init_weights is own["init_weights"].default
@@ -212,8 +216,12 @@ CONFIGS = [
     {"target_modules": ("layers.1",), "exclude_modules": ".*mlp"},
     {"target_modules": r".*layers\.[0-3]"},
     {"modules_to_save": ["classifier", "score"], "task_type": TaskType.SEQ_CLS},
+    {"target_modules": ["mlp"], "layers_to_transform": [2, 0], "layers_pattern": "layers"},
+    {"layers_to_transform": [0, -1]},
     {"trainable_token_indices": [3, 1], "base_model_name_or_path": "some/model", "revision": "main"},
     {"trainable_token_indices": {"embed_tokens": [3, 1]}, "inference_mode": True},
+    {"response_template": [[4, 8], [4]], "instruction_template": [[4, 7]]},
+    {"response_template": []},
 ]
 
 

@@ -1,6 +1,7 @@
 """Adapters of `pyreft` and `adapters`, converted: the logits are those that these libraries recorded."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -77,6 +78,37 @@ def test_what_the_config_says(tmp_path):
     several = from_pyreft(pyreft_folder("loreft_untied"), {"0": "f2+l2", "2": "f1+l3"})
     assert several.config.tie == "group" and several.weights["model.layers.2"]["W"].shape == (2, 4, 32)
     assert from_pyreft(pyreft_folder("loreft_untied"), "f1+l1").config.tie in ("group", "position")
+
+
+def over_peft(name, tmp_path):
+    """A folder as `pyreft` writes it around a `PeftModel`: paths of modules begin with PEFT's prefix."""
+    source, folder = Path(pyreft_folder(name)), tmp_path / "over_peft"
+    folder.mkdir()
+    for file in source.iterdir():
+        shutil.copy(file, folder / file.name.replace("comp_model_", "comp_base_model_model_model_"))
+    text = (folder / "config.json").read_text()
+    text = text.replace('"model.layers', '"base_model.model.model.layers')
+    (folder / "config.json").write_text(text.replace("comp_model_", "comp_base_model_model_model_"))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["loreft_by_path", "loreft_by_path_inside"])
+def test_interventions_on_the_modules_of_a_peft_model(name, tmp_path):
+    adapter = from_pyreft(str(over_peft(name, tmp_path)), "f2+l2")
+    assert adapter.config == from_pyreft(pyreft_folder(name), "f2+l2").config
+    assert_same_logits(logits_of(adapter, tmp_path / "new"), PYREFT[name])
+
+
+def test_what_a_peft_model_trained_besides(tmp_path):
+    folder = over_peft("loreft_by_path", tmp_path)
+    head = torch.randn(3, 32)
+    torch.save({"base_model.model.score.modules_to_save.default.weight": head}, folder / "pytorch_model.bin")
+    adapter = from_pyreft(str(folder), "f2+l2", task_type="SEQ_CLS")
+    assert adapter.config.modules_to_save == ["score"] and torch.equal(adapter.others["score.weight"], head)
+    lora = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    torch.save({lora: torch.randn(2, 32)}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=rf"pytorch_model\.bin holds {re.escape(lora)}, of a PEFT adapter"):
+        from_pyreft(str(folder), "f2+l2")
 
 
 def test_the_last_token_can_be_left_out(tmp_path):

@@ -83,7 +83,7 @@ def test_names_and_merged_adapters(tmp_path):
     model = PeftModel.from_pretrained(build("llama"), folder).eval()
     with pytest.raises(ValueError, match="no LoReFT adapter of that name"):
         hotswap_adapter(model, folder, adapter_name="nobody")
-    model.merge_adapter()
+    model.merge_adapter(new_parameters=True)
     with pytest.raises(ValueError, match="merged into the weights"):
         hotswap_adapter(model, folder)
 

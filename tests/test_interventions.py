@@ -1,6 +1,7 @@
-"""The maths: formulas and gradients against float64, orthonormality, precision, and what is kept between forwards."""
+"""The maths: formulas and gradients against float64, orthonormality, precision, and writes to parameters."""
 
 import copy
+import importlib
 import io
 import pickle
 
@@ -9,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_reft.factors import TENSORS
-from peft_reft.interventions import ACTIVATIONS, INTERVENTIONS, Intervention, factors_of
-from peft_reft.rotation import _Orthonormalise, orthonormalise
+from peft_reft.edits.formulas import ACTIVATIONS, INTERVENTIONS
+from peft_reft.edits.intervention import Intervention, factors_of
+from peft_reft.edits.rotation import _Orthonormalise, orthonormalise
 
 D, R, N = 24, 4, 7
 PLAIN = ["loreft", "noreft", "direft", "nodireft", "consreft", "lobireft"]
@@ -136,7 +137,7 @@ def test_gradient_of_orthonormalise_off_the_manifold(shape):
     a = torch.randn(shape, requires_grad=True)
     upstream = torch.randn(shape)
     before = a.detach().clone()
-    _Orthonormalise.apply(a, False).backward(upstream)
+    _Orthonormalise.apply(a, False)[0].backward(upstream)
     assert torch.equal(a.detach(), before)
     exact = before.double().requires_grad_()
     gram_schmidt(exact).backward(upstream.double())
@@ -356,7 +357,6 @@ def test_autocast_does_not_lower_the_precision(name, grad):
     module, h = make(name), torch.randn(N, D)
     with torch.set_grad_enabled(grad):
         expected = module.edit(h)
-        module.train()  # drop what is kept
         with torch.autocast("cpu", dtype=torch.bfloat16):
             got = module.edit(h)
             assert torch.is_autocast_enabled("cpu")
@@ -431,65 +431,57 @@ def test_factors_computed_side_by_side(name, count):
                 parameter.mul_(1 + n % 3)
     together, one_by_one = factors_of(several), [factors_of([module])[0] for module in alone]
     for mine, expected in zip(together, one_by_one, strict=True):
-        for got, wanted in ((getattr(mine, key), getattr(expected, key)) for key in TENSORS):
-            assert (got is None) == (wanted is None)
-            if got is not None:
-                assert_close(got, wanted)
+        assert mine.kind == expected.kind
+        for got, wanted in zip(mine.tensors(), expected.tensors(), strict=True):
+            assert_close(got, wanted)
     for factors in (together, one_by_one):
-        tensors = [(n, getattr(each, key)) for n, each in enumerate(factors) for key in TENSORS]
-        sum(((n + 1) * t.square()).sum() for n, t in tensors if t is not None).backward()
+        tensors = [(n, tensor) for n, each in enumerate(factors) for tensor in each.tensors()]
+        sum(((n + 1) * tensor.square()).sum() for n, tensor in tensors).backward()
     for mine, expected in zip(several, alone, strict=True):
         for key, parameter in mine.named_parameters():
             assert_close(parameter, expected.get_parameter(key))
             assert_close(parameter.grad, expected.get_parameter(key).grad)
 
 
-# What is kept between forwards without gradients.
+# Parameters are written to in many ways; what was computed before is never used again.
 
 
-def calls(monkeypatch, module):
-    counted = []
-    original = type(module).factors
-    monkeypatch.setattr(type(module), "factors", lambda self, p: counted.append(1) or original(self, p))
-    return counted
+def through_numpy(parameter, other):
+    parameter.detach().numpy()[...] = other.detach().numpy()
 
 
-def test_factors_are_computed_once_without_gradients(monkeypatch):
-    module, h = make("loreft").eval(), torch.randn(N, D)
-    counted = calls(monkeypatch, module)
-    with torch.no_grad():
-        first, second = module.edit(h), module.edit(h)
-    assert len(counted) == 1
-    assert torch.equal(first, second)
-    module.requires_grad_(False).edit(h)  # frozen: with gradients enabled too
-    assert len(counted) == 1
-    module.requires_grad_(True).edit(h)
-    assert len(counted) == 2
+WRITES = {
+    "copy_": lambda parameter, other: parameter.copy_(other),
+    "data": lambda parameter, other: parameter.data.copy_(other),
+    "data, in place": lambda parameter, other: parameter.data.add_(other.data - parameter.data),
+    "data, another tensor": lambda parameter, other: setattr(parameter, "data", other.detach().clone()),
+    "numpy": through_numpy,
+}
 
 
-@pytest.mark.parametrize("change", ["in place", "copy_", "load_state_dict", "replaced", "optimizer"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("write", [*WRITES, "load_state_dict", "assign", "optimizer"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_change_of_a_frozen_parameter_is_seen(name, change):
-    module, other, h = make(name, seed=0), make(name, seed=1), torch.randn(N, D)
-    if change != "optimizer":
+def test_a_write_is_seen(name, write, mode):
+    """Weight averages, evolution strategies and optimisers in C write where autograd does not see it."""
+    module, other, h = make(name).eval(), make(name, seed=1), torch.randn(N, D)
+    if mode is torch.enable_grad:
         module.requires_grad_(False)
-    with torch.no_grad():
+    with mode():
         before = module.edit(h)
-        if change == "in place":
-            for parameter in module.parameters():
-                parameter.mul_(-1.5)
-        elif change == "copy_":
-            for key, parameter in module.named_parameters():
-                parameter.copy_(other.get_parameter(key))
-        elif change == "load_state_dict":
+    with torch.no_grad():
+        if write == "load_state_dict":
             module.load_state_dict(other.state_dict())
-        elif change == "replaced":
+        elif write == "assign":
             module.load_state_dict(other.state_dict(), assign=True)
-        else:
-            optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+        elif write == "optimizer":
             for parameter in module.parameters():
                 parameter.grad = torch.randn_like(parameter)
-            optimizer.step()
+            torch.optim.SGD(module.parameters(), lr=0.5).step()
+        else:
+            for key, parameter in module.named_parameters():
+                WRITES[write](parameter, other.get_parameter(key))
+    with mode():
         after = module.edit(h)
     assert not torch.allclose(before, after, atol=1e-3)
     assert_close(after, formula(name, parameters_of(module), h.double()))
@@ -505,7 +497,6 @@ def test_a_change_of_type_and_back_is_seen(name):
 
 
 def test_a_change_of_a_parameter_made_in_inference_mode_is_seen():
-    """Its version cannot be asked for, so nothing may be kept."""
     with torch.inference_mode():
         module, h = make("loreft"), torch.randn(N, D)
         before = module.edit(h)
@@ -513,18 +504,6 @@ def test_a_change_of_a_parameter_made_in_inference_mode_is_seen():
         after = module.edit(h)
         assert not torch.allclose(before, after, atol=1e-2)
         assert_close(after, formula("loreft", parameters_of(module), h.double()))
-
-
-@pytest.mark.parametrize("mode", [True, False])
-def test_train_and_eval_drop_what_is_kept(mode):
-    """Optimisers that write through raw pointers, unseen by the version of a tensor: `.data` is such a write."""
-    module, h = make("loreft").requires_grad_(False), torch.randn(N, D)
-    before = module.edit(h)
-    module.W.data.add_(1)
-    torch.nn.Sequential(module).train(mode)
-    after = module.edit(h)
-    assert not torch.allclose(before, after, atol=1e-2)
-    assert_close(after, formula("loreft", parameters_of(module), h.double()))
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -555,7 +534,7 @@ def test_inference_mode():
         expected = module.edit(h)
     with torch.inference_mode():
         assert torch.equal(module.edit(h), expected)
-    module.edit(h).sum().backward()  # what inference mode kept must not be used in training
+    module.edit(h).sum().backward()  # what inference mode computed must not be used in training
     assert module.W.grad is not None
 
 
@@ -580,17 +559,43 @@ def test_interchange_puts_the_subspace_of_the_source_in():
     assert sum(parameter.numel() for parameter in module.parameters()) == R * D
 
 
-def test_refresh_writes_into_what_is_kept():
-    """A compiled graph holds on to it."""
-    for name in NAMES:
-        module, other, h = make(name, seed=0).requires_grad_(False), make(name, seed=1), torch.randn(N, D)
-        module.edit(h)
-        kept = module._kept
-        with torch.no_grad():
-            for key, parameter in module.named_parameters():
-                parameter.copy_(other.get_parameter(key))
-        module.refresh()
-        assert module._kept is kept
-        assert_close(kept.edit(h), formula(name, parameters_of(module), h.double()))
-        module.edit(h)
-        assert module._kept is kept
+# Replicas of `nn.DataParallel`, whose weights are plain attributes that autograd computed.
+
+
+@pytest.fixture
+def replicate(monkeypatch):
+    """torch's own, with the broadcast to GPUs replaced by a copy that autograd sees."""
+    module = importlib.import_module("torch.nn.parallel.replicate")
+
+    def copy_to_each(tensors, devices, detach=False):
+        return [[tensor.detach() if detach else tensor.clone() for tensor in tensors] for _ in devices]
+
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", copy_to_each)
+    monkeypatch.setattr(module, "_get_device_index", lambda device, optional=True: device)
+    return module.replicate
+
+
+@pytest.mark.parametrize("count", [None, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_replicas(name, count, replicate):
+    """They compute the same, and gradients arrive at the parameters; nothing is written to a replica."""
+    module = skew(make(name, count=count))
+    h = torch.randn(2, *(() if count is None else (count,)), N, D)
+    upstream, before = torch.randn(h.shape), parameters_of(module)
+    exact = {key: value.double().requires_grad_() for key, value in before.items()}
+    formula(name, exact, h.double()).backward(upstream.double())
+    first, second = replicate(module, [0, 1])
+    assert first.trains and second.trains and first.kind == second.kind != module.kind
+    both = [factors_of([first])[0], factors_of([second])[0]]
+    for n, together in enumerate(factors_of([first, second])):
+        for one, other in zip(both[n].tensors(), together.tensors(), strict=True):
+            assert_close(one.detach(), other.detach())
+    for n, replica in enumerate((first, second)):
+        replica.edit(h[n]).backward(upstream[n])
+    for key, parameter in module.named_parameters():
+        assert_close(parameter.grad, exact[key].grad, 1e-4)
+        assert torch.equal(parameter, before[key])
+    with torch.no_grad():
+        for replica in replicate(module, [0, 1], detach=True):
+            assert not replica.trains
+            assert torch.equal(replica.edit(h[0]), module.edit(h[0]))

@@ -7,7 +7,8 @@ from peft import TaskType, get_peft_model
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
 
-from peft_reft import LoreftConfig, rotation
+from peft_reft import LoreftConfig
+from peft_reft.edits import rotation
 from peft_reft.runtime import _WithPositions
 
 R = 4

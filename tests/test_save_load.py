@@ -176,6 +176,28 @@ def test_a_card_that_somebody_wrote_is_kept_and_our_part_renewed(tmp_path):
     assert "It rhymes." in text and text.count("How to load it") == 1
 
 
+@pytest.mark.parametrize(
+    "template, said, asked",
+    [
+        (None, None, '[{"role": "user", "content": question}]'),
+        ([], "without a chat template", "question"),
+        ([[4, 8]], "in the tokenizer's chat template", '[{"role": "user", "content": question}]'),
+    ],
+)
+def test_the_model_card_asks_as_the_training_data_did(template, said, asked, tmp_path):
+    """TRL's card, which a trainer writes over ours, has an example in the chat template."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    model = trained(build("llama"))
+    model.peft_config["default"].response_template = template
+    model.save_pretrained(tmp_path)
+    given = dict.fromkeys(("base_model", "dataset_name", "wandb_url", "trackio_url"))
+    card = utils.generate_model_card(**given, model_name="m", hub_model_id="me/m", tags=[], trainer_name="SFT")
+    card.save(tmp_path / "README.md")
+    text = (tmp_path / "README.md").read_text()
+    assert f"generator({asked}, max_new_tokens" in text
+    assert ("It was trained on" in text) is (said is not None) and (said is None or said in text)
+
+
 def test_unsaved_model_config_is_as_peft_writes_it(tmp_path):
     trained(build("llama")).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())

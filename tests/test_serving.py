@@ -4,8 +4,10 @@ import asyncio
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -17,16 +19,18 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from peft_reft import LoreftConfig
 from peft_reft.architectures import skeleton
-from peft_reft.interventions import INTERVENTIONS
+from peft_reft.edits.formulas import INTERVENTIONS
 from peft_reft.positions.index import arrange as arrange_slots
 from peft_reft.positions.resolve import find_answers, resolve
-from peft_reft.positions.spec import Positions
+from peft_reft.positions.spec import Group, Positions
 from peft_reft.serving import list_adapters, remove_adapter_async
-from peft_reft.serving.adapters import fingerprint, read_adapter
+from peft_reft.serving.adapters import facts, fingerprint, read_adapter
+from peft_reft.serving.frontend import Known
 from peft_reft.serving.options import Options
 from peft_reft.serving.schedule import NONE, Pieces, Plan, arrange, edited
 from peft_reft.serving.server import Server
 from peft_reft.serving.tables import LINEAR, Table, kind_of
+from peft_reft.serving.turns import Reading
 
 SPECS = ["f7+l7", "f3", "l1", "l3~2", "p", "g", "g2", "all", "f2+l2+g3", "f1+g", "l2+g2", "f4+l2~3"]
 
@@ -54,7 +58,8 @@ def test_the_same_tokens_as_in_training(by, spec, prompt, answer):
         rows, keep = index.rows.reshape(-1, index.rows.shape[-1]), index.keep.reshape(-1, index.rows.shape[-1])
         for number, (at, kept) in enumerate(zip(rows, keep)):
             wanted[at[kept > 0].numpy()] = number
-    assert plan.set_of(np.arange(n), np.full(n, prompt)).tolist() == wanted.tolist()
+    found = plan.set_of(np.arange(n), begin=np.zeros(n, dtype=int), answer=np.full(n, prompt))
+    assert found.tolist() == wanted.tolist()
     assert wanted.max(initial=NONE) < plan.sets
     assert plan.edits_answers or (wanted[prompt:] == NONE).all()
 
@@ -81,7 +86,9 @@ def test_pieces_add_up_to_the_whole(data):
             continue
         start = np.cumsum([0, *counts])[:-1]
         values = (start, counts, done, [prompt for prompt, _ in prompts], slots)
-        rows, sets, of = edited(Pieces(*(np.array(v, dtype=np.int64) for v in values)), plans, 4)
+        answers = [[(prompt, prompt)] for prompt, _ in prompts]
+        step = Pieces(*(np.array(v, dtype=np.int64) for v in values), answers)
+        rows, sets, of = edited(step.by_turn(), plans, 4)
         for row, number, slot in zip(rows, sets, of):
             request = int(np.searchsorted(start, row, side="right")) - 1
             while not counts[request]:
@@ -91,15 +98,220 @@ def test_pieces_add_up_to_the_whole(data):
         done = [before + count for before, count in zip(done, counts)]
     for request, ((prompt, _), slot) in enumerate(zip(prompts, slots)):
         n = lengths[request]
-        whole = np.full(n, NONE) if plans[slot] is None else plans[slot].set_of(np.arange(n), np.full(n, prompt))
+        whole = np.full(n, NONE)
+        if plans[slot] is not None:
+            whole = plans[slot].set_of(np.arange(n), begin=np.zeros(n, dtype=int), answer=np.full(n, prompt))
         wanted = {(request, i): s + 4 * slot for i, s in enumerate(whole) if s != NONE}
         assert {key: value for key, value in found.items() if key[0] == request} == wanted
+
+
+# Chats: a user's header is 90 92, a tool's 90 93, the assistant's 90 91 95, or 90 91 where the tail has merged.
+RESPONSE, INSTRUCTION = [[90, 91, 95], [90, 91]], [[90, 92], [90, 93]]
+
+
+def header_at(ids, n, templates):
+    """Length of the header of `templates` that begins at column n, 0 if there is none."""
+    return max((len(t) for t in templates if ids[n : n + len(t)] == t), default=0)
+
+
+def whose(ids, given):
+    """For each token of a chat the turn that it belongs to, and whether that turn's answer has begun.
+
+    Read from left to right: `given` tokens were given, the rest was generated.
+    """
+    turn, answering, behind_header, found = 0, False, set(), []
+    for n in range(len(ids)):
+        if length := header_at(ids, n, RESPONSE):
+            behind_header.add(n + length)
+        if n < given and header_at(ids, n, INSTRUCTION):
+            if answering or n in behind_header:  # in the second case an answer without a token
+                turn, answering = turn + 1, False
+        elif n in behind_header or n == given:
+            answering = True
+        found.append((turn, answering))
+    return found
+
+
+def sets_of_chat(groups, by, ids, given):
+    """The set of weights that edits each token, -1 for none: the rule, one turn after the other."""
+    sets, turns = [NONE] * len(ids), whose(ids, given)
+    for turn in range(turns[-1][0] + 1 if turns else 0):
+        prompt = [n for n, (of, answering) in enumerate(turns) if of == turn and not answering]
+        answer = [n for n, (of, answering) in enumerate(turns) if of == turn and answering]
+        before = 0
+        for number, group in enumerate(groups):
+            kept = prompt[: len(prompt) - group.skip] if len(prompt) > group.skip else []
+            p, s = group.p, group.s
+            if turn == 0 and len(kept) < p + s:
+                p, s = min(p, len(kept) // 2), min(s, (len(kept) + 1) // 2)
+            if group.kind == "p":
+                slots = {n: n for n in prompt}
+            elif group.kind == "f":
+                slots = {n: n for n in kept[:p]} if turn == 0 else {}
+            elif group.kind == "l":
+                slots = {n: group.s - 1 - back for back, n in enumerate(reversed(kept)) if back < s}
+            else:
+                slots = {n: place for place, n in enumerate(answer) if group.count is None or place < group.count}
+            for n, slot in slots.items():
+                sets[n] = {"all": 0, "group": number, "position": before + slot}[by]
+            before += group.count or 0
+    return sets
+
+
+@st.composite
+def chats(draw):
+    """Token ids of a chat, and how many of them were given: up to a header's end at least, or to anywhere."""
+    words = st.lists(st.integers(0, 8), max_size=5)
+    ids, ends = draw(words), []
+    for _ in range(draw(st.integers(0, 4))):
+        for _ in range(draw(st.integers(1, 2))):
+            ids += draw(st.sampled_from(INSTRUCTION)) + draw(words) + [94]
+        for _ in range(draw(st.integers(1, 2))):
+            ids += draw(st.sampled_from(RESPONSE))
+            ends.append(len(ids))
+            ids += draw(words)
+    ids += [1]
+    given = draw(st.sampled_from(ends)) if ends and draw(st.booleans()) else draw(st.integers(1, len(ids)))
+    return ids, given
+
+
+def reading(spec, by, marks=True):
+    fields = dict(response_template=RESPONSE, instruction_template=INSTRUCTION) if marks else {}
+    tie = "layer" if by == "all" else by
+    return Reading.of(SimpleNamespace(specs=[Positions.parse(spec)], tie=tie, **fields))
+
+
+def cut(data, plan, of_request, ids, given):
+    """The set of weights of each token, found in steps of any size."""
+    found, done = [], 0
+    while done < len(ids):
+        # A step that generates has one token; nothing is known yet of those behind.
+        most = given - done if done < given else 1
+        count = data.draw(st.integers(1, most))
+        step = Pieces(*(np.array([value]) for value in (0, count, done, given, 0)), [of_request])
+        rows, sets, _ = edited(step.by_turn(), [plan], 8)
+        by_row = dict(zip(rows.tolist(), sets.tolist()))
+        found += [by_row.get(n, NONE) for n in range(count)]
+        done += count
+    return found
+
+
+def splits_a_header(ids, given):
+    headers = [(n, header_at(ids, n, templates)) for n in range(given) for templates in (RESPONSE, INSTRUCTION)]
+    return any(n < given < n + length for n, length in headers)
+
+
+@given(data=st.data(), chat=chats(), by=st.sampled_from(["all", "group", "position"]), spec=st.sampled_from(SPECS))
+@settings(deadline=None, max_examples=300)
+def test_every_turn_of_a_chat_is_edited_by_the_rule(data, chat, by, spec):
+    (ids, given), groups = chat, Positions.parse(spec).groups
+    if by == "position" and any(group.count is None for group in groups):
+        by = "group"
+    hypothesis.assume(not splits_a_header(ids, given))
+    of_request = reading(spec, by).answers(ids[:given], given)
+    assert cut(data, Plan(groups, by), of_request, ids, given) == sets_of_chat(groups, by, ids, given)
+
+
+@given(
+    chat=chats(),
+    marks=st.booleans(),
+    by=st.sampled_from(["all", "group"]),
+    spec=st.sampled_from(SPECS),
+    more=st.data(),
+)
+@settings(deadline=None, max_examples=300)
+def test_what_shares_cached_blocks_is_edited_alike(chat, marks, by, spec, more):
+    """Of two requests with one salt, the second begins with the first: their common tokens are edited alike."""
+    (ids, _), groups = chat, Positions.parse(spec).groups
+    first = more.draw(st.integers(1, len(ids)))
+    second = more.draw(st.integers(first, len(ids)))
+    read = reading(spec, by, marks)
+    alone = [read.depends_on_length(ids[:n], n) for n in (first, second)]
+    # What the model says is an answer until it is given again: then a header in it counts (docs/positions.md).
+    says_a_header = any(header_at(ids, n, RESPONSE + INSTRUCTION) for n in range(first, second))
+    if alone == [False, False] and not says_a_header:
+        plan = Plan(groups, by)
+        both = []
+        for n in (first, second):
+            step = Pieces(*(np.array([value]) for value in (0, second, 0, n, 0)), [read.answers(ids[:n], n)])
+            rows, sets, _ = edited(step.by_turn(), [plan], 8)
+            both.append(dict(zip(rows.tolist(), sets.tolist())))
+        assert both[0] == both[1]
+
+
+@pytest.mark.parametrize(
+    ("spec", "by", "ids", "depends"),
+    [
+        ("f7+l7", "all", [1, 2, 3], True),  # no mark
+        ("f7+l7", "all", [90, 92, 1, 90, 91, 95], False),
+        ("f7+l7", "all", [90, 92, 1, 90, 91, 95, 4, 5], False),  # words put in the assistant's mouth
+        ("f7+l7", "all", [90, 92, 1, 90, 91, 95, 4, 90, 92, 5], True),  # the last prompt has no header behind it
+        ("l1", "all", [90, 92, 1, 90, 91], True),  # a header that may go on
+        ("g", "all", [90, 92, 1], True),
+        ("all", "all", [1, 2, 3], False),  # every token alike, wherever the prompt ends
+        ("all", "group", [1, 2, 3], True),
+        ("f3", "all", [1, 2, 3], False),
+        ("f3", "all", [1, 2], True),  # half of a short prompt
+        ("f3", "all", None, False),  # embeddings, 40 of them
+        ("l3", "all", None, True),
+    ],
+)
+def test_when_blocks_belong_to_prompts_of_one_length(spec, by, ids, depends):
+    assert reading(spec, by).depends_on_length(ids, 40 if ids is None else len(ids)) is depends
+
+
+def test_a_salt_has_the_length_where_it_matters():
+    known = Known("abc", reading("l2", "all"))
+    request = SimpleNamespace(prompt_token_ids=[90, 92, 1, 90, 91, 95], prompt_embeds=None)
+    assert known.salt(request) == "loreft:abc"
+    request.prompt_token_ids = [1, 2, 3]
+    assert known.salt(request) == "loreft:abc:3"
+    request.prompt_embeds = torch.zeros(5, 8)
+    assert known.salt(SimpleNamespace(prompt_token_ids=None, prompt_embeds=torch.zeros(5, 8))) == "loreft:abc:5"
+
+
+def test_marks_come_with_the_adapter(llama, empty, tmp_path):
+    source = adapter_for(llama, tmp_path, positions="f2+l2", tie="group")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    plain = read_adapter(source, empty)
+    assert plain.reading == Reading(response=[], instruction=[], wants_end=None)
+    if "response_template" in config:
+        marked = {**config, "response_template": RESPONSE, "instruction_template": INSTRUCTION}
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(marked))
+        assert read_adapter(source, empty).reading == reading("f2+l2", "group")
+    known = Known.of(json.loads(json.dumps(facts(source))))
+    assert known.reading == read_adapter(source, empty).reading and known.fingerprint == fingerprint(source)
+
+
+def test_a_group_that_is_not_known_is_refused():
+    """... and not edited as if it were another."""
+    with pytest.raises(ValueError, match="'m3' is of kind 'm', which is not served; allowed: f, l, p, g"):
+        Plan((Group("f", 2, p=2), Group("m", 3)), "all")
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_broken_adapter_edits_its_own_tokens_alone(llama, empty, tmp_path, broken):
+    """Sets with different numbers of tokens leave places of the grid empty: those must not reach token 0."""
+    good = adapter_for(llama, tmp_path, "good", positions="f1+l2")
+    loreft, model = server(llama, empty, adapters={"good": good})
+    adapter = read_adapter(good, empty)
+    factors = {name: each.map(lambda t: torch.full_like(t, broken)) for name, each in adapter.factors.items()}
+    loreft.add("broken", replace(adapter, factors=factors))
+    ours, theirs = loreft.slots["good"], loreft.slots["broken"]
+    h, block = torch.randn(13, 32), model.model.layers[1]
+    loreft.prepare(pieces((4, 0, 4, NONE), (6, 0, 6, ours)))
+    wanted = block(h[:10].clone())
+    for requests in ([(4, 0, 4, NONE), (6, 0, 6, ours), (1, 0, 1, theirs), (2, 0, 9, ours)],):
+        loreft.prepare(pieces(*requests))
+        found = block(h.clone())
+        torch.testing.assert_close(found[:10], wanted)
+        assert found[11:].isfinite().all() and not found[10].isfinite().any()
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=60))
 def test_arrange_wastes_at_most_half(sets):
     work = arrange(np.arange(len(sets)) + 3, np.array(sets))
-    kept = work.keep[..., 0] > 0
+    kept = work.kept[..., 0]
     by_row = {int(row): int(number) for number, rows, keep in zip(work.sets, work.rows, kept) for row in rows[keep]}
     assert by_row == {n + 3: number for n, number in enumerate(sets)}
     assert kept.sum() == len(sets) and work.rows.size <= 2 * len(sets) + len({*sets})
@@ -141,7 +353,7 @@ def server(llama, empty, graph_tokens=0, compiles=False, **options):
 def pieces(*requests):
     """Of (count, computed, prompt, slot) each."""
     count, computed, prompt, slot = (np.array(values, dtype=np.int64) for values in zip(*requests))
-    return Pieces(np.cumsum(count) - count, count, computed, prompt, slot)
+    return Pieces(np.cumsum(count) - count, count, computed, prompt, slot, [[(n, n)] for n in prompt.tolist()])
 
 
 @pytest.mark.parametrize("formula", [name for name in INTERVENTIONS if name != "interchange"])
@@ -168,7 +380,7 @@ def test_a_step_edits_by_the_formula(llama, empty, tmp_path):
     a, b = (read_adapter(sources[name], empty).factors["model.layers.1"] for name in "ab")
     wanted, full = h.clone(), h + residual
     for token in (0, 1, 5):
-        wanted[token] += (a.a @ full[token] + a.bias) @ a.b
+        wanted[token] += (a.coordinates.weight @ full[token] + a.coordinates.bias) @ a.basis
     wanted[6] += b.scale * full[6] + b.shift
     torch.testing.assert_close(found, wanted)
     assert torch.equal(found[[2, 3, 4, 7, 8]], h[[2, 3, 4, 7, 8]])
@@ -238,7 +450,7 @@ def test_what_does_not_fit_changes_nothing(llama, empty, tmp_path):
     for n, layer in enumerate(layers):
         layer.add_module("mlp", torch.nn.Identity())
         loreft.modules.add(f"model.layers.{n}.mlp")
-    before = {name: edits.table.stacks[LINEAR].b.clone() for name, edits in loreft.edits.items()}
+    before = {name: edits.table.stacks[LINEAR].basis.clone() for name, edits in loreft.edits.items()}
     for message, fields in cases.items():
         adapter = read_adapter(adapter_for(llama, tmp_path, message, **fields), empty)
         with pytest.raises(ValueError, match=message):
@@ -252,7 +464,7 @@ def test_what_does_not_fit_changes_nothing(llama, empty, tmp_path):
     loreft.remove("second")
     assert [*loreft.slots] == ["plain"] and {*loreft.edits} == {f"model.layers.{n}" for n in range(3)}
     for name, edits in loreft.edits.items():
-        assert torch.equal(edits.table.stacks[LINEAR].b[0], before[name][0])
+        assert torch.equal(edits.table.stacks[LINEAR].basis[0], before[name][0])
 
 
 def test_what_cannot_be_served(llama, empty, tmp_path):
@@ -326,7 +538,7 @@ def test_who_gives_up_waiting_leaves_the_adapter_there():
             return 1  # a request uses it, for ever
 
     known = {"a": "fingerprint"}
-    engine = SimpleNamespace(engine_core=Core(), input_processor=SimpleNamespace(loreft_fingerprints=known))
+    engine = SimpleNamespace(engine_core=Core(), input_processor=SimpleNamespace(loreft_adapters=known))
     with pytest.raises(asyncio.TimeoutError):
         asyncio.run(asyncio.wait_for(remove_adapter_async(engine, "a"), 0.2))
     assert list_adapters(engine) == ["a"]

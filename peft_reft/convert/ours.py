@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..architectures import Target, find_targets, skeleton
 from ..config import LoreftConfig
-from ..interventions import INTERVENTIONS
+from ..edits.formulas import INTERVENTIONS
+from ..files import check_finite
 from ..layer import CHILD
 
 _PREFIX = "base_model.model."
@@ -40,7 +41,12 @@ class Adapter:
 
     @staticmethod
     def load(source: str) -> Adapter:
-        """Read a folder, or what the Hub has by that name. Raises ValueError, naming what is missing, else."""
+        """Read a folder, or what the Hub has by that name.
+
+        Raises:
+            ValueError: a file is missing, damaged or of another method, has values that are not finite, or tensors
+                that are not those of the formula; names it.
+        """
         folder = local_folder(source, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME])
         path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
         for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
@@ -50,12 +56,18 @@ class Adapter:
         if not isinstance(config, LoreftConfig):
             raise ValueError(f"{folder} holds an adapter of type {config.peft_type}, not of LoReFT.")
         adapter = Adapter(config, {})
-        for key, tensor in load_file(path).items():
+        tensors = load_file(path)
+        check_finite(tensors, path)
+        for key, tensor in tensors.items():
             module, found, parameter = key.removeprefix(_PREFIX).partition(_WEIGHTS)
             if found:
                 adapter.weights.setdefault(module, {})[parameter] = tensor
             else:
                 adapter.others[module] = tensor
+        try:
+            adapter._check_shapes()
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         return adapter
 
     def save(self, destination: str) -> None:

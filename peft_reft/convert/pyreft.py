@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import Tensor
 
 from ..config import LoreftConfig, Tie
-from ..interventions import INTERVENTIONS
+from ..edits.formulas import INTERVENTIONS
 from ..positions.layers import resolve_layers
 from .ours import Adapter, load_pickled, local_folder, new_folder, rotation_of, targets_of
 
@@ -35,6 +36,10 @@ _SOURCES = {
     "rotation": ("rotate_layer", "rotate_layer.weight"),
 }
 _ORIGINAL, _BASE = "rotate_layer.parametrizations.weight.original", "rotate_layer.parametrizations.weight.0.base"
+
+
+_PEFT = "base_model.model."
+"""How names begin in a `PeftModel`, which `ReftModel` can be put around."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ def from_pyreft(
         for module, each in weights.items()
     }
     others = os.path.join(folder, "pytorch_model.bin")
-    trained = load_pickled(others) if os.path.isfile(others) else {}
+    trained = _trained(others) if os.path.isfile(others) else {}
     modules_to_save = sorted({name.partition(".")[0] for name in trained}) or None
     if modules_to_save and any(module.startswith(f"{name}.") for module in weights for name in modules_to_save):
         raise ValueError(f"{others} holds weights of the blocks themselves: {sorted(trained)[:3]} ...")
@@ -212,11 +217,11 @@ def _places(folder: str, representations: list[Any]) -> list[_Place]:
 
 
 def _module(component: str) -> str:
-    """`model.layers[15].output` -> `model.layers.15`."""
+    """`model.layers[15].output` -> `model.layers.15`, as it is called in the model that a `PeftModel` wraps."""
     path, _, end = re.sub(r"\[(\d+)\]", r".\1", component).rpartition(".")
     if end != "output":
         raise ValueError(f"component={component!r}: only outputs of modules can be edited.")
-    return path
+    return path.removeprefix(_PEFT)
 
 
 def _modules(places: list[_Place], base: str | None) -> tuple[dict[str, list[_Place]], dict[str, Any]]:
@@ -241,6 +246,20 @@ def _modules(places: list[_Place], base: str | None) -> tuple[dict[str, list[_Pl
     if component is None and not all(re.fullmatch(r".*\.\d+", module) for module in by_module):
         return by_module, {"target_modules": [*by_module]}
     return by_module, {"layers": layers, "component": component or "block"}
+
+
+def _trained(path: str) -> dict[str, Tensor]:
+    """What was trained besides, by its name in the base model."""
+    trained: dict[str, Tensor] = {}
+    for key, tensor in load_pickled(path).items():
+        name = re.sub(r"\.modules_to_save\.[^.]+\.", ".", key.removeprefix(_PEFT))
+        if any(f".{prefix}" in name for prefix in (*PEFT_TYPE_TO_PREFIX_MAPPING.values(), "base_layer.")):
+            raise ValueError(
+                f"{path} holds {key}, of a PEFT adapter that was trained together with the interventions. Save it "
+                "with PEFT's `save_pretrained`, and convert a copy of the folder without this file."
+            )
+        trained[name] = tensor
+    return trained
 
 
 def _tie(config: LoreftConfig, counts: dict[str, int], layers: list[int]) -> Tie:

@@ -129,3 +129,27 @@ def _masks(slots: Tensor, seq: int, layout: Layout, groups: Layout, by: Arrangem
                 regions.append(_select(by_answer, layout, group).flatten(1))
     stacked = torch.stack([mask_of(region, seq).flatten().unsqueeze(-1) for region in regions])
     return stacked if by == "group" else stacked.any(0)
+
+
+def group_bits(slots: Tensor, seq: int, layout: Layout) -> Tensor:
+    """(batch, seq) int64: bit k is set at the tokens that the k-th group of `layout` edits.
+
+    `slots` that do not fit the layout (a caller's flat list of columns) set bit 61.
+    """
+    try:
+        by_answer = _by_answer(slots, seq, layout)
+    except ValueError:
+        return mask_of(slots, seq).long() << 61
+    counted = by_answer.shape[1] * by_answer.shape[2]
+    open_groups = [group for group in layout if group.count is None]
+    regions = []
+    for group in layout:
+        if group.count is None:
+            at = counted + open_groups.index(group) * seq
+            regions.append(slots[:, at : at + seq])
+        else:
+            regions.append(_select(by_answer, layout, group).flatten(1))
+    bits = torch.zeros(slots.shape[0], seq, dtype=torch.long, device=slots.device)
+    for number, region in enumerate(regions):
+        bits = bits | (mask_of(region, seq).long() << number)
+    return bits

@@ -1,4 +1,4 @@
-"""From prompts and answers of a batch to token columns.
+"""From the tokens of a batch to its prompts and answers, and from these to token columns.
 
 Everything here is index arithmetic on tensors: no loops over rows, and one host read at most (to learn how many
 answers a row holds), which a caller who knows that number avoids.
@@ -10,135 +10,209 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from .marks import Marks, find_headers
 from .spec import NO_POSITION, Group, Layout
+
+IGNORED = -100
+"""The label of a token that is not trained on."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """The prompts and answers of a batch, told at its columns. Tensors of shape (batch, seq).
+
+    A *rank* counts the real tokens of a row from 1; 0 means "before the first". Padding has no rank of its own, so
+    nothing ever lands on it, whichever side it is on. A *document* is what a row holds, or one of several that are
+    packed into it. Each of its answers has a prompt: what stands between the answer before and this one.
+    """
+
+    rank: Tensor
+    """int64: rank of each real token; a padding token repeats the rank before it."""
+    real: Tensor
+    """bool."""
+    begins: Tensor
+    """bool, True at the first token of each document."""
+    starts: Tensor
+    """int64: rank before the first token of the token's document."""
+    length: Tensor
+    """int64: number of tokens of the token's document."""
+    answer: Tensor
+    """bool: whether the token belongs to an answer."""
+    event: Tensor
+    """bool, True at one column for each answer."""
+    end: Tensor
+    """int64, where `event`: rank of the last token before the answer."""
+    answered: Tensor
+    """int64, where `event`: answers' tokens of the row before this answer."""
+    marked: Tensor
+    """bool: whether the token's document has a response template."""
+    spans: Tensor
+    """int64: how many spans of labels the token's document has."""
+
+    def answers(self, count: int | None = None) -> Answers:
+        """Gather the answers of each row side by side.
+
+        Args:
+            count: most answers in a row, if the caller knows it; else it is read from the batch: one host read.
+        """
+        order = self.event.cumsum(1)  # (batch, seq)
+        if count is None:
+            count = max(1, int(order[:, -1].amax()))
+        wanted = torch.arange(1, count + 1, device=order.device).expand(order.shape[0], count)
+        at = torch.searchsorted(order, wanted.contiguous())  # (batch, K): column of each answer's event
+        exists = at < order.shape[1]
+        at = at.clamp_max(order.shape[1] - 1)
+
+        def take(values: Tensor) -> Tensor:
+            """(batch, K) of (batch, seq)."""
+            return torch.where(exists, values.gather(1, at), 0)
+
+        # All tokens of answers between one event and the next belong to the first of the two.
+        total = (self.answer & self.real).sum(1, keepdim=True)  # (batch, 1)
+        answered = torch.where(exists, self.answered.gather(1, at), total)
+        tokens = torch.cat([answered[:, 1:], total], 1) - answered  # (batch, K): length of each answer
+        ends, starts = take(self.end), take(self.starts)
+        stops = torch.where(exists, ends + tokens, 0)
+        same_document = starts[:, 1:] == starts[:, :-1]
+        first = exists & torch.cat([torch.ones_like(exists[:, :1]), ~same_document], 1)
+        stop_before = torch.cat([starts[:, :1], stops[:, :-1]], 1)
+        return Answers(
+            rank=self.rank,
+            real=self.real,
+            answer=self.answer,
+            ends=ends,
+            starts=starts,
+            lower=torch.where(first, starts, stop_before),
+            first=first,
+            stops=stops,
+        )
 
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers of a batch: where each begins and which document it belongs to. Shapes (batch, K), all ranks.
-
-    A *rank* counts the real tokens of a row from 1; 0 means "before the first". Padding has no rank of its own, so
-    nothing below ever lands on it, whichever side it is on. An *answer* is a supervised span of labels; a document
-    without one has a single answer that begins after its last token.
-    """
+    """The answers of a batch side by side, K a row. Shapes (batch, K), ranks, if not said otherwise."""
 
     rank: Tensor
-    """(batch, seq): rank of each real token; a padding token repeats the rank before it."""
+    """(batch, seq), as in `Turns`."""
     real: Tensor
     """(batch, seq) bool."""
-    generated: Tensor
-    """(batch, seq) bool: tokens from the first supervised one of their document on."""
+    answer: Tensor
+    """(batch, seq) bool: whether the token belongs to an answer."""
     ends: Tensor
-    """Rank of the last token before the answer."""
+    """Rank of the last token before the answer: the end of its prompt."""
     starts: Tensor
     """Rank before the first token of the answer's document."""
     lower: Tensor
-    """Rank that the answer's `l` slots may not reach back to: the start of the answer before it, or `starts`."""
+    """Rank before the first token of the answer's prompt."""
     first: Tensor
     """bool: whether this is the first answer of its document."""
-    document_ends: Tensor
-    """Rank of the last token of the answer's document."""
+    stops: Tensor
+    """Rank of the answer's last token; `ends` if it is empty."""
 
 
-def find_answers(
-    real: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None, count: int | None = None
-) -> Answers:
-    """Find prompts and answers in a batch.
+def find_turns(
+    real: Tensor,
+    labels: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    ids: Tensor | None = None,
+    marks: Marks | None = None,
+    answer_at: Tensor | None = None,
+) -> Turns:
+    """Find the prompts and answers of a batch.
+
+    Each document is read by the first of these that says something of it:
+
+    - `answer_at`, and the marks of the chat template together with it;
+    - the labels: the answer begins at the first supervised token and runs to the document's end;
+    - nothing: the document is a prompt, and its answer begins behind it.
+
+    An answer begins behind a response template, or at `answer_at`, and ends where an instruction template begins. A
+    response template inside an answer changes nothing.
 
     Args:
         real: (batch, seq) bool, False on padding.
-        labels: (batch, seq) int64, -100 where unsupervised, or None: every real token then belongs to a prompt.
+        labels: (batch, seq) int64, -100 where unsupervised, or None.
         position_ids: (batch, seq) int64, or None; a real token with position 0 begins a new document (packing).
-        count: most answers in a row, if the caller knows it (1 for a prompt alone); else it is read from the batch.
-
-    Returns:
-        Answers, K = `count`.
+        ids: (batch, seq) int64 token ids, needed with `marks`.
+        marks: of the chat template, or None.
+        answer_at: (batch, seq) bool, True at a token that is known to be an answer's first, or None.
     """
     rank = real.cumsum(1)
     begins = real & (rank == 1)
     if position_ids is not None:
         begins = begins | (real & (position_ids == 0))
     document = begins.cumsum(1)  # 1-based number of the token's document; 0 before the first
-    base = torch.where(begins, rank - 1, 0).cummax(1).values  # rank before the document's first token
+    starts = torch.where(begins, rank - 1, 0).cummax(1).values
     n_documents = real.shape[1] + 1
 
     def per_document(values: Tensor) -> Tensor:
         """Sum `values` (batch, seq) over each document and give every token its document's sum."""
-        sums = values.new_zeros(values.shape[0], n_documents, dtype=torch.long)
+        sums = torch.zeros(values.shape[0], n_documents, dtype=torch.long, device=values.device)
         return sums.scatter_add(1, document, values.long()).gather(1, document)
 
-    supervised = torch.zeros_like(real) if labels is None else real & (labels != -100)
-    seen = supervised.cumsum(1)  # supervised tokens so far in the row
-    seen_before = torch.where(begins, seen - supervised.long(), 0).cummax(1).values  # ... in earlier documents
-    generated = real & (seen > seen_before)
+    begins_answer = torch.zeros_like(real) if answer_at is None else real & answer_at
+    spans = torch.zeros_like(rank)
+    if labels is not None:
+        supervised = real & (labels != IGNORED)
+        column = torch.arange(real.shape[1], device=real.device).expand_as(rank)
+        previous = torch.where(real, column, -1).cummax(1).values.roll(1, 1)  # column of the real token before
+        previous[:, 0] = -1
+        follows = supervised.gather(1, previous.clamp_min(0)) & (previous >= 0) & ~begins
+        spans = per_document(supervised & ~follows)
+        seen = supervised.cumsum(1)  # supervised tokens so far in the row
+        seen_before = torch.where(begins, seen - supervised.long(), 0).cummax(1).values  # ... in earlier documents
+        first_supervised = supervised & (seen == seen_before + 1)
+    ended = begun = torch.zeros_like(real)
+    marked = torch.zeros_like(real)
+    if marks is not None and marks.response and ids is not None:
+        ended, begun = find_headers(ids, real, document, marks)
+        marked = per_document(ended) > 0
+    known = marked if answer_at is None else marked | (per_document(begins_answer) > 0)
+    if labels is not None:
+        begins_answer = begins_answer | (first_supervised & ~known)
 
-    column = torch.arange(real.shape[1], device=real.device).expand_as(rank)
-    previous = torch.where(real, column, -1).cummax(1).values.roll(1, 1)  # column of the real token before this one
-    previous[:, 0] = -1
-    follows_supervised = supervised.gather(1, previous.clamp_min(0)) & (previous >= 0) & ~begins
-    begins_answer = supervised & ~follows_supervised
+    # Before token i an answer may end (time 3i) or begin (3i + 1), behind it one may begin (3i + 2). A token belongs
+    # to an answer if, of what happened up to it, a beginning came last:
+    #   begun         u           .  .
+    #   begins_answer       x
+    #   answer              1  1  .  .     (u: an instruction template begins; x: an answer begins)
+    time = 3 * torch.arange(real.shape[1], device=real.device)  # (seq,)
+    opened_at = torch.where(begins_answer, time + 1, -1)
+    opened_behind = torch.where(ended, time + 2, -1)
+    behind_the_last = torch.cat([torch.full_like(opened_behind[:, :1], -1), opened_behind[:, :-1]], 1)
+    opened_before = torch.maximum(behind_the_last, opened_at.roll(1, 1).index_fill(1, time.new_zeros(1), -1))
+    opened_before = opened_before.cummax(1).values  # (batch, seq): the last beginning before the token
+    closed = torch.where((begun & marked) | begins, time, -1).cummax(1).values  # the last end up to the token
+    was_open = opened_before > closed
+    answer = real & (torch.maximum(opened_before, opened_at) > closed)
+
     length = per_document(real)
-    unanswered = begins & (per_document(supervised) == 0)
-    event = begins_answer | unanswered
-    end_of_prompt = torch.where(unanswered, base + length, rank - 1)
-
-    order = event.cumsum(1)
-    if count is None:
-        most = order[:, -1].amax()
-        if torch.compiler.is_compiling():  # a shape that depends on data cannot be traced: one answer, and see to it
-            count = 1
-            torch._assert_async(most <= 1, "torch.compile: rows with several answers need DataCollatorForLoreft")
-        else:
-            count = max(1, int(most))  # the one host read
-    wanted = torch.arange(1, count + 1, device=real.device).expand(real.shape[0], count)
-    at = torch.searchsorted(order, wanted.contiguous())
-    exists = at < real.shape[1]
-    at = at.clamp_max(real.shape[1] - 1)
-
-    def take(values: Tensor) -> Tensor:
-        return torch.where(exists, values.gather(1, at), 0)
-
-    ends, starts = take(end_of_prompt), take(base)
-    same_document = starts[:, 1:] == starts[:, :-1]
-    no_earlier = torch.ones_like(exists[:, :1])
-    first = exists & torch.cat([no_earlier, ~same_document], 1)
-    earlier_end = torch.cat([ends[:, :1], ends[:, :-1]], 1)
-    return Answers(
+    starts_at = begins_answer & ~was_open  # an answer that begins with this token
+    starts_behind = ended & ~answer  # one that begins behind it
+    unanswered = begins & (per_document(starts_at | starts_behind) == 0)
+    written = answer.cumsum(1)
+    end = torch.where(starts_behind, rank, rank - 1)
+    return Turns(
         rank=rank,
         real=real,
-        generated=generated,
-        ends=ends,
+        begins=begins,
         starts=starts,
-        lower=torch.where(first, starts, torch.maximum(starts, earlier_end)),
-        first=first,
-        document_ends=take(base + length),
+        length=length,
+        answer=answer,
+        event=starts_at | starts_behind | unanswered,
+        end=torch.where(unanswered, starts + length, end),
+        answered=torch.where(starts_at, written - 1, written),
+        marked=marked,
+        spans=spans,
     )
 
 
-def answers_of_batch(
-    tokens: Tensor, attention_mask: Tensor | None, labels: Tensor | None, position_ids: Tensor | None
+def find_answers(
+    real: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None, count: int | None = None
 ) -> Answers:
-    """`find_answers` for a batch as trainers make it, so that model and collator read it alike.
-
-    Args:
-        tokens: (batch, seq, ...), `input_ids` or `inputs_embeds`; only their shape and device matter.
-        attention_mask: (batch, seq), 0 on padding, or None: no padding, or rows packed with `position_ids`.
-        labels: (batch, seq) int64 or None.
-        position_ids: (batch, seq) int64 or None.
-    """
-    packed = attention_mask is None and position_ids is not None
-    if attention_mask is not None:
-        real = attention_mask.bool()
-    else:
-        real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    if position_ids is not None and packed and labels is not None:
-        # TRL pads packed rows with position 0: a document of one token without a label.
-        begins = F.pad(position_ids == 0, (0, 1), value=True)  # something begins behind the row's end, too
-        real = real & ~(begins[:, :-1] & begins[:, 1:] & (labels == -100))
-    documents = position_ids if packed or labels is not None else None
-    return find_answers(real, labels, documents, 1 if labels is None and documents is None else None)
+    """`find_turns` without marks, gathered: at most one answer a document."""
+    return find_turns(real, labels, position_ids).answers(count)
 
 
 def resolve(layout: Layout, answers: Answers) -> Tensor:
@@ -150,8 +224,8 @@ def resolve(layout: Layout, answers: Answers) -> Tensor:
     A prompt of L < p + s tokens has p cut to min(p, L // 2) and s to min(s, (L + 1) // 2), the paper's rule
     (arXiv 2404.03592, section 3): prefix and suffix never meet and the last token always counts. With ``lN~K`` the
     prompt is taken without its last K tokens. ``lN`` slots are filled from the right, so that the last slot is always
-    the last token. From a document's second answer on there is no prefix, and the suffix stops where the answer before
-    it begins: a token is edited once.
+    the last token. That rule is for a document's first prompt. From its second answer on there is no prefix, and the
+    suffix stays within the answer's own prompt: a token is edited once.
     """
     slots, regions = [], []
     column = torch.arange(answers.real.shape[1], device=answers.real.device)
@@ -161,26 +235,22 @@ def resolve(layout: Layout, answers: Answers) -> Tensor:
         elif group.kind == "l":
             slots.append(_suffix(group, answers))
         elif group.kind == "p":
-            regions.append(torch.where(answers.real & ~answers.generated, column, NO_POSITION))
+            regions.append(torch.where(answers.real & ~answers.answer, column, NO_POSITION))
+        elif group.count is None:
+            regions.append(torch.where(answers.answer, column, NO_POSITION))
         else:
-            # In a chat, the suffix before a later answer lies behind the first one. It belongs to the prompt.
-            generated = answers.generated
-            if group.s:
-                generated = generated & ~mask_of(_suffix(group, answers).flatten(1), generated.shape[1])
-            if group.count is None:
-                regions.append(torch.where(generated, column, NO_POSITION))
-            else:
-                slots.append(_first_generated(group, answers, generated))
+            slots.append(_first_generated(group, answers))
     if slots:
         regions.insert(0, torch.cat(slots, -1).flatten(1))
     return torch.cat(regions, 1)
 
 
 def _kept(count: int, extra: int, group: Group, answers: Answers) -> Tensor:
-    """(batch, K, 1): how many of `count` a prompt keeps; a short one has half its tokens, `extra` 1 rounding up."""
+    """(batch, K, 1): how many of `count` a prompt keeps; a short first one has half (`extra` 1: rounded up)."""
     length = (answers.ends - answers.starts - group.skip).clamp_min(0)
     half = (length + extra).div(2, rounding_mode="floor")
-    return torch.where(length < group.p + group.s, half, count).clamp_max(count).unsqueeze(-1)
+    short = answers.first & (length < group.p + group.s)
+    return torch.where(short, half, count).clamp_max(count).unsqueeze(-1)
 
 
 def _prefix(group: Group, answers: Answers) -> Tensor:
@@ -198,14 +268,11 @@ def _suffix(group: Group, answers: Answers) -> Tensor:
     return _columns(answers, rank, valid)
 
 
-def _first_generated(group: Group, answers: Answers, generated: Tensor) -> Tensor:
+def _first_generated(group: Group, answers: Answers) -> Tensor:
     """Columns of a ``gN`` group, (batch, K, N)."""
     slot = torch.arange(group.count or 0, device=answers.ends.device)
     rank = answers.ends.unsqueeze(-1) + 1 + slot
-    valid = (rank <= answers.document_ends.unsqueeze(-1)) & answers.first.unsqueeze(-1)
-    columns = _columns(answers, rank, valid)
-    edited = generated.gather(1, columns.clamp_min(0).flatten(1)).view_as(columns)
-    return torch.where(edited, columns, NO_POSITION)
+    return _columns(answers, rank, rank <= answers.stops.unsqueeze(-1))
 
 
 def _columns(answers: Answers, ranks: Tensor, valid: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ module         its one job                                                 runs 
 ============== =========================================================== ==========
 `options`      `additional_config["loreft"]`, checked                      everywhere
 `adapters`     read an adapter as a served model needs it                  worker
+`turns`        where prompts end; who shares cached blocks                 everywhere
 `schedule`     which tokens of a step which weights edit (NumPy)           worker
 `tables`       weights of all adapters of one module, stacked (torch)      worker
 `edits`        hook of a module, operation in compiled graphs              worker

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from torch import nn
 
 from ..config import LoreftConfig
 from ..convert.ours import local_folder
-from ..factors import Factors
+from ..edits.factors import Factors
 from ..layer import LoreftLayer
 from .schedule import Plan
+from .turns import Reading
 
 _NAME = "served"
 
@@ -32,15 +33,17 @@ class ServedAdapter:
         plans: name of an edited module -> which tokens it edits there, and how they share weights.
         factors: name of an edited module -> what it computes with, float32, with a leading dimension for several sets.
         fingerprint: of its files; equal for equal ones.
+        reading: where it finds the ends of prompts.
     """
 
     plans: dict[str, Plan]
     factors: dict[str, Factors]
     fingerprint: str
+    reading: Reading
 
     @property
     def rank(self) -> int:
-        return max((f.b.shape[-2] for f in self.factors.values() if f.b is not None), default=0)
+        return max((factors.rank or 0 for factors in self.factors.values()), default=0)
 
     @property
     def sets(self) -> int:
@@ -58,9 +61,7 @@ def read_adapter(source: str, empty: nn.Module) -> ServedAdapter:
         ValueError: it is no LoReFT adapter, is damaged, does not fit the model, or cannot be served; says which.
     """
     folder = fetch(source)
-    config = LoreftConfig.from_pretrained(folder)
-    if not isinstance(config, LoreftConfig):
-        raise ValueError(f"{source} holds an adapter of type {config.peft_type}, not of LoReFT.")
+    config = _config(folder, source)
     for field in ("modules_to_save", "trainable_token_indices"):
         if value := getattr(config, field):
             raise ValueError(
@@ -78,7 +79,24 @@ def read_adapter(source: str, empty: nn.Module) -> ServedAdapter:
             plan = layer.plans[_NAME]
             plans[name] = Plan(plan.groups, plan.by)
             factors[name] = layer.weights(_NAME).eval().requires_grad_(False).current_factors()
-    return ServedAdapter(plans, factors, fingerprint(folder))
+    return ServedAdapter(plans, factors, fingerprint(folder), Reading.of(config))
+
+
+def _config(folder: str, source: str) -> LoreftConfig:
+    config = LoreftConfig.from_pretrained(folder)
+    if not isinstance(config, LoreftConfig):
+        raise ValueError(f"{source} holds an adapter of type {config.peft_type}, not of LoReFT.")
+    return config
+
+
+def facts(source: str) -> dict[str, Any]:
+    """What the front end must know of an adapter, as plain data: its `fingerprint`, and `reading`, the fields of one.
+
+    Raises:
+        ValueError: `source` is no LoReFT adapter.
+    """
+    folder = fetch(source)
+    return {"fingerprint": fingerprint(folder), "reading": asdict(Reading.of(_config(folder, source)))}
 
 
 def fetch(source: str) -> str:

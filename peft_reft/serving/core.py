@@ -10,9 +10,9 @@ from .options import KEY
 _ATTRIBUTE = "loreft_dropped"
 
 
-def add(core: Any, name: str, source: str) -> dict[str, str]:
+def add(core: Any, name: str, source: str) -> dict[str, Any]:
     """`EngineCore.loreft_add`: have the worker load an adapter; returns what `worker.add` does."""
-    answer: dict[str, str] = core.model_executor.collective_rpc("loreft_add", args=(name, source))[0]
+    answer: dict[str, Any] = core.model_executor.collective_rpc("loreft_add", args=(name, source))[0]
     if "error" not in answer:
         _dropped(core).discard(name)
     return answer

@@ -7,23 +7,50 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from ..wrapping import wrap
-from .adapters import fetch, fingerprint
+from .adapters import facts
 from .options import KEY, Options, check_name
+from .turns import Reading, token_ids
 
-_ATTRIBUTE = "loreft_fingerprints"
+_ATTRIBUTE = "loreft_adapters"
 _POLL_SECONDS = 0.05
 _HOW_TO_START = f"Start it with additional_config={{'{KEY}': {{'adapters': {{NAME: FOLDER}}}}}}."
 
 
+@dataclass(frozen=True)
+class Known:
+    """What the front end knows of an adapter."""
+
+    fingerprint: str
+    reading: Reading
+
+    @staticmethod
+    def of(answer: dict[str, Any]) -> Known:
+        """From `adapters.facts`."""
+        return Known(answer["fingerprint"], Reading(**answer["reading"]))
+
+    def salt(self, request: Any) -> str:
+        """For whom the cached blocks of a request are.
+
+        Edits change keys and values, so blocks belong to the adapter that they were made under. Where the edits depend
+        on the prompt's end, and no mark in the prompt says where that is, they belong to prompts of that length, too:
+        the next turn of a chat begins with the same tokens, and edits others.
+        """
+        ids = token_ids(request)
+        length = len(request.prompt_embeds if ids is None else ids)
+        salt = f"{KEY}:{self.fingerprint}"
+        return f"{salt}:{length}" if self.reading.depends_on_length(ids, length) else salt
+
+
 def init(inner: Callable[..., None], processor: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-    """`InputProcessor.__init__`, noting the adapters that are named at the start: name -> fingerprint."""
+    """`InputProcessor.__init__`, noting the adapters that are named at the start: name -> `Known`."""
     inner(processor, vllm_config, *args, **kwargs)
     options = Options.read(vllm_config.additional_config)
     if options is not None:
-        known = {name: fingerprint(fetch(source)) for name, source in options.adapters.items()}
+        known = {name: Known.of(facts(source)) for name, source in options.adapters.items()}
         setattr(processor, _ATTRIBUTE, known)
         refuse_beam_search()
 
@@ -73,33 +100,32 @@ def process_inputs(
             parameter=KEY,
             value=name,
         )
-    salt = f"{KEY}:{known[name]}"
     request = inner(processor, request_id, prompt, params, *args, **kwargs)
-    # Edits change keys and values, so blocks of the prefix cache belong to the adapter that they were made under.
+    salt = known[name].salt(request)
     request.cache_salt = salt if request.cache_salt is None else f"{salt}:{request.cache_salt}"
     return request
 
 
-def _known(engine: Any) -> dict[str, str]:
-    """The adapters of an `LLM`, `LLMEngine` or `AsyncLLM`: name -> fingerprint."""
+def _known(engine: Any) -> dict[str, Known]:
+    """The adapters of an `LLM`, `LLMEngine` or `AsyncLLM`, by name."""
     engine = getattr(engine, "llm_engine", engine)
-    known: dict[str, str] | None = getattr(engine.input_processor, _ATTRIBUTE, None)
+    known: dict[str, Known] | None = getattr(engine.input_processor, _ATTRIBUTE, None)
     if known is None:
         raise ValueError(f"This engine serves no LoReFT adapters. {_HOW_TO_START}")
     return known
 
 
-def _check_new(engine: Any, name: str) -> dict[str, str]:
+def _check_new(engine: Any, name: str) -> dict[str, Known]:
     known = _known(engine)
     if check_name(name) in known:
         raise ValueError(f"There is an adapter {name!r} already. Remove it first, or give another name.")
     return known
 
 
-def _added(known: dict[str, str], name: str, answer: dict[str, str]) -> None:
+def _added(known: dict[str, Known], name: str, answer: dict[str, Any]) -> None:
     if "error" in answer:
         raise ValueError(answer["error"])
-    known[name] = answer["fingerprint"]
+    known[name] = Known.of(answer)
 
 
 def _call(llm: Any, method: str, *args: Any) -> Any:
@@ -109,7 +135,7 @@ def _call(llm: Any, method: str, *args: Any) -> Any:
     return getattr(core, method)(*args) if core is not None else client.call_utility(method, *args)
 
 
-def _check_there(engine: Any, name: str) -> dict[str, str]:
+def _check_there(engine: Any, name: str) -> dict[str, Known]:
     known = _known(engine)
     if name not in known:
         raise ValueError(f"There is no adapter {name!r}. There are: {', '.join(sorted(known)) or 'none'}.")

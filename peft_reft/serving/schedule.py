@@ -1,7 +1,7 @@
 """Which tokens of a step are edited, and with which set of weights. NumPy alone: a step's tokens are few numbers.
 
-`positions.py` resolves a batch of whole rows to columns, on the device. A server sees pieces of requests instead: so
-many tokens from such an index on, of a prompt of known length. Here the rules are the same, told token by token.
+`positions/` resolves a batch of whole rows to columns, on the device. A server sees pieces of requests instead: some
+tokens from an index on, of a request whose prompts and answers are known. The rules are the same, told token by token.
 """
 
 from __future__ import annotations
@@ -23,10 +23,22 @@ NONE = -1
 
 @dataclass(frozen=True)
 class Plan:
-    """Where one adapter edits in one module, and which tokens share weights."""
+    """Where one adapter edits in one module, and which tokens share weights.
+
+    Raises:
+        ValueError: a group is of a kind that is not known here.
+    """
 
     groups: Layout
     by: Arrangement
+
+    def __post_init__(self) -> None:
+        for group in self.groups:
+            if group.kind not in _KINDS:
+                raise ValueError(
+                    f"positions: {str(group)!r} is of kind {group.kind!r}, which is not served; allowed: "
+                    f"{', '.join(_KINDS)}."
+                )
 
     @property
     def edits_answers(self) -> bool:
@@ -40,36 +52,51 @@ class Plan:
             return sum(group.count or 0 for group in self.groups)
         return len(self.groups) if self.by == "group" else 1
 
-    def set_of(self, index: Ints, prompt: Ints) -> Ints:
+    @property
+    def wants_end(self) -> int | None:
+        """Prompts shorter than this are edited in a way that depends on where they end; None: all prompts."""
+        if {group.kind for group in self.groups} == {"f"}:
+            return self.groups[0].p
+        open_ended = {group.kind for group in self.groups if group.count is None}
+        return 0 if open_ended == {"p", "g"} and self.by == "all" else None
+
+    def set_of(self, index: Ints, begin: Ints, answer: Ints) -> Ints:
         """Which of its sets of weights edits each token, -1 for none.
 
         Args:
-            index: (n,) place of each token in its request, 0 for the prompt's first.
-            prompt: (n,) length of the prompt that the token belongs to, or follows.
+            index: (n,) place of each token in its request, 0 for the first.
+            begin: (n,) place where the turn that the token belongs to begins: a prompt, and the answer behind it.
+            answer: (n,) place where the turn's answer begins.
         """
         found = np.full_like(index, NONE)
         before = 0
         for number, group in enumerate(self.groups):
-            place, inside = _place(group, index, prompt)
+            place, inside = _place(group, index, begin, answer)
             chosen: Ints | int = before + place if self.by == "position" else number if self.by == "group" else 0
             found = np.where(inside, chosen, found)
             before += group.count or 0
         return found
 
 
-def _place(group: Group, index: Ints, prompt: Ints) -> tuple[Ints, NDArray[np.bool_]]:
+_KINDS = ("f", "l", "p", "g")
+
+
+def _place(group: Group, index: Ints, begin: Ints, answer: Ints) -> tuple[Ints, NDArray[np.bool_]]:
     """The slot of the group that each token fills, and whether it fills one."""
     if group.kind == "p":
-        return index, index < prompt
+        return index, index < answer
     if group.kind == "g":
-        place = index - prompt
+        place = index - answer
         return place, (place >= 0) & (place < (np.inf if group.count is None else group.count))
-    length = np.maximum(prompt - group.skip, 0)
-    short = length < group.p + group.s  # the paper's rule: half of a short prompt each, the last token always counts
+    length = np.maximum(answer - begin - group.skip, 0)
+    first = begin == 0
+    # The paper's rule: half of a short prompt each, the last token always counts. Later prompts of a chat have no `f`.
+    short = first & (length < group.p + group.s)
     if group.kind == "f":
-        return index, index < np.where(short, np.minimum(group.p, length // 2), group.p)
-    kept = np.where(short, np.minimum(group.s, (length + 1) // 2), group.s)
-    return index - (length - group.s), (index >= length - kept) & (index < length)
+        return index, first & (index < np.where(short, np.minimum(group.p, length // 2), group.p))
+    kept = np.where(short, np.minimum(group.s, (length + 1) // 2), np.minimum(group.s, length))
+    end = begin + length
+    return index - (end - group.s), (index >= end - kept) & (index < end)
 
 
 @dataclass(frozen=True)
@@ -80,8 +107,8 @@ class Work:
     """(e,) which set of weights."""
     rows: Ints
     """(e, t) which of the step's tokens; an empty place repeats token 0."""
-    keep: NDArray[np.float32]
-    """(e, t, 1): 1, or 0 at an empty place."""
+    kept: NDArray[np.bool_]
+    """(e, t, 1): False at an empty place."""
 
 
 def arrange(rows: Ints, sets: Ints) -> Work:
@@ -101,15 +128,19 @@ def arrange(rows: Ints, sets: Ints) -> Work:
     within = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
     row = np.repeat(np.cumsum(pieces) - pieces, counts) + within // width
     grid = np.zeros((pieces.sum(), width), dtype=np.int64)
-    keep = np.zeros((*grid.shape, 1), dtype=np.float32)
+    kept = np.zeros((*grid.shape, 1), dtype=np.bool_)
     grid[row, within % width] = rows[order]
-    keep[row, within % width] = 1
-    return Work(np.repeat(distinct, pieces), grid, keep)
+    kept[row, within % width] = True
+    return Work(np.repeat(distinct, pieces), grid, kept)
+
+
+Spans = Sequence[tuple[int, int]]
+"""The answers in what a request was given, each from its first token to behind its last; the last one goes on."""
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """The requests of a step, of each a piece: `count` tokens from `computed` on. All (requests,) int64."""
+    """The requests of a step, of each a piece: `count` tokens from `computed` on. Arrays are (requests,) int64."""
 
     start: Ints
     """Which of the step's tokens is the first of the piece."""
@@ -117,38 +148,78 @@ class Pieces:
     computed: Ints
     """How many tokens of the request came before."""
     prompt: Ints
-    """Length of the request's prompt."""
+    """How many tokens the request was given."""
     slot: Ints
     """The adapter that the request chose, -1 for none."""
+    answers: Sequence[Spans]
 
     def __getitem__(self, which: NDArray[np.bool_]) -> Pieces:
-        return Pieces(self.start[which], self.count[which], self.computed[which], self.prompt[which], self.slot[which])
+        return Pieces(
+            start=self.start[which],
+            count=self.count[which],
+            computed=self.computed[which],
+            prompt=self.prompt[which],
+            slot=self.slot[which],
+            answers=[spans for spans, chosen in zip(self.answers, which) if chosen],
+        )
+
+    def by_turn(self) -> Turns:
+        """The pieces cut where one turn ends and the next begins."""
+        found: list[tuple[int, ...]] = []
+        columns = (self.start.tolist(), self.count.tolist(), self.computed.tolist(), self.slot.tolist(), self.answers)
+        for start, count, computed, slot, spans in zip(*columns):
+            stop = computed + count
+            begin = 0
+            for number, (answer, end) in enumerate(spans):
+                turn_ends = stop if number == len(spans) - 1 else min(end, stop)
+                first = max(begin, computed)
+                if first < turn_ends:
+                    found.append((start + first - computed, turn_ends - first, first, begin, answer, slot))
+                begin = end
+        return Turns(*np.array(found, dtype=np.int64).reshape(-1, 6).T)
 
 
-def edited(pieces: Pieces, plans: Sequence[Plan | None], sets_per_slot: int) -> tuple[Ints, Ints, Ints]:
+@dataclass(frozen=True)
+class Turns:
+    """Pieces of a step, none with tokens of two turns. All (pieces,) int64."""
+
+    start: Ints
+    """Which of the step's tokens is the first of the piece."""
+    count: Ints
+    computed: Ints
+    """How many tokens of the request came before."""
+    begin: Ints
+    """Place in the request where the turn begins, 0 for the first."""
+    answer: Ints
+    """Place in the request where the turn's answer begins."""
+    slot: Ints
+
+
+def edited(turns: Turns, plans: Sequence[Plan | None], sets_per_slot: int) -> tuple[Ints, Ints, Ints]:
     """The edited tokens of a step in one module.
 
     Args:
-        pieces: the requests of the step that may be edited.
+        turns: those of the step that may be edited.
         plans: what the adapter in each slot does in the module, None for nothing.
         sets_per_slot: weights of slot n begin at set n * `sets_per_slot`.
 
     Returns:
         Which of the step's tokens, the set of weights for each, and its slot; all (n,).
     """
-    place = np.arange(pieces.count.sum()) - np.repeat(np.cumsum(pieces.count) - pieces.count, pieces.count)
-    rows, index, prompt, slot = (
-        np.repeat(values, pieces.count) for values in (pieces.start, pieces.computed, pieces.prompt, pieces.slot)
+    place = np.arange(turns.count.sum()) - np.repeat(np.cumsum(turns.count) - turns.count, turns.count)
+    rows, index, begin, answer, slot = (
+        np.repeat(values, turns.count)
+        for values in (turns.start, turns.computed, turns.begin, turns.answer, turns.slot)
     )
     rows, index = rows + place, index + place
     sets = np.full_like(rows, NONE)
     by_plan: dict[Plan, list[int]] = {}
-    for chosen in np.unique(pieces.slot):
+    for chosen in np.unique(turns.slot):
         if (plan := plans[chosen]) is not None:
             by_plan.setdefault(plan, []).append(int(chosen))
     for plan, slots in by_plan.items():
         own = np.isin(slot, slots)
-        of_plan = plan.set_of(index[own], prompt[own])
+        of_plan = plan.set_of(index[own], begin[own], answer[own])
         sets[own] = np.where(of_plan == NONE, NONE, of_plan + slot[own] * sets_per_slot)
     kept = sets != NONE
     return rows[kept], sets[kept], slot[kept]

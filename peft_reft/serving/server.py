@@ -12,8 +12,9 @@ from ..architectures import find_targets
 from .adapters import ServedAdapter, read_adapter
 from .edits import Edits, FixedSteps, hook, send
 from .options import Options, check_name
-from .schedule import NONE, Pieces, Plan, Work, arrange, edited, same_plans
+from .schedule import NONE, Pieces, Plan, Turns, Work, arrange, edited, same_plans
 from .tables import LINEAR, DeviceWork, Kind, Table, kind_of
+from .turns import Reading
 
 _AT_START = "Name an adapter like it when the engine starts, or start it with enforce_eager."
 
@@ -52,6 +53,8 @@ class Server:
         self.slots: dict[str, int] = {}
         self.plans: list[dict[str, Plan]] = [{} for _ in range(self.max_adapters)]
         self.kinds: list[Kind | None] = [None] * self.max_adapters
+        self.readings: dict[int, Reading] = {}
+        """By slot."""
         self.edits_answers = np.zeros(self.max_adapters, dtype=bool)
         self.edits: dict[str, Edits] = {}
         self.groups: list[tuple[tuple[Plan | None, ...], list[Edits], list[tuple[Kind, DeviceWork]]]] = []
@@ -108,11 +111,14 @@ class Server:
         for module, factors in adapter.factors.items():
             self.edits[module].table.write(slot * self.max_positions, factors)
         self.slots[name] = slot
+        self.readings[slot] = adapter.reading
         self._set(slot, adapter.plans, kind)
 
     def remove(self, name: str) -> None:
         """Free an adapter's slot. No request may be using it."""
-        self._set(self.slots.pop(name), {}, None)
+        slot = self.slots.pop(name)
+        del self.readings[slot]
+        self._set(slot, {}, None)
 
     def _set(self, slot: int, plans: dict[str, Plan], kind: Kind | None) -> None:
         self.plans[slot] = plans
@@ -138,14 +144,14 @@ class Server:
         some = pieces.slot != NONE
         some &= (pieces.computed < pieces.prompt) | self.edits_answers[pieces.slot]
         if some.any():
-            self._prepare(pieces[some])
+            self._prepare(pieces[some].by_turn())
         if self.fixed is not None:
             self.fixed.send()
 
-    def _prepare(self, pieces: Pieces) -> None:
-        kinds = {kind for slot in np.unique(pieces.slot) if (kind := self.kinds[slot]) is not None}
+    def _prepare(self, turns: Turns) -> None:
+        kinds = {kind for slot in np.unique(turns.slot) if (kind := self.kinds[slot]) is not None}
         for of_slots, alike, work in self.groups:
-            rows, sets, slots = edited(pieces, of_slots, self.max_positions)
+            rows, sets, slots = edited(turns, of_slots, self.max_positions)
             for kind in kinds:
                 own = np.isin(slots, [slot for slot, each in enumerate(self.kinds) if each == kind])
                 if own.any():
@@ -154,7 +160,7 @@ class Server:
                         self.fixed.note(kind, alike, rows[own], sets[own])
 
     def _send(self, work: Work) -> DeviceWork:
-        return DeviceWork(*(send(array, self.device) for array in (work.sets, work.rows, work.keep)))
+        return DeviceWork(*(send(array, self.device) for array in (work.sets, work.rows, work.kept)))
 
     def clear(self) -> None:
         """Edit nothing, until the next step is prepared."""

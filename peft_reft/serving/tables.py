@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..factors import TENSORS, Factors
+from ..edits.factors import Affine, Factors, LowRankFactors
 
-_SHAPES = {"a": "rd", "b": "rd", "c": "rd", "bias": "r", "c_bias": "r", "gate_bias": "1"}  # the others: "d"
 
-Kind = tuple[Callable[[Tensor], Tensor] | None, frozenset[str]]
-"""Activation, and which tensors there are: adapters alike in both are computed together, whatever their ranks."""
+@dataclass(frozen=True)
+class Kind:
+    """How adapters compute: those of one kind are computed together, whatever their ranks."""
+
+    form: Hashable
+    example: Factors = field(compare=False, repr=False)
+    """Factors of this kind, whose tensors are empty."""
 
 
 def kind_of(factors: Factors) -> Kind:
-    return factors.act, frozenset(name for name in TENSORS if getattr(factors, name) is not None)
+    return Kind(factors.form, factors.map(lambda tensor: tensor.new_empty(0)))
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,11 @@ class DeviceWork:
     """(e,) int64."""
     rows: Tensor
     """(e, t) int64."""
-    keep: Tensor
-    """(e, t, 1) float32."""
+    kept: Tensor
+    """(e, t, 1) bool: False at an empty place."""
 
 
-LINEAR: Kind = (None, frozenset(("a", "b", "bias")))
+LINEAR = kind_of(LowRankFactors(torch.empty(0), Affine(torch.empty(0), torch.empty(0))))
 """What most formulas come as, LoReFT among them."""
 
 
@@ -55,31 +59,25 @@ class Table:
     def reserve(self, kind: Kind) -> None:
         """Have a stack for adapters of this kind."""
         if kind not in self.stacks:
-            shapes = {name: [self.sizes[size] for size in _SHAPES.get(name, "d")] for name in kind[1]}
-            empty = {name: torch.zeros(self.sets + 1, *shape, device=self.device) for name, shape in shapes.items()}
-            self.stacks[kind] = Factors(act=kind[0], **empty)
+            shapes = [[self.sizes[size] for size in dimensions] for dimensions in kind.example.dimensions()]
+            empty = [torch.zeros(self.sets + 1, *shape, device=self.device) for shape in shapes]
+            self.stacks[kind] = kind.example.with_tensors(empty)
 
     def write(self, first: int, factors: Factors) -> None:
         """Put factors, with or without a leading dimension, at set `first` and those behind it."""
         kind = kind_of(factors)
         self.reserve(kind)
-        lead = factors.lead
-        for name in kind[1]:
-            stack, own = getattr(self.stacks[kind], name), getattr(factors, name)
-            own = own if lead is not None else own.unsqueeze(0)
-            at = (slice(first, first + len(own)), *(slice(0, size) for size in own.shape[1:]))
-            stack[slice(first, first + len(own))] = 0
-            stack[at] = own
-        self.rank = max(self.rank, 0 if factors.b is None else factors.b.shape[-2])
+        for stack, own in zip(self.stacks[kind].tensors(), factors.tensors()):
+            own = own if factors.lead is not None else own.unsqueeze(0)
+            sets = slice(first, first + len(own))
+            stack[sets] = 0
+            stack[(sets, *(slice(0, size) for size in own.shape[1:]))] = own
+        self.rank = max(self.rank, factors.rank or 0)
         self.used = {each: self._narrow(stack) for each, stack in self.stacks.items()}
 
     def _narrow(self, stack: Factors) -> Factors:
-        ranked = {
-            name: t[:, : self.rank]
-            for name in TENSORS
-            if "r" in _SHAPES.get(name, "d") and (t := getattr(stack, name)) is not None
-        }
-        return replace(stack, **ranked)
+        pairs = zip(stack.tensors(), stack.dimensions())
+        return stack.with_tensors([t[:, : self.rank] if "r" in dimensions else t for t, dimensions in pairs])
 
     def edit(self, kind: Kind, work: DeviceWork, hidden: Tensor, residual: Tensor | None) -> None:
         """Edit `hidden` (tokens, d) in place, at `work.rows`; what is edited is `hidden + residual`."""
@@ -87,7 +85,9 @@ class Table:
         h = hidden.index_select(0, rows)
         if residual is not None:
             h = h + residual.index_select(0, rows)
-        edit = _choose(self.used[kind], work.sets).edit(h.float().view(*work.rows.shape, -1), work.keep)
+        edit = _choose(self.used[kind], work.sets).edit(h.float().view(*work.rows.shape, -1))
+        # An empty place repeats token 0, another request's. Not a product with 0: the edit may not be finite.
+        edit = torch.where(work.kept, edit, 0)
         hidden.index_add_(0, rows, edit.view(len(rows), -1).to(hidden.dtype))
 
     def edit_all(self, kind: Kind, sets: Tensor, hidden: Tensor, residual: Tensor | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,11 @@ from .adapters import read_adapter
 from .core import adapter_of
 from .options import Options
 from .plugin import check_version
-from .schedule import NONE, Pieces
+from .schedule import NONE, Pieces, Spans
 from .server import Server
+from .turns import Reading, token_ids
+
+_ANSWERS = "loreft_answers"
 
 
 def load_model(inner: Callable[..., None], worker: Any, *args: Any, **kwargs: Any) -> None:
@@ -55,7 +59,7 @@ def _install(worker: Any, options: Options, empty: nn.Module) -> None:
     forward = runner._model_forward
 
     def edited_forward(*args: Any, **kwargs: Any) -> Any:
-        server.prepare(_pieces(runner, server.slots))
+        server.prepare(_pieces(runner, server))
         try:
             return forward(*args, **kwargs)
         finally:
@@ -64,17 +68,31 @@ def _install(worker: Any, options: Options, empty: nn.Module) -> None:
     runner._model_forward = edited_forward
 
 
-def _pieces(runner: Any, slots: dict[str, int]) -> Pieces:
+def _pieces(runner: Any, server: Server) -> Pieces:
     """The requests of the step that a model runner is about to run."""
     batch, n = runner.input_batch, runner.input_batch.num_reqs
-    names = [adapter_of(runner.requests[request]) for request in batch.req_ids[:n]]
+    requests = [runner.requests[request] for request in batch.req_ids[:n]]
+    names = [adapter_of(request) for request in requests]
     # One that has been dropped was used by a request that has ended, but was in this step already.
-    chosen = [NONE if name is None else slots.get(name, NONE) for name in names]
+    chosen = [NONE if name is None else server.slots.get(name, NONE) for name in names]
     starts = runner.query_start_loc.np[: n + 1].astype(np.int64)
     computed, prompt = (
         values[:n].astype(np.int64) for values in (batch.num_computed_tokens_cpu, batch.num_prompt_tokens)
     )
-    return Pieces(starts[:-1], np.diff(starts), computed, prompt, np.array(chosen, dtype=np.int64))
+    answers = [_answers(request, server.readings.get(slot)) for request, slot in zip(requests, chosen)]
+    return Pieces(starts[:-1], np.diff(starts), computed, prompt, np.array(chosen, dtype=np.int64), answers)
+
+
+def _answers(request: Any, reading: Reading | None) -> Spans:
+    """The answers in what a request was given: found when it arrives, and kept with it."""
+    if reading is None:
+        return ()
+    known: tuple[int, Spans] | None = vars(request).get(_ANSWERS)
+    length: int = request.num_prompt_tokens
+    if known is None or known[0] != length:  # a session goes on with more that is given
+        known = length, reading.answers(token_ids(request), length)
+        setattr(request, _ANSWERS, known)
+    return known[1]
 
 
 def check_engine(vllm_config: Any) -> None:
@@ -94,11 +112,11 @@ def check_engine(vllm_config: Any) -> None:
         raise ValueError("LoReFT is served with vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0.")
 
 
-def add(worker: Any, name: str, source: str) -> dict[str, str]:
+def add(worker: Any, name: str, source: str) -> dict[str, Any]:
     """For `collective_rpc("loreft_add", args=(name, source))`: load an adapter.
 
     Returns:
-        Its `fingerprint`, or what is wrong as `error`: an exception here would count as the worker's failure.
+        Its `adapters.facts`, or what is wrong as `error`: an exception here would count as the worker's failure.
     """
     server: Server = worker.loreft
     try:
@@ -106,7 +124,7 @@ def add(worker: Any, name: str, source: str) -> dict[str, str]:
         server.add(name, adapter)
     except Exception as error:
         return {"error": str(error)}
-    return {"fingerprint": adapter.fingerprint}
+    return {"fingerprint": adapter.fingerprint, "reading": asdict(adapter.reading)}
 
 
 def remove(worker: Any, name: str) -> None:

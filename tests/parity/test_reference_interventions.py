@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peft_reft.interventions import INTERVENTIONS
+from peft_reft.edits.formulas import INTERVENTIONS
 
 NUMBERS = load_file(Path(__file__).parent / "interventions.safetensors")
 

@@ -133,14 +133,14 @@ def test_a_request_that_comes_too_late():
 
 def test_an_engine_without_adapters_says_so(opt, llm):
     processor = llm.llm_engine.input_processor
-    known = processor.__dict__.pop("loreft_fingerprints")
+    known = processor.__dict__.pop("loreft_adapters")
     try:
         with pytest.raises(VLLMValidationError, match="serves no LoReFT adapters"):
             ask(llm, [(PROMPT, "first")], 1)
         with pytest.raises(ValueError, match="serves no LoReFT adapters"):
             list_adapters(llm)
     finally:
-        processor.loreft_fingerprints = known
+        processor.loreft_adapters = known
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,141 @@
+"""The marks of a chat template: found from a tokenizer, written into adapters; and prompts whose length is known."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from .config import LoreftConfig
+from .layer import LoreftLayer
+from .positions.batch import prompts_of
+from .positions.chat_template import find_marks
+from .positions.marks import Marks, check_template
+from .tuner.forward import share_plan
+
+
+def chat_marks(tokenizer: Any) -> dict[str, list[list[int]]]:
+    """The headers of a tokenizer's chat template, as fields of `LoreftConfig`.
+
+    An unchanged Trainer, `peft-reft train` and TRL's trainers find them by themselves. This is for training loops of
+    one's own, and for adapters that were trained without them.
+
+    Args:
+        tokenizer: a tokenizer or processor of transformers, with a chat template.
+
+    Returns:
+        `response_template` (headers behind which an answer begins) and `instruction_template` (headers at which it has
+        ended), each a list of lists of token ids.
+
+    Raises:
+        ValueError: there is no chat template, or its headers cannot be told from its text.
+
+    Examples:
+        >>> config = LoreftConfig(task_type="CAUSAL_LM", **chat_marks(tokenizer))  # doctest: +SKIP
+    """
+    found = find_marks(tokenizer)
+    if found is None:
+        raise ValueError(f"{type(tokenizer).__name__} has no chat template, so there are no headers to find.")
+    if found.problem is not None:
+        raise ValueError(f"The headers of the chat template cannot be found: {found.problem}")
+    if found.without_tools:
+        warn_of_tools()
+    return {"response_template": found.response_template, "instruction_template": found.instruction_template}
+
+
+def warn_of_tools() -> None:
+    """Warn that marks are right but for chats with tools."""
+    warnings.warn(
+        "LoReFT found the headers of the chat template, but they do not tell the results of tools from answers: in "
+        "chats with tools other tokens are edited than meant. Give `response_template` and `instruction_template` in "
+        "the config if your chats have tools.",
+        stacklevel=3,
+    )
+
+
+def set_marks(
+    model: nn.Module,
+    response_template: Sequence[Sequence[int]],
+    instruction_template: Sequence[Sequence[int]],
+    adapter_names: Sequence[str] | None = None,
+) -> list[str]:
+    """Write marks into adapters: their config, which is saved, and what their layers ask for.
+
+    Args:
+        model: with LoReFT adapters; a PEFT model or what `add_adapter` of transformers made.
+        response_template: see `LoreftConfig`.
+        instruction_template: see `LoreftConfig`.
+        adapter_names: which adapters; None for those that have no marks yet.
+
+    Returns:
+        The names of the adapters that were changed.
+    """
+    marks = Marks.of(
+        check_template(list(response_template), "response_template"),
+        check_template(list(instruction_template), "instruction_template"),
+    )
+    assert marks is not None
+    configs = loreft_configs(model)
+    if adapter_names is None:
+        adapter_names = [name for name, config in configs.items() if config.response_template is None]
+    for name in adapter_names:
+        configs[name].response_template = [list(template) for template in marks.response]
+        configs[name].instruction_template = [list(template) for template in marks.instruction]
+    for layer in model.modules():
+        if isinstance(layer, LoreftLayer):
+            for name in adapter_names:
+                if (plan := layer.plans.get(name)) is not None:
+                    layer.plans[name] = share_plan(replace(plan, wanted=replace(plan.wanted, marks=marks)))
+    return list(adapter_names)
+
+
+def loreft_configs(model: nn.Module) -> dict[str, LoreftConfig]:
+    """The configs of a model's LoReFT adapters, by name."""
+    for module in model.modules():
+        configs = getattr(module, "peft_config", None)
+        if isinstance(configs, dict):
+            return {name: config for name, config in configs.items() if isinstance(config, LoreftConfig)}
+    return {}
+
+
+@contextmanager
+def prompt_lengths(lengths: Sequence[int]) -> Iterator[None]:
+    """Say how long the prompts of the rows are, around a forward that does not say it itself.
+
+    For code that is not one's own: an evaluation harness, a reward function, a loss without labels. Inside the context
+    each row of a forward of a causal language model is a prompt of that length and an answer. In a forward behind a
+    filled cache the length counts from the beginning of what the cache holds.
+
+    Args:
+        lengths: number of real tokens of each row's prompt, in the order of the rows; padding does not count.
+
+    Raises:
+        ValueError: a length is no int of 0 or more; or, in the forward, there are more or fewer rows.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from peft_reft import LoreftConfig, prompt_lengths
+        >>> sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+        >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes)).eval()
+        >>> config = LoreftConfig(task_type="CAUSAL_LM", positions="l2", init_weights=False)
+        >>> model = get_peft_model(base, config).eval()
+        >>> ids, labels = torch.arange(8).unsqueeze(0), torch.tensor([[-100] * 5 + [5, 6, 7]])
+        >>> with prompt_lengths([5]):
+        ...     logits = model(input_ids=ids).logits
+        >>> torch.equal(logits, model(input_ids=ids, labels=labels).logits)
+        True
+    """
+    given = list(lengths)
+    if not all(type(length) is int and length >= 0 for length in given):
+        raise ValueError(f"prompt_lengths({lengths!r}): expected ints of 0 or more, one a row.")
+    token = prompts_of.set(given)
+    try:
+        yield
+    finally:
+        prompts_of.reset(token)

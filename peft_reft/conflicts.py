@@ -1,0 +1,121 @@
+"""Targets that would train, or be saved, for nothing: refused before anything is changed.
+
+The output of a module is edited when the module is called. PEFT's wrappers (`modules_to_save`,
+`trainable_token_indices`) call a copy instead, or compute with its weight alone; so do some modules of torch and
+transformers with a part of theirs. LoRA refuses most of these too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.other import _get_input_embeddings_name, _get_module_names_tied_with_embedding
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from .config import LoreftConfig
+from .layer import CHILD
+
+_NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+_OF_MAMBA = ("out_proj", "conv1d")
+
+
+def refuse_conflicts(
+    model: nn.Module, config: LoreftConfig, targets: Collection[str], edited: Collection[str]
+) -> None:
+    """Refuse targets whose edits would not be computed, and wrappers around modules that are edited.
+
+    Args:
+        model: the base model, before injection.
+        config: of the new adapter.
+        targets: names of the modules that it edits.
+        edited: names of the modules that adapters edit already.
+
+    Raises:
+        ValueError: names the module, the field, and what to do.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    wrapped = [name for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper)]
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    for name in targets:
+        if wrapper := next((outer for outer in wrapped if _is_within(name, outer)), None):
+            field = modules[wrapper]._error_message_name()
+            raise ValueError(
+                f"target_modules names {name}, but {wrapper} is in `{field}` of another adapter "
+                f"({type(modules[wrapper]).__name__}): what is trained there would not be saved under a name that a "
+                f"base model has. Leave {wrapper} out of one of the two."
+            )
+        if isinstance(modules[name], _NEVER_CALLED):
+            raise ValueError(
+                f"target_modules names {name}, a {type(modules[name]).__name__}, which is never called and has no "
+                "output to edit; name modules inside it."
+            )
+        leaf = name.rpartition(".")[2]
+        fused = model_type in _MAMBA and leaf in _OF_MAMBA
+        if fused or isinstance(modules[name], NonDynamicallyQuantizableLinear):
+            outer = type(modules[name.rpartition(".")[0]]).__name__
+            raise ValueError(
+                f"target_modules names {name}, whose weight {outer} takes without calling it, in some of its paths at "
+                f"least: an edit of its output would be lost. Edit the output of {outer} instead."
+            )
+    for field, name in _to_be_wrapped(model, config, modules):
+        if inner := next((inner for inner in (*targets, *edited) if _is_within(inner, name)), None):
+            whose = "this adapter" if inner in targets else "another adapter"
+            raise ValueError(
+                f"{field} names {name}, but {whose} edits {inner} with LoReFT: the wrapper that PEFT puts there would "
+                f"compute without that edit, or with a copy of it. Leave {inner} out of one of the two."
+            )
+
+
+def refuse_fused_head(model: Any, given: dict[str, Any]) -> None:
+    """Refuse a forward that computes its logits without calling the output embeddings, whose output is edited.
+
+    TRL's trainers for SFT, DPO, KTO, GRPO and RLOO multiply the hidden states by `lm_head.weight` themselves
+    (`fused_lm_head=True`). They refuse LoRA there, but cannot see a LoReFT layer, which does not replace the module.
+
+    Args:
+        model: the base model.
+        given: keyword arguments of its forward.
+
+    Raises:
+        ValueError: an active adapter edits the output embeddings.
+    """
+    if not given.get("fused_lm_head"):
+        return
+    head = model.get_output_embeddings()
+    layer = getattr(head, CHILD, None)
+    if layer is not None and any(True for _ in layer.active_weights()):
+        name = next(name for name, module in model.named_modules() if module is head)
+        raise ValueError(
+            f"target_modules names {name!r}, whose output is never computed here: TRL multiplies the hidden states by "
+            f"its weight directly, so the adapter would never be trained. Remove {name!r} from `target_modules`."
+        )
+
+
+def _to_be_wrapped(model: nn.Module, config: LoreftConfig, modules: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Field and name of the modules that PEFT will wrap for this config; it compares ends of names, as here."""
+    to_save = tuple(config.modules_to_save or ())
+    for name in modules:
+        if to_save and name.endswith(to_save):
+            yield "modules_to_save", name
+    tokens = config.trainable_token_indices
+    if tokens is None:
+        return
+    embeddings = _get_input_embeddings_name(model, "embed_tokens")
+    of_tokens = tuple(tokens) if isinstance(tokens, dict) else (embeddings,)
+    if embeddings is not None and embeddings.endswith(of_tokens) and _ties_embeddings(model):
+        of_tokens += tuple(_get_module_names_tied_with_embedding(model))
+    for name in modules:
+        if name.endswith(of_tokens):
+            yield "trainable_token_indices", name
+
+
+def _ties_embeddings(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+
+
+def _is_within(name: str, outer: str) -> bool:
+    return name == outer or name.startswith(f"{outer}.")

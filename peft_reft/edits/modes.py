@@ -1,0 +1,26 @@
+"""The modes of torch that an edit must take notice of."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast off for what runs inside; nothing at all where it is off already, which is nearly always."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def in_transform() -> bool:
+    """Whether a transform of `torch.func`, or forward-mode differentiation, sees the operations that run now.
+
+    Both want plain operations: no autograd function that is written for `backward` alone, no write to an input.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -1,0 +1,168 @@
+"""What an adapter's files may be: safetensors only, whole, every value finite. What is refused names the file.
+
+PEFT and transformers read and write the files. Two of their methods are wrapped, because no other place sees what
+they do: `PeftModel.save_pretrained`, which can write a pickle, and transformers' `load_adapter`, which asks no tuner
+about the tensors that it reads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from glob import escape, glob
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.integrations.peft import PeftAdapterMixin
+
+from .wrapping import wrap
+
+_SHARDS = SAFETENSORS_WEIGHTS_NAME.replace(".", "-*-of-*.")
+
+
+def check_weights_file(folder: str) -> None:
+    """Look at the weights in `folder`; nothing is done if it holds none, as a name on the Hub does not.
+
+    Raises:
+        ValueError: the file is damaged or cut short, a pickle, or in shards; the message names it.
+    """
+    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    if os.path.isfile(path):
+        try:  # the reader's own error names no file
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or cut short ({error}). Copy it again.") from error
+        return
+    if shards := glob(os.path.join(escape(folder), _SHARDS)):
+        raise ValueError(
+            f"{min(shards)} is a part of an adapter, and PEFT and transformers read {SAFETENSORS_WEIGHTS_NAME} alone. "
+            "Save it again with a larger max_shard_size."
+        )
+    if os.path.isfile(pickled := os.path.join(folder, WEIGHTS_NAME)):
+        raise ValueError(
+            f"{pickled} is a pickle, which can run code when it is read: LoReFT adapters are saved and read as "
+            f"{SAFETENSORS_WEIGHTS_NAME} only. Load it where it was made, and save it again."
+        )
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise ValueError, naming `where` and the tensors, if a value of theirs is infinite or not a number.
+
+    Such an adapter answers with nonsense, and in a batch that several adapters share it reaches the others' rows.
+    """
+    spoilt = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+    if spoilt:
+        more = f" and {len(spoilt) - 3} more" if len(spoilt) > 3 else ""
+        raise ValueError(
+            f"{where} has values that are infinite or not a number in {', '.join(spoilt[:3])}{more}. "
+            "Its training diverged, or the file is damaged."
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.is_meta or not tensor.is_floating_point():
+        return True
+    values = tensor.float() if tensor.element_size() == 1 else tensor  # torch has no `isfinite` for 8 bits
+    return bool(torch.isfinite(values).all())
+
+
+def guard_files() -> None:
+    """Wrap the methods that this module's docstring names. Calling it again is harmless."""
+    wrap(PeftModel, "save_pretrained", _save_as_safetensors)
+    wrap(PeftAdapterMixin, "load_adapter", _load_and_check)
+
+
+def _is_loreft(config: Any) -> bool:
+    return getattr(getattr(config, "peft_type", None), "value", None) == "LOREFT"
+
+
+def _save_as_safetensors(
+    save: Callable[..., Any],
+    model: PeftModel,
+    save_directory: str,
+    safe_serialization: bool = True,
+    selected_adapters: list[str] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    configs = model.peft_config
+    ours = [name for name in selected_adapters or configs if _is_loreft(configs.get(name))]
+    if ours and not safe_serialization:
+        raise ValueError(
+            f"safe_serialization=False: {', '.join(map(repr, ours))} would be written as a pickle. LoReFT adapters "
+            "are written and read as safetensors only. Leave safe_serialization=True."
+        )
+    return save(model, save_directory, safe_serialization, selected_adapters, *args, **kwargs)
+
+
+def _load_and_check(load: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """transformers' `load_adapter`. What it refuses for LoReFT leaves the model as it was."""
+    before = set(getattr(model, "peft_config", {}))
+    active = model.active_adapters() if getattr(model, "_hf_peft_config_loaded", False) else []
+    source = args[0] if args else kwargs.get("peft_model_id")
+    source = source or getattr(kwargs.get("load_config"), "pretrained_model_name_or_path", None)
+    where = _weights_of(source)
+    try:
+        try:
+            info = load(model, *args, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f"{where} is damaged or cut short ({error}). Copy it again.") from error
+        except OSError:
+            if source and _new_of_ours(model, before):
+                check_weights_file(str(source))  # says more than that the file is not there
+            raise
+        for name in _new_of_ours(model, before):
+            if source:
+                check_weights_file(str(source))  # transformers looks for a pickle where there are no safetensors
+            _check_loaded(model, name, where, info)
+    except Exception:
+        for name in _new_of_ours(model, before):
+            for module in model.modules():
+                if isinstance(module, BaseTunerLayer) and active:
+                    module.set_adapter(active)  # before the new one is deleted, or PEFT chooses and warns
+            model.delete_adapter(name)
+        raise
+    return info
+
+
+def _weights_of(source: Any) -> str:
+    return os.path.join(source, SAFETENSORS_WEIGHTS_NAME) if source else "adapter_state_dict"
+
+
+def _new_of_ours(model: Any, before: set[str]) -> list[str]:
+    configs = getattr(model, "peft_config", {})
+    return [name for name in configs if name not in before and _is_loreft(configs[name])]
+
+
+def _check_loaded(model: Any, name: str, where: str, info: Any) -> None:
+    """Raise ValueError if the file lacked a tensor of adapter `name`, or had one that is not finite."""
+    marks = tuple(f".{holder}.{name}." for holder in ("loreft_weights", "modules_to_save"))
+    own = {
+        key: tensor
+        for key, tensor in model.named_parameters(remove_duplicate=False)
+        if any(mark in key for mark in marks)
+    }
+    if info is not None:  # older versions of transformers do not say what they found
+        # With `tie="model"` the file has the tensors once, and they are missing under the other layers' names.
+        read = {id(tensor) for key, tensor in own.items() if key not in info.missing_keys}
+        missing = sorted(key for key, tensor in own.items() if id(tensor) not in read)
+        unknown = sorted(key for key in info.unexpected_keys if any(mark in key for mark in marks))
+        if missing or unknown:
+            raise ValueError(does_not_fit(where, missing, unknown))
+    check_finite(own, where)
+
+
+def does_not_fit(where: str, missing: Iterable[str], unknown: Iterable[str]) -> str:
+    """The message about a file whose tensors are not those of its config and the model."""
+    words = f"{where} does not fit its config and this model."
+    if missing := ", ".join(missing):
+        words += f" Missing: {missing}."
+    if unknown := ", ".join(unknown):
+        words += f" In the file, but with no place in the model: {unknown}."
+    return words

@@ -1,0 +1,154 @@
+"""Positions of a forward behind a filled cache, outside `generate`; and whether a cache holds the edits it should."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batch import POSITIONS, Batch
+from .index import group_bits
+from .memory import CacheMemory, joined_mask, part_of
+from .resolve import IGNORED, resolve
+from .spec import NO_POSITION, slots_per_answer
+from .wanted import Wanted, warn, warn_of_plain_forward
+
+
+@dataclass
+class Continued:
+    """Positions of tokens that are fed to a filled cache outside `generate`: loops of one's own, pieces."""
+
+    tokens: Tensor
+    """(batch, seq, ...): ids or embeddings of the new piece."""
+    ids: Tensor | None
+    attention_mask: Any
+    past: int | None
+    """Columns in the cache; None if it does not say."""
+    memory: CacheMemory | None
+    training: bool = False
+    prompt_lengths: tuple[int, ...] | None = None
+    _whole: dict[Wanted, Tensor] = field(default_factory=dict)
+    """Slots of the whole document."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.tokens.shape[0], self.tokens.shape[1]
+
+    @property
+    def answer_from(self) -> int | None:
+        """Column at which an answer has begun, if nothing marks it: one token at a time is how answers are written."""
+        if self.memory is not None and self.memory.answer_from is not None:
+            return self.memory.answer_from
+        return self.past if self.shape[1] == 1 else None
+
+    def slots(self, wanted: Wanted) -> Tensor | None:
+        (batch, seq), past, memory = self.shape, self.past, self.memory
+        known = memory.all_ids() if memory is not None else None
+        if known is not None and known.shape[0] != batch:
+            known = None
+        has_marks = wanted.marks is not None and wanted.marks.response and known is not None and self.ids is not None
+        decodes = seq == 1 and self.prompt_lengths is None and not has_marks
+        if decodes and not (wanted.everything or "g" in wanted.kinds):
+            return None
+        if past is None or (decodes and memory is None):
+            return self._without_a_memory(wanted)
+        # The whole document: what the cache holds, and the new piece.
+        real = joined_mask(self.attention_mask, self.shape, past, self.tokens.device)  # (batch, past + seq)
+        ids = torch.cat([known, self.ids], 1) if known is not None and self.ids is not None else None
+        labels = None
+        if self.answer_from is not None:
+            column = torch.arange(past + seq, device=real.device)
+            labels = torch.where(column >= self.answer_from, 0, IGNORED).expand(real.shape)
+        whole = Batch(real=real, ids=ids, labels=labels, prompt_lengths=self.prompt_lengths)
+        turns = whole.turns(wanted.marks)
+        slots = self._whole[wanted] = resolve(wanted.layout, turns.answers())
+        unmarked = labels is None and self.prompt_lengths is None and not bool(turns.marked.any(1).all())
+        if unmarked and wanted.kinds - {"f"}:
+            warn_of_plain_forward("+".join(map(str, wanted.layout)))
+        return part_of(slots, wanted.layout, past + seq, past, past + seq)
+
+    def _without_a_memory(self, wanted: Wanted) -> Tensor | None:
+        """A piece behind a cache of which nothing is known: one token at a time, it is answer."""
+        if any(group.kind == "g" and group.count for group in wanted.layout):
+            raise ValueError(
+                "LoReFT cannot count generated tokens here: the cache does not say how long the prompt was. Use "
+                f"`generate`, or pass `{POSITIONS}`."
+            )
+        if self.shape[1] > 1 and wanted.kinds:
+            warn_of_plain_forward("+".join(map(str, wanted.layout)))
+        if not (wanted.everything or "g" in wanted.kinds):
+            return None
+        column = torch.arange(self.shape[1], device=self.tokens.device).expand(self.shape)
+        none = torch.full((self.shape[0], slots_per_answer(wanted.layout)), NO_POSITION, device=self.tokens.device)
+        empty = torch.full_like(column, NO_POSITION)
+        regions = [column if group.kind == "g" else empty for group in wanted.layout if group.count is None]
+        return torch.cat([none, *regions], 1)
+
+    def check_cache(self, adapter: str, wanted: Wanted) -> None:
+        """See `Source`. Of a cache of which nothing is known, nothing is said."""
+        memory, slots = self.memory, self._whole.get(wanted)
+        if memory is None or slots is None:
+            return
+        assert self.past is not None
+        missing, wrong = compare(adapter, wanted, slots, self.past + self.shape[1], memory)
+        if wrong:
+            raise ValueError(wrong_cache(adapter, wanted, "edits that this document does not have"))
+        if missing:
+            # A header may have been completed after the last tokens of its prompt went by.
+            was_edited = adapter in memory.edited or memory.length == 0
+            if not was_edited or any(wanted.layout[number].kind != "l" for number in missing):
+                raise ValueError(wrong_cache(adapter, wanted, "no edits where this document has some"))
+            warn(
+                "LoReFT: the header behind which an answer begins was completed after the last tokens of its prompt, "
+                "which positions name, had been put into the cache without their edit. Feed a header in one piece "
+                "with the prompt's last tokens, or use `generate`."
+            )
+
+
+MOVED = (
+    "LoReFT does not know what the cache holds: it comes from beam search or from a call that moved its rows. Encode "
+    "the history again, without the cache."
+)
+
+
+def wrong_cache(adapter: str, wanted: Wanted, holds: str) -> str:
+    """The message about a cache that does not fit."""
+    spec = "+".join(map(str, wanted.layout))
+    return (
+        f"The cache holds {holds}, for adapter {adapter!r} with positions={spec!r}: it was filled with another "
+        "adapter, without one, or as a prompt that ended elsewhere. Encode the history again, without the cache. "
+        "(With the marks of the chat template, `response_template` and `instruction_template` in the config, the "
+        "turns of a chat can share a cache.)"
+    )
+
+
+def compare(adapter: str, wanted: Wanted, slots: Tensor, columns: int, memory: CacheMemory) -> tuple[set[int], bool]:
+    """Which groups lack edits in the part of a document that a cache holds, and whether it has an edit too many.
+
+    Args:
+        adapter: name of the adapter.
+        wanted: what its layers want.
+        slots: (rows, n) of the whole document.
+        columns: of the whole document.
+        memory: of the cache.
+
+    Raises:
+        ValueError: the rows of the cache were moved about.
+    """
+    if not memory.certain:
+        raise ValueError(MOVED)
+    needed = group_bits(slots, columns, wanted.layout)[:, : memory.length]  # (rows, columns in the cache)
+    if adapter in memory.edited:
+        held = memory.bits(adapter, needed.shape[1]).to(needed.device)
+        if needed.shape[0] % held.shape[0]:
+            raise ValueError(MOVED)
+        held = held.repeat_interleave(needed.shape[0] // held.shape[0], 0)
+        if memory.layout(adapter) != wanted.layout:
+            held = (held != 0).long() << 62
+    else:
+        held = torch.zeros_like(needed)
+    missing, too_many = needed & ~held, held & ~needed
+    lacking = {number for number in range(len(wanted.layout)) if bool(((missing >> number) & 1).any())}
+    return lacking, bool(too_many.any())

@@ -1,0 +1,174 @@
+"""What is wrong with a batch of whole documents: found on the device, read together, refused or warned of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .batch import POSITIONS, Batch
+from .resolve import IGNORED, Turns
+from .wanted import WAYS_OUT, Wanted, warn, warn_of_plain_forward
+
+
+def refuse_or_warn(wanted: Wanted, kinds: set[str], training: bool, is_prompt: bool) -> None:
+    """Nothing but a forward's tokens is there to say where its prompts end, and they cannot."""
+    if not kinds or is_prompt:
+        return
+    spec = "+".join(map(str, wanted.layout))
+    if training and kinds != {"f"}:
+        raise ValueError(
+            f"LoReFT cannot tell where the prompts end, which positions={spec!r} needs: the model is in training, "
+            f"and got neither `labels` nor `{POSITIONS}`, and no header of a chat template is known. (Label "
+            "smoothing, `compute_loss_func` and some trainers keep labels from the model.) " + WAYS_OUT
+        )
+    if training:
+        warn(
+            f"LoReFT was given no labels in training, so it cannot tell how long the prompts are: "
+            f"positions={spec!r} edits tokens of the answer if a prompt is shorter than that. " + WAYS_OUT
+        )
+    elif kinds != {"f"}:
+        warn_of_plain_forward(spec)
+
+
+class Checks:
+    """Of one batch, for one spec.
+
+    Args:
+        batch: the batch.
+        wanted: what the layers ask for.
+        turns: the batch's prompts and answers.
+        kinds: letters of the groups for which a prompt's end matters.
+        training: whether a step of training runs.
+        is_prompt: whether whoever made the forward knows that it holds prompts alone.
+    """
+
+    def __init__(
+        self, batch: Batch, wanted: Wanted, turns: Turns, kinds: set[str], training: bool, is_prompt: bool
+    ) -> None:
+        self.batch, self.wanted, self.turns, self.kinds = batch, wanted, turns, kinds
+        self.training, self.is_prompt = training, is_prompt
+        self.labelled = batch.labels is not None and batch.prompt_lengths is None
+        self.spec = "+".join(map(str, wanted.layout))
+
+    def facts(self, plain: bool) -> list[tuple[str, Tensor]]:
+        """Named bool tensors of one element.
+
+        Args:
+            plain: whether nothing at all is known of the batch, and that has been dealt with.
+        """
+        turns, found = self.turns, []
+        unmarked = turns.real & ~turns.marked
+        if self.labelled:
+            found += [("several", self._several()), ("nothing", self._nothing())]
+            if self.training:
+                found += [("unsupervised", ~self._supervised().any()), ("cut", self._cut())]
+        elif plain:
+            if self.kinds == {"f"} and not (self.is_prompt or self.training):
+                shortest = min(group.count or 0 for group in self.wanted.layout)
+                found.append(("short", (turns.begins & (turns.length < shortest)).any()))
+        elif not self.batch.says_where_prompts_end:  # marks were looked for
+            found.append(("unmarked", unmarked.any()))
+            if self.kinds == {"f"}:
+                shortest = min(group.count or 0 for group in self.wanted.layout)
+                found.append(("short", (unmarked & (turns.length < shortest)).any()))
+        return found
+
+    def act(self, found: dict[str, int]) -> None:
+        """Raise ValueError, or warn."""
+        if found.get("cut"):
+            raise ValueError(
+                "A row or a packed document starts in the middle of a document (it begins inside an answer, its first "
+                "position id is not 0, or packing left it a prompt of one token), so its prompt is missing and LoReFT "
+                "would edit the wrong tokens. Keep documents whole when packing or truncating (TRL: "
+                "packing_strategy='bfd'); prompts of a single token cannot be packed."
+            )
+        if found.get("several"):
+            raise ValueError(
+                f"The labels of a row have several supervised spans, and positions={self.spec!r} needs to know where "
+                "each prompt ends. Labels alone cannot tell a second answer from an answer of which some tokens are "
+                "not trained on. " + WAYS_OUT
+            )
+        if found.get("nothing") and not found.get("unsupervised"):
+            if self.training:
+                raise ValueError(
+                    "No row of this training batch has a token for LoReFT to edit, so nothing would train: every row "
+                    "is supervised from its first token on. LoReFT learns at the prompt, so the data needs one: use "
+                    "prompt-completion data (TRL: columns `prompt` and `completion`, or `completion_only_loss=True`, "
+                    "or `assistant_only_loss=True` for chats), marks of the chat template, or positions that include "
+                    "generated tokens ('all', 'gN')."
+                )
+            warn(
+                f"LoReFT edits no token of this batch: its labels supervise every row from the first token on, so "
+                f"there is no prompt for positions={self.spec!r}, and the loss is the base model's. " + WAYS_OUT
+            )
+        if found.get("unmarked") and self.kinds != {"f"}:
+            if self.training:
+                refuse_or_warn(self.wanted, self.kinds, self.training, self.is_prompt)
+            elif not self.is_prompt:
+                warn_of_plain_forward(self.spec)
+        if found.get("short") and self.kinds == {"f"}:
+            warn_of_plain_forward(self.spec)
+
+    def assert_later(self) -> None:
+        """In a traced graph: what can be refused only when it runs."""
+        if self.labelled:
+            wrong = self._several()
+            if self.training:
+                wrong = wrong | self._cut() | (self._nothing() & self._supervised().any())
+            torch._assert_async(~wrong, "LoReFT: no position to edit, rows with several answers, or cut off prompts")
+
+    def _supervised(self) -> Tensor:
+        assert self.batch.labels is not None
+        return self.turns.real & (self.batch.labels != IGNORED)
+
+    def _several(self) -> Tensor:
+        """Whether labels alone would have to tell several answers of a document apart."""
+        if self.kinds == {"f"}:  # which needs the first answer alone
+            return self.turns.real.new_zeros(())
+        several = self.turns.begins & ~self.turns.marked & (self.turns.spans > 1)
+        if self.kinds == {"g"} and all(group.count is None for group in self.wanted.layout):
+            several = several & ~self._supervised()  # without a prompt, all of it is the answer
+        return several.any()
+
+    def _nothing(self) -> Tensor:
+        """Whether no token is edited."""
+        turns, none = self.turns, ~self.turns.real.new_zeros(())
+        if self.kinds & {"f", "l", "p"}:
+            none = none & ~(turns.event & (turns.end > turns.starts)).any()
+            if self.batch.packed and "g" not in self.kinds:
+                lone, answered = self._lone()
+                none = none | ((lone == answered).all() & lone.any())
+        if "g" in self.kinds:
+            none = none & ~turns.answer.any()
+        return none
+
+    def _lone(self) -> tuple[Tensor, Tensor]:
+        """(batch, seq): documents, at their event, whose labels leave them a prompt of one token; those answered.
+
+        TRL takes the label off the first token of every packed document. So a prompt of one token is what it leaves of
+        a document without a prompt, and of the second part of one that was split.
+        """
+        turns = self.turns
+        first = turns.event & (turns.starts < turns.end) & ~turns.marked
+        answered = first & (turns.starts + turns.length > turns.end)
+        return answered & (turns.end - turns.starts == 1), answered
+
+    def _cut(self) -> Tensor:
+        """Whether a row or a document begins in mid-document, which matters to what counts from its beginning."""
+        turns, labels = self.turns, self._supervised()
+        counts_from_the_beginning = bool(self.kinds & {"f", "p"}) or any(
+            group.kind == "g" and group.count for group in self.wanted.layout
+        )
+        cut = turns.real.new_zeros(())
+        first = turns.real.long().argmax(1, keepdim=True)
+        if counts_from_the_beginning:
+            # A row that is supervised from its first token on, and again after a gap, has lost its first prompt.
+            resumes = (labels[:, 1:] & ~labels[:, :-1]).any(1)
+            cut = cut | (labels.gather(1, first).squeeze(1) & resumes & ~turns.marked.any(1)).any()
+        if self.batch.packed and self.batch.position_ids is not None:
+            lone, answered = self._lone()
+            if counts_from_the_beginning:
+                cut = cut | (self.batch.position_ids.gather(1, first) != 0).any()
+            if any(group.count is not None for group in self.wanted.layout):
+                cut = cut | (lone.any() & ~(lone == answered).all())
+        return cut

@@ -1,0 +1,32 @@
+"""Exports that record a model by running it once: which of them would lose the edits, and what is said of them."""
+
+from __future__ import annotations
+
+import torch
+
+
+def refuse_tracing() -> None:
+    """Refuse TorchScript's tracer and both exporters to ONNX; `torch.export` and `torch.compile` are right.
+
+    The tracer (`torch.jit.trace`, `torch.onnx.export(dynamo=False)`) loses the autograd function that edits, and would
+    record the base model. The other exporter to ONNX knows none of the operators that find positions (`cummax`,
+    `searchsorted`).
+
+    Raises:
+        RuntimeError: one of them is running; the message says what exports with edits.
+    """
+    if torch.jit.is_tracing():
+        what = "TorchScript's tracer (`torch.jit.trace`, `torch.onnx.export(dynamo=False)`)"
+    elif _exports_to_onnx():
+        what = "`torch.onnx.export`"
+    else:
+        return
+    raise RuntimeError(
+        f"{what} cannot record a model with LoReFT: its edits would be lost. Use `torch.export.export`, or merge the "
+        "adapter where that is exact (`merge_and_unload`), or export the base alone (`unload`)."
+    )
+
+
+@torch.compiler.assume_constant_result  # Dynamo, which the exporter tries next, takes it for False otherwise
+def _exports_to_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()

@@ -1,0 +1,78 @@
+"""The turns of a chat: edited as transformers edits them, and read from the prefix cache where that is the same."""
+
+import pytest
+
+from peft_reft.positions.turns import answers_of
+from serving.engines import answer, ask, check, engine, make, prompt_of
+
+USER, TOOL, ASSISTANT = [90, 92], [90, 93], [90, 91, 95]
+MARKS = {"response_template": [ASSISTANT], "instruction_template": [USER, TOOL]}
+SPECS = {
+    "f7+l7": dict(positions="f7+l7"),
+    "l": dict(positions="l4"),
+    "l~, by group": dict(positions="f2+l3~2", tie="group"),
+    "by position": dict(positions="f2+l3+g2", tie="position"),
+    "p": dict(positions="p"),
+    "g": dict(positions="g"),
+    "p+g by group": dict(positions="p+g", tie="group"),
+    "all": dict(positions="all"),
+    "f": dict(positions="f5"),
+}
+TURNS = 3
+BLOCK = 32
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    served = make("llama", str(tmp_path_factory.mktemp("turns")))
+    for name, fields in SPECS.items():
+        served.add(name, **fields, **MARKS)
+        served.add(f"{name}, no marks", **fields)
+    return served
+
+
+@pytest.fixture(scope="module")
+def llm(chats):
+    with engine(chats, block_size=BLOCK, max_model_len=512) as running:
+        yield running
+
+
+def words(length, seed):
+    return [token % 80 + 3 for token in prompt_of(length, seed)]
+
+
+@pytest.mark.parametrize("name", [*SPECS, *(f"{name}, no marks" for name in SPECS)])
+def test_a_chat_turn_by_turn(chats, llm, name):
+    """Each turn with its history, most of which is in the cache; the last with a tool's result."""
+    marked = not name.endswith("no marks")
+    ids, cached = words(33, 1), []
+    for turn in range(TURNS):
+        ids = ids + (TOOL if turn == TURNS - 1 else USER) + words(9 + turn, turn) + [94] + ASSISTANT
+        output = ask(llm, [(ids, name)], 20)[0]
+        check(chats, [(ids, name)], [output], 20)
+        cached.append(output.num_cached_tokens)
+        before = len(ids)
+        ids = ids + answer(output.outputs[0])[0]
+        # Otherwise the model has said a header by chance, and the next turn reads it as one (docs/serving.md).
+        assert answers_of(ids, [ASSISTANT], [USER, TOOL])[-1] == (before, len(ids))
+    shares = marked or name.split(",")[0] in ("all", "f")
+    assert cached[0] == 0 and all((found > 0) == shares for found in cached[1:])
+
+
+@pytest.mark.parametrize("name", ["f7+l7", "by position", "p+g by group"])
+def test_words_put_in_the_assistants_mouth(chats, llm, name):
+    history = words(20, 5) + USER + words(6, 6) + ASSISTANT
+    requests = [(history + words(n, 7), name) for n in (0, 1, 30, 50)]
+    check(chats, requests, ask(llm, requests, 6), 6)
+    for request in requests:
+        check(chats, [request], ask(llm, [request], 6), 6)
+
+
+@pytest.mark.parametrize("budget", [16, 40])
+def test_chunks_that_cut_anywhere(chats, budget):
+    prompt = words(20, 8)
+    for turn in range(3):
+        prompt = prompt + USER + words(5, turn) + ASSISTANT + words(17, 10 + turn)
+    requests = [(prompt + USER + words(n, 20) + ASSISTANT, name) for n, name in enumerate(SPECS)]
+    with engine(chats, named=[*SPECS], max_num_batched_tokens=budget, max_num_seqs=8, block_size=BLOCK) as llm:
+        check(chats, requests, ask(llm, requests, 6), 6)

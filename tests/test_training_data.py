@@ -1,0 +1,257 @@
+"""What `peft-reft train` says of its arguments and of the rows it is given, before and instead of training."""
+
+import dataclasses
+import json
+
+import pytest
+from conftest import build
+from datasets import Dataset
+from test_cli import ROWS, rows_file, train_arguments
+
+pytest.importorskip("trl")
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+
+from peft_reft import sft
+from peft_reft.cli import main
+from peft_reft.paths import check_path
+from peft_reft.training_data import check_columns
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def model_id(tmp_path, tokenizer):
+    build("llama").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def trained_on(monkeypatch):
+    """The rows that reach the trainer, (training, evaluation), without training."""
+    seen = []
+
+    class Reached(Exception):
+        pass
+
+    def trainer(train_dataset, eval_dataset, **kwargs):
+        seen.append((train_dataset, eval_dataset))
+        raise Reached
+
+    monkeypatch.setattr(sft, "SFTTrainer", trainer)
+
+    def run(arguments):
+        with pytest.raises(Reached):
+            main(arguments)
+        return seen[-1]
+
+    return run
+
+
+def refusal(arguments, capsys):
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.splitlines()[-1]
+
+
+def prompts(rows):
+    return [row["prompt"] for row in rows]
+
+
+OF_LORA = sorted(
+    field.name for field in dataclasses.fields(ModelConfig) if field.name.startswith(("lora", "use_peft", "use_dora"))
+)
+
+
+@pytest.mark.parametrize("flag", [*OF_LORA, "use_rslora"])
+def test_arguments_for_lora_are_refused_by_name(flag, tmp_path, capsys):
+    error = refusal(train_arguments(tmp_path, "no-model", **{flag: "1"}), capsys)
+    assert f"--{flag}" in error and "LoRA" in error
+
+
+@pytest.mark.parametrize("words", [["--lora-r", "8"], ["--lora_r=8"], ["--lora_target_modules", "q_proj", "v_proj"]])
+def test_arguments_for_lora_however_they_are_written(words, tmp_path, capsys):
+    assert "LoRA" in refusal([*train_arguments(tmp_path, "no-model"), *words], capsys)
+
+
+def test_arguments_for_lora_in_a_file(tmp_path, capsys):
+    path = tmp_path / "settings.yaml"
+    path.write_text("lora_r: 8\nuse_peft: true\n")
+    error = refusal(train_arguments(tmp_path, "no-model", config=str(path)), capsys)
+    assert "--lora_r" in error and "--use_peft" in error and "give --r" in error
+
+
+def test_every_argument_of_trl_is_used_or_refused():
+    """A new field of TRL's is refused until somebody looks at it."""
+    taken = {action.dest for action in sft.parser()._actions}
+    model = {field.name for field in dataclasses.fields(ModelConfig)}
+    assert model - taken == {*OF_LORA, "use_rslora"}
+    assert {field.name for field in dataclasses.fields(ScriptArguments)} - taken == {"ignore_bias_buffers"}
+    assert {field.name for field in dataclasses.fields(DatasetMixtureConfig)} <= taken
+    assert {field.name for field in dataclasses.fields(sft.LoreftConfig)} - taken == {
+        "target_parameters",
+        *(field.name for field in dataclasses.fields(sft.PeftConfig)),
+    }
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"nonsense": "1"}, "Unknown arguments: --nonsense 1"),
+        ({"ignore_bias_buffers": "true"}, "--ignore_bias_buffers"),
+        ({"bnb_4bit_quant_type": "fp4"}, "--bnb_4bit_quant_type fp4 goes with --load_in_4bit"),
+        ({"use_bnb_nested_quant": "true", "load_in_8bit": "true"}, "--use_bnb_nested_quant"),
+        ({"load_in_4bit": "true", "load_in_8bit": "true"}, "--load_in_4bit and --load_in_8bit"),
+        ({"dataset_name": None}, "--dataset_name is missing"),
+        ({"dataset_config": "en"}, "--dataset_config en"),
+        ({"streaming": "true"}, "give --dataset_streaming"),
+        ({"dataset_train_split": "dev"}, "--dataset_train_split dev"),
+        ({"test_split_size": "0.5"}, "--eval_strategy"),
+        ({"do_eval": "true"}, "--eval_strategy"),
+        ({"eval_strategy": "epoch", "test_split_size": "80"}, "--test_split_size 80"),
+        ({"eval_strategy": "epoch", "test_file": "none.jsonl"}, "There is no file none.jsonl"),
+        ({"trainable_token_indices": "many"}, "--trainable_token_indices 'many' is no JSON. Expected list[int]"),
+        ({"response_template": "<|im_start|>"}, "--response_template '<|im_start|>' is no JSON"),
+        ({"config": "none.yaml"}, "none.yaml"),
+    ],
+)
+def test_refused_before_a_model_is_loaded(given, said, tmp_path, capsys):
+    assert said in refusal(train_arguments(tmp_path, "no-model", **given), capsys)
+
+
+def test_an_evaluation_without_rows_names_the_ways_out(tmp_path, capsys):
+    error = refusal(train_arguments(tmp_path, "no-model", eval_strategy="steps", eval_steps="1"), capsys)
+    for way in ("['train']", "--test_split_size", "--test_file", "--dataset_test_split", "folder"):
+        assert way in error
+
+
+@pytest.mark.parametrize("size, held_out", [("0.25", 2), ("3", 3)])
+def test_rows_are_held_out(size, held_out, tmp_path, trained_on):
+    path = tmp_path / "numbered.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"p {n}", "completion": " c"}) for n in range(8)))
+    given = dict(dataset_name=str(path), eval_strategy="epoch", test_split_size=size)
+    train, test = trained_on(train_arguments(tmp_path, "no-model", **given))
+    assert len(test) == held_out
+    assert sorted(prompts(train) + prompts(test)) == [f"p {n}" for n in range(8)]
+    again, _ = trained_on(train_arguments(tmp_path, "no-model", **given))
+    assert prompts(again) == prompts(train)  # as every process of a distributed run must draw them
+
+
+def test_rows_to_evaluate_on_from_a_folder_and_from_a_second_file(tmp_path, trained_on, capsys):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    (tmp_path / "folder" / "test.jsonl").write_text(json.dumps(ROWS[1]))
+    folder = train_arguments(tmp_path, "no-model", dataset_name=str(tmp_path / "folder"), eval_strategy="epoch")
+    train, test = trained_on(folder)
+    assert len(train) == len(ROWS) and prompts(test) == [ROWS[1]["prompt"]]
+    pair = train_arguments(
+        tmp_path, "no-model", eval_strategy="epoch", test_file=str(tmp_path / "folder" / "test.jsonl")
+    )
+    train, test = trained_on(pair)
+    assert len(train) == len(ROWS) and prompts(test) == [ROWS[1]["prompt"]]
+    assert "already" in refusal([*folder, "--test_split_size", "0.5"], capsys)
+    assert "exclude" in refusal([*pair, "--test_split_size", "0.5"], capsys)
+    train, test = trained_on(train_arguments(tmp_path, "no-model"))
+    assert test is None
+
+
+def test_it_trains_and_evaluates(tmp_path, model_id, monkeypatch):
+    losses = []
+    monkeypatch.setattr(
+        sft.SaveOnInterrupt, "on_evaluate", lambda *_, metrics, **__: losses.append(metrics["eval_loss"])
+    )
+    given = dict(eval_strategy="steps", eval_steps="1", test_split_size="0.25", max_steps="2")
+    assert main(train_arguments(tmp_path, model_id, **given)) == 0
+    assert len(losses) == 2 and all(loss > 0 for loss in losses)
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("rows.csv", "prompt,completion\na b,1 2\nc,3 d\n"),
+        ("rows.tsv", "prompt\tcompletion\na b\t1 2\nc\t3 d\n"),
+        ("rows.json", json.dumps([{"prompt": "a b", "completion": "1 2"}, {"prompt": "c", "completion": "3 d"}])),
+    ],
+)
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_kinds_of_files(name, text, streaming, tmp_path, trained_on):
+    (tmp_path / name).write_text(text)
+    given = dict(dataset_name=str(tmp_path / name), dataset_streaming=streaming)
+    train, _ = trained_on(train_arguments(tmp_path, "no-model", **given))
+    assert list(train) == [{"prompt": "a b", "completion": "1 2"}, {"prompt": "c", "completion": "3 d"}]
+
+
+def test_a_parquet_file(tmp_path, trained_on):
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "rows.parquet")
+    train, _ = trained_on(train_arguments(tmp_path, "no-model", dataset_name=str(tmp_path / "rows.parquet")))
+    assert list(train) == ROWS
+
+
+def test_a_mixture(tmp_path, trained_on, capsys):
+    settings = tmp_path / "mixture.yaml"
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    rows_file(folder)
+    settings.write_text(f"datasets:\n  - path: {folder}\n  - path: {folder}\n")
+    mixture = train_arguments(tmp_path, "no-model", dataset_name=None, config=str(settings))
+    held_out = [*mixture, "--test_split_size", "4", "--eval_strategy", "epoch"]
+    train, test = trained_on(held_out)
+    assert (len(train), len(test)) == (2 * len(ROWS) - 4, 4)
+    again, _ = trained_on(held_out)
+    assert prompts(again) == prompts(train)
+    assert "exclude" in refusal([*mixture, "--dataset_name", "more.jsonl"], capsys)
+    assert "--streaming" in refusal([*mixture, "--dataset_streaming", "true"], capsys)
+    settings.write_text("datasets:\n  - path: none.jsonl\n")
+    assert "no file or folder none.jsonl" in refusal(mixture, capsys)
+    settings.write_text("datasets:\n  - folder: x\n")
+    assert "--config" in refusal(mixture, capsys)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n', "cannot be read"),
+        ("", "has no rows"),
+        ("7\n8\n", "cannot be read"),
+        ('{"question": "a", "answer": "b"}', "['answer', 'question']"),
+        ('{"prompt": "a"}', "['prompt']"),
+        ('{"prompt": "a", "text": "b"}', "['prompt', 'text']"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "Understood are"),
+        ('{"prompt": "a", "completion": 3}', "'completion': 3"),
+        ('{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}', "Expected texts, or else lists"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "c"}\n{"prompt": "d"}', "2, the first is row 2"),
+    ],
+)
+def test_files_that_nobody_could_train_on(text, said, tmp_path, capsys):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(text)
+    error = refusal(train_arguments(tmp_path, "no-model", dataset_name=str(path)), capsys)
+    assert said in error and "mine.jsonl" in error
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a", "completion": "b", "id": 3},
+        {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"conversations": [{"from": "user", "value": "a"}]},
+        {"text": "a"},
+        {"body": "a"},
+        {"input_ids": [3, 4]},
+    ],
+)
+def test_rows_that_are_understood(row):
+    check_columns(Dataset.from_list([row]), "mine", text_field="body" if "body" in row else "text")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "data/rows.CSV", "./rows", "/none/rows", "~/rows", "a/b/c", "a\\b"])
+def test_what_can_only_be_a_path_is_not_looked_for_on_the_hub(name):
+    with pytest.raises(ValueError, match="no file or folder"):
+        check_path(name)
+
+
+@pytest.mark.parametrize("name", ["imdb", "trl-lib/Capybara", "org/data.v2", "."])
+def test_what_may_be_on_the_hub_or_is_there(name):
+    check_path(name)
