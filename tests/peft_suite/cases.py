@@ -16,17 +16,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "LoReFT untied": {"positions": "f1+l1", "tie": "position", "intervention": "nodireft"},
 }
 # Rows that name modules are those of PEFT's own small models, whose inputs have no prompt and no answer.
-ON_MODULES = {"positions": "all"}
-# r=2: PEFT's smallest layer has two outputs.
-COMMON = {"r": 2}
+# The smallest has a layer with one output.
+ON_MODULES = {"positions": "all", "r": 1}
 SAME = {"task_type", "modules_to_save", "trainable_token_indices", "exclude_modules"}
 DROPPED = {"r", "lora_alpha", "lora_dropout", "bias"}  # LoRA's own, without a counterpart that matters to a test
 
 
 def _translate(lora: dict[str, Any]) -> dict[str, Any] | None:
     """`LoraConfig`'s arguments as `LoreftConfig`'s, or None: a variant of LoRA that has no counterpart."""
-    ours = dict(COMMON)
+    ours: dict[str, Any] = {"r": 2}
     for name, value in lora.items():
+        if name == "target_modules" and any("conv2d" in module for module in value or []):
+            return None  # its output is (batch, channels, height, width), without tokens
         if name in SAME or (name == "target_modules" and value is not None):
             ours[name] = value
         elif name == "init_lora_weights" and isinstance(value, bool):
@@ -61,7 +62,7 @@ def _convert(value: Any) -> Any:
     if isinstance(value, dict):
         return _translate(value)
     if isinstance(value, str):
-        return value.replace("LoRA", "LoReFT").replace("lora", "loreft")
+        return value.replace("LoRA", "LoReFT")
     return value
 
 
