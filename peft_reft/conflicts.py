@@ -87,7 +87,7 @@ def refuse_fused_head(model: Any, given: dict[str, Any]) -> None:
         return
     head = model.get_output_embeddings()
     layer = getattr(head, CHILD, None)
-    if layer is not None and any(True for _ in layer.active_weights()):
+    if layer is not None and not layer.disable_adapters and layer.plans.keys() & layer.active_adapters:
         name = next(name for name, module in model.named_modules() if module is head)
         raise ValueError(
             f"target_modules names {name!r}, whose output is never computed here: TRL multiplies the hidden states by "

@@ -17,7 +17,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from .wrapping import wrap
@@ -105,34 +105,40 @@ def _load_and_check(load: Callable[..., Any], model: Any, *args: Any, **kwargs: 
     """transformers' `load_adapter`. What it refuses for LoReFT leaves the model as it was."""
     before = set(getattr(model, "peft_config", {}))
     active = model.active_adapters() if getattr(model, "_hf_peft_config_loaded", False) else []
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     source = args[0] if args else kwargs.get("peft_model_id")
-    source = source or getattr(kwargs.get("load_config"), "pretrained_model_name_or_path", None)
-    where = _weights_of(source)
+    load_config = kwargs.get("load_config")
+    source = source or getattr(load_config, "pretrained_model_name_or_path", None)
+    options = {**(getattr(load_config, "download_kwargs", None) or {}), **(kwargs.get("adapter_kwargs") or {})}
+    folder = os.path.join(source, options.get("subfolder") or "") if source else None
+    where = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME) if folder else "adapter_state_dict"
     try:
-        try:
-            info = load(model, *args, **kwargs)
-        except SafetensorError as error:
-            raise ValueError(f"{where} is damaged or cut short ({error}). Copy it again.") from error
-        except OSError:
-            if source and _new_of_ours(model, before):
-                check_weights_file(str(source))  # says more than that the file is not there
-            raise
+        info = load(model, *args, **kwargs)
         for name in _new_of_ours(model, before):
-            if source:
-                check_weights_file(str(source))  # transformers looks for a pickle where there are no safetensors
+            if folder:
+                check_weights_file(folder)  # transformers looks for a pickle where there are no safetensors
             _check_loaded(model, name, where, info)
-    except Exception:
-        for name in _new_of_ours(model, before):
-            for module in model.modules():
-                if isinstance(module, BaseTunerLayer) and active:
-                    module.set_adapter(active)  # before the new one is deleted, or PEFT chooses and warns
-            model.delete_adapter(name)
+    except Exception as error:
+        if new := _new_of_ours(model, before):
+            _take_out(model, new, active, trained)
+            if isinstance(error, SafetensorError):
+                raise ValueError(f"{where} is damaged or cut short ({error}). Copy it again.") from error
+            if isinstance(error, OSError) and folder:
+                check_weights_file(folder)  # says more than that the file is not there
         raise
     return info
 
 
-def _weights_of(source: Any) -> str:
-    return os.path.join(source, SAFETENSORS_WEIGHTS_NAME) if source else "adapter_state_dict"
+def _take_out(model: Any, names: list[str], active: list[str], trained: list[nn.Parameter]) -> None:
+    """Undo the loading of adapters: what was active and what was trained is so again."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer) and active:
+            module.set_adapter(active)  # before the new ones are deleted, or PEFT chooses and warns
+    for name in names:
+        model.delete_adapter(name)
+    model.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
 
 
 def _new_of_ours(model: Any, before: set[str]) -> list[str]:

@@ -269,6 +269,7 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
         if reason:
             raise ValueError(f"LoReFT cannot be merged: {reason}.")
         names = self.merged_adapters + names
+        shared = shared or (self._folded is not None and self._folded.shared is not None)
         self.unmerge()  # each edit is of the output as it was without the others
         edits = self._edits_to_merge(names)
         projection = projection_of(self.block)
@@ -307,7 +308,8 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
     @property
     def in_features(self) -> int:
         """Size of what the block reads, where it says so as a linear map does, else of what it returns."""
-        own = getattr(self.get_base_layer(), "in_features", None)
+        base = self.get_base_layer()
+        own = getattr(base, "in_features", getattr(base, "nx", None))  # `nx`: GPT-2's linear maps
         return own if isinstance(own, int) else self.out_features
 
     @property

@@ -186,7 +186,8 @@ class LoreftModel(BaseTuner):
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         # All checks are passed. What a replaced adapter trained besides must not be saved with the new one.
-        if self._replaced is None or not (self._targets or self._beyond):
+        found = self._beyond or any(self._check_target_module_exists(peft_config, name) for name in self._targets)
+        if self._replaced is None or not found:
             return
         for name, module in list(model.named_modules()):
             if isinstance(module, AuxiliaryTrainingWrapper) and self._replaced in module._get_available_adapters():
@@ -223,6 +224,7 @@ class LoreftModel(BaseTuner):
             if replaces:
                 self._forget_elsewhere(adapter_name)
         finally:
+            self._filled.clear()  # unloaded layers must not live on here
             if not (edited := [layer.block for layer in base.modules() if isinstance(layer, LoreftLayer)]):
                 detach(base)
         attach_parts(base, edited)

@@ -4,9 +4,10 @@ import dataclasses
 import json
 
 import pytest
+from conftest import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftConfig, PeftType, TaskType
+from peft import PeftConfig, PeftModel, PeftType, TaskType, get_peft_model
 
 from peft_reft import LoreftConfig, Positions
 from peft_reft.positions.layers import check_layers, resolve_layers
@@ -427,3 +428,64 @@ def test_lists_agree_with_the_oracle(indices, n_layers):
 )
 def test_ranges_by_eye(spec, expected):
     assert resolve_layers(spec, 6, "layers") == expected
+
+
+# PEFT's name for `layers`.
+
+
+@pytest.mark.parametrize("value", [0, [0, 2], (2, 0), {1}, range(2), [-1]])
+def test_layers_to_transform_is_layers(value):
+    config = LoreftConfig(layers_to_transform=value)
+    assert config == LoreftConfig(layers=value)
+    assert LoreftConfig(layers=value, layers_to_transform=value) == config
+
+
+def test_layers_to_transform_may_be_empty_as_in_peft():
+    assert LoreftConfig(layers_to_transform=[]) == LoreftConfig()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (dict(layers=[0], layers_to_transform=[1]), r"layers=\[0\] and layers_to_transform=\[1\] name one thing"),
+        (dict(layers="0-3", layers_to_transform=[1]), r"layers='0-3' and layers_to_transform=\[1\]"),
+        (dict(layers_to_transform=["a"]), r"layers_to_transform=\['a'\]"),
+        (dict(layers_to_transform=1.5), r"layers_to_transform=1\.5"),
+        (dict(layers_pattern="layers"), "layers_pattern='layers' needs target_modules"),
+        (dict(layers_to_transform=[0], layers_pattern="h"), "layers_pattern='h' needs target_modules"),
+        (dict(target_modules=["mlp"], layers_pattern="layers"), "layers_pattern='layers' needs layers_to_transform"),
+        (dict(target_modules=".*mlp", layers_to_transform=[0]), r"target_modules='\.\*mlp'.*Give a list of names"),
+        (dict(target_modules="all-linear", layers_to_transform=[0]), "target_modules='all-linear'"),
+        (dict(target_modules=["mlp"], layers_to_transform=[-1]), r"layers_to_transform=\[-1\].*from 0"),
+        (dict(target_modules=["mlp"], layers_to_transform="0-2"), r"layers_to_transform='0-2'.*from 0"),
+        (dict(target_modules=["mlp"], layers=[0], layers_to_transform=[0]), "cannot be combined with"),
+    ],
+    ids=readable,
+)
+def test_layers_to_transform_that_says_nothing_clear(fields, words):
+    with pytest.raises(ValueError, match=words):
+        LoreftConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        (dict(layers_to_transform=[0, -1]), ["model.layers.0", "model.layers.2"]),
+        (dict(layers_to_transform=1, component="mlp"), ["model.layers.1.mlp"]),
+        (
+            dict(target_modules=["mlp", "q_proj"], layers_to_transform=[2]),
+            ["model.layers.2.mlp", "model.layers.2.self_attn.q_proj"],
+        ),
+        (
+            dict(target_modules=["mlp"], layers_to_transform=[1, 2], layers_pattern="layers"),
+            ["model.layers.1.mlp", "model.layers.2.mlp"],
+        ),
+    ],
+    ids=readable,
+)
+def test_what_layers_to_transform_edits(fields, names, tmp_path):
+    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=2, **fields))
+    assert sorted(model.targeted_module_names) == names
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build("llama"), tmp_path)
+    assert sorted(again.targeted_module_names) == names

@@ -111,7 +111,7 @@ def test_lora_and_loreft_on_one_module_add_up():
 
 
 def test_a_list_of_modules_has_no_output():
-    with pytest.raises(ValueError, match=r"names model.layers, a ModuleList, which is never called"):
+    with pytest.raises(ValueError, match=r"names model\.layers, a ModuleList, which is never called"):
         get_peft_model(llama(), loreft(target_modules=["layers"]))
 
 
@@ -125,7 +125,7 @@ def test_a_weight_that_another_module_takes():
         def forward(self, input_ids):
             return self.attention(input_ids, input_ids, input_ids)[0]
 
-    with pytest.raises(ValueError, match=r"attention.out_proj, whose weight MultiheadAttention takes"):
+    with pytest.raises(ValueError, match=r"attention\.out_proj, whose weight MultiheadAttention takes"):
         get_peft_model(Attends(), LoreftConfig(r=2, target_modules=["out_proj"]))
     get_peft_model(Attends(), LoreftConfig(r=2, target_modules=["attention"]))
 

@@ -280,3 +280,29 @@ def test_a_model_s_jacobian_and_hessian(name):
     direction = torch.randn_like(one)
     along = jvp(grad(loss), (weights[last],), (direction,))[1]
     torch.testing.assert_close(found @ direction.flatten(), along.flatten(), atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_gradients_in_one_pass(kind, in_place):
+    """`is_grads_batched=True`, by which `torch.autograd.functional.jacobian(vectorize=True)` computes."""
+    generator = torch.Generator().manual_seed(0)
+    edits = make_edits(kind, generator)
+    leaf = torch.randn(11, 6, generator=generator).requires_grad_()
+    inputs = [leaf, *parameters_of(edits)]
+    upstream = torch.randn(4, 11, 6, generator=generator)
+
+    def run(function):
+        return torch.autograd.grad(function(leaf + 1), inputs, upstream, is_grads_batched=True)
+
+    got = run(lambda flat: add_edits(flat, edits, in_place and may_change(flat)))
+    assert_all_close(got, run(lambda flat: plainly(flat, edits)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_many_gradients_of_a_formula_in_one_pass(name):
+    module, h, upstream = skew(make(name)), torch.randn(N, D), torch.randn(3, N, D)
+    parameters = [*module.parameters()]
+    got = torch.autograd.grad(module.edit(h), parameters, upstream, is_grads_batched=True)
+    for n, each in enumerate(upstream):
+        assert_all_close([gradient[n] for gradient in got], torch.autograd.grad(module.edit(h), parameters, each))

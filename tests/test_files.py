@@ -188,6 +188,14 @@ def test_pickles_and_shards_are_not_read(load, change, words, good, bad):
         load(good, bad(change))
 
 
+def test_a_file_in_a_subfolder_is_named(good, bad, tmp_path):
+    bad(cut(100))
+    with pytest.raises(ValueError, match=r"bad/adapter_model\.safetensors is damaged"):
+        build("llama").load_adapter(str(tmp_path), adapter_kwargs={"subfolder": "bad"})
+    with pytest.raises(ValueError, match=r"bad/adapter_model\.safetensors is damaged"):
+        PeftModel.from_pretrained(build("llama"), tmp_path, subfolder="bad")
+
+
 def test_shards_as_transformers_writes_them(tmp_path):
     base = build("llama")
     base.add_adapter(config())

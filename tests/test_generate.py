@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from peft_reft import LoreftConfig
-from peft_reft.runtime import ATTRIBUTE
+from peft_reft.tuner.hooks import ATTRIBUTE
 
 PAGED = "its forwards hold pieces of several requests and do not say where their prompts end"
 LENGTHS = [11, 3, 14, 6]

@@ -1,4 +1,4 @@
-"""Merging beside PEFT's wrappers, tied embeddings, offloaded weights and TRL. test_composition.py has the arithmetic."""
+"""Merging beside PEFT's wrappers, tied embeddings, offloaded weights, and TRL; its arithmetic: test_composition.py."""
 
 import pytest
 import torch
@@ -121,6 +121,23 @@ def test_merged_tied_embeddings_are_tied_again():
     assert base.lm_head.weight is base.model.embed_tokens.weight is weight
     assert torch.equal(weight, before) and base.lm_head.bias is None
     same(logits(model), expected)
+
+
+@pytest.mark.filterwarnings(TIED)
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning")
+def test_a_second_adapter_merged_into_tied_embeddings():
+    base = tied()
+    model = adapted(base, target_modules=["lm_head"])
+    fields = dict(r=2, positions="all", target_modules=["lm_head"], init_weights=False, task_type="CAUSAL_LM")
+    model.add_adapter("second", LoreftConfig(**fields))
+    model.base_model.set_adapter(["default", "second"])
+    expected, before = logits(model), base.model.embed_tokens.weight.clone()
+    model.merge_adapter(["default"], new_parameters=True)
+    model.merge_adapter(["second"], new_parameters=True)
+    same(logits(model), expected)
+    assert torch.equal(base.model.embed_tokens.weight, before)
+    model.unmerge_adapter()
+    assert base.lm_head.weight is base.model.embed_tokens.weight
 
 
 @pytest.mark.filterwarnings(TIED)

@@ -9,7 +9,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForCondi
 
 from peft_reft import LoreftConfig
 from peft_reft.edits import rotation
-from peft_reft.runtime import _WithPositions
+from peft_reft.tuner.hooks import _WithForward
 
 R = 4
 
@@ -399,7 +399,7 @@ def test_gradient_checkpointing_changes_no_gradient(checkpointing):
         (model(**first).loss + 2 * model(**second).loss).backward()
         gradients = [p.grad for p in model.parameters() if p.requires_grad]
         model = model.unload()
-        assert not any(isinstance(f, _WithPositions) for m in model.modules() for f in vars(m).values())
+        assert not any(isinstance(f, _WithForward) for m in model.modules() for f in vars(m).values())
         return gradients
 
     for plain, recomputed in zip(run(None), run(checkpointing)):

@@ -128,15 +128,22 @@ def test_a_forward_on_the_meta_device_gives_the_shape(positions, train):
 # "all-linear", state dicts.
 
 
-@pytest.mark.parametrize("shorthand", ["all-linear", "All-Linear"])
-def test_all_linear_is_what_it_is_for_lora(shorthand, tmp_path):
-    lora = get_peft_model(build("llama"), LoraConfig(target_modules=shorthand))
-    model = get_peft_model(build("llama"), config(target_modules=shorthand))
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning")
+@pytest.mark.parametrize(
+    ("family", "shorthand", "each"),
+    [("llama", "all-linear", 7), ("llama", "All-Linear", 7), ("gpt2", "all-linear", 4), ("gpt_neox", "all-linear", 4)],
+)
+def test_all_linear_is_what_it_is_for_lora(family, shorthand, each, tmp_path):
+    lora = get_peft_model(build(family), LoraConfig(target_modules=shorthand))
+    model = get_peft_model(build(family), config(target_modules=shorthand))
     assert sorted(model.targeted_module_names) == sorted(lora.targeted_module_names)
-    assert len(layers(model)) == 7 * 3
+    assert len(layers(model)) == each * 3
+    sizes = {layer.block: (layer.in_features, layer.out_features) for layer in layers(model)}
+    of_lora = {name: (m.in_features, m.out_features) for name, m in lora.named_modules() if hasattr(m, "lora_A")}
+    assert {name: sizes[m] for name, m in model.named_modules() if m in sizes} == of_lora
     randomise(model)
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits(PeftModel.from_pretrained(build("llama"), tmp_path)), logits(model))
+    assert torch.equal(logits(PeftModel.from_pretrained(build(family), tmp_path)), logits(model))
 
 
 def test_all_linear_leaves_out_a_pooler_which_reads_no_tokens():
@@ -244,7 +251,16 @@ def test_a_second_config_takes_back_what_the_first_has_merged():
     assert [layer.block.mlp.down_proj.bias for layer in layers(second)] == [None]
 
 
-@pytest.mark.parametrize("bad", [dict(r=99), dict(layers=[9]), dict(target_modules=["nothing"])], ids=str)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(r=99),
+        dict(layers=[9]),
+        dict(target_modules=["nothing"]),
+        dict(layers=[0], exclude_modules=["model.layers.0"]),
+    ],
+    ids=str,
+)
 def test_a_second_config_that_fails_leaves_the_first(bad, tmp_path):
     base = build("llama")
     model = get_peft_model(base, config(modules_to_save=["lm_head"]))

@@ -9,6 +9,7 @@ import torch
 from conftest import VOCAB, build
 from peft import get_peft_model
 from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.trainer import DEFAULT_CALLBACKS
 
 from peft_reft import LoreftConfig
 from peft_reft.training_checks import TrainingChecks, warn_of_unmoved
@@ -36,7 +37,8 @@ class WithoutHead(Trainer):
 def trainer(model, folder, kind=Trainer, **settings):
     settings = dict(per_device_train_batch_size=2, max_steps=3, use_cpu=True, report_to="none", **settings)
     args = TrainingArguments(output_dir=str(folder), save_strategy="no", disable_tqdm=True, **settings)
-    return kind(model=model, args=args, train_dataset=ROWS, callbacks=[TrainingChecks])
+    own = [TrainingChecks] if TrainingChecks not in DEFAULT_CALLBACKS else []  # injection adds it there
+    return kind(model=model, args=args, train_dataset=ROWS, callbacks=own)
 
 
 def test_unmoved_tensors_are_named():

@@ -208,7 +208,7 @@ _GIVEN, _SAVED = 6, 8
 def gather(flat: Tensor, rows: Tensor | None, lead: int | None) -> Tensor:
     """(n, d), or (G, n, d) with `lead` = G."""
     if rows is None:
-        return flat if lead is None else flat.unflatten(0, (lead, -1))
+        return flat if lead is None else flat.reshape(lead, -1, flat.shape[-1])
     if rows.ndim == 1:
         return flat.index_select(0, rows)
     return flat.index_select(0, rows.flatten()).view(*rows.shape, flat.shape[-1])
@@ -220,4 +220,4 @@ def _scatter_add(flat: Tensor, rows: Tensor | None, change: Tensor) -> None:
     elif rows.ndim == 1:
         flat.index_add_(0, rows, change)
     else:
-        flat.index_add_(0, rows.flatten(), change.flatten(0, -2))
+        flat.index_add_(0, rows.reshape(-1), change.reshape(-1, flat.shape[-1]))

@@ -15,7 +15,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 from .turns import answers_of
@@ -96,26 +96,26 @@ class _NoMarks(Exception):
 
 def _find(renderer: _Renderer) -> Found:
     renderer.probe()
-    fault = None
-    for tools in (True, False) if renderer.tool_scripts else (False,):
-        response, instruction = _marks(renderer, tools)
-        if not response or not instruction:
+    fault, takes_tools, takes_mid_system = None, bool(renderer.tool_scripts), renderer.mid_system
+    # Also without system messages in mid-chat, which some templates write under the header of an answer.
+    for tools, mid_system in product((True, False), (True, False)):
+        if tools > takes_tools or mid_system > takes_mid_system:
             continue
-        fault = _fault(renderer, response, instruction, tools)
-        import os
-
-        if os.environ.get("DBG"):
-            print("FAULT", fault, [renderer.show([r]) for r in response], [renderer.show([r]) for r in instruction])
-        if fault is None:
-            return Found(response, instruction, without_tools=bool(renderer.tool_scripts) and not tools)
-    if not response or not instruction:
+        renderer.mid_system = mid_system
+        for response, instruction in _marks(renderer, tools):
+            if response and instruction:
+                fault = _fault(renderer, response, instruction, tools)
+                if fault is None:
+                    return Found(response, instruction, without_tools=takes_tools and not tools)
+    if fault is None:
         what = "an answer from the message before it" if not response else "a message from the answer before it"
         raise _NoMarks(
             f"the chat template writes nothing that tells {what}, so that the tokens do not say where prompts end."
         )
     raise _NoMarks(
         "the headers found in the chat template do not tell answers from prompts in every chat that it renders. "
-        f"Behind {renderer.show(response)} an answer would begin, at {renderer.show(instruction)} it would end; {fault}."
+        f"Behind {renderer.show(response)} an answer would begin, at {renderer.show(instruction)} "
+        f"it would end; {fault}."
     )
 
 
@@ -184,7 +184,13 @@ class _Writer:
             text, core = self._content(leads, empty)
             at = len(chat.messages)
             if role == "tool":
-                value: Any = {"text": text, "dict": {"value": text}, "list": [text], "parts": _parts(text)}[result]
+                value: Any = {
+                    "text": text,
+                    "dict": {"value": text},
+                    "list": [text],
+                    "number": {"value": int(core[2:] or 0)},
+                    "parts": _parts(text),
+                }[result]
                 name = calls.pop(0) if calls else "multiply"
                 message = {"role": role, "content": value, "name": name, "tool_call_id": _call_id(name)}
                 if result == "text":
@@ -196,6 +202,8 @@ class _Writer:
                 message["reasoning_content"] = message["thinking"] = thought
                 chat.said.append(_Said(role, at, thought, core_of_thought))
             chat.messages.append(message)
+            if core and role == "tool" and result == "number":
+                text = core = core[2:]
             if core:
                 chat.said.append(_Said(role, at, text, core))
         return chat
@@ -262,7 +270,7 @@ class _Renderer:
                 break
         else:  # some templates leave calls out, and keep results
             self.tool_scripts = [s for s in ("uata", "uatta", "uatauata") if self._takes(writer.chat(s))]
-        for kind in ("text", "dict", "list", "parts") if self.tool_scripts else ():
+        for kind in ("text", "dict", "number", "list", "parts") if self.tool_scripts else ():
             if self._takes(writer.chat(self.tool_scripts[0], result=kind)):
                 self.results.append(kind)
 
@@ -339,7 +347,16 @@ class _Row:
         # What a text's last token is can depend on what follows: on a letter, or on nothing (an added token).
         letter = "x" if self.text[character] != "x" else "y"
         forms = [self.text[:character], self.text[:character] + letter]
-        return max(len(_common_start([self.ids, self.renderer.ids_of_part(form)])) for form in forms)
+        found = 0
+        for form in forms:
+            ids = self.renderer.ids_of_part(form)
+            common = len(ids)
+            while self.ids[:common] != ids[:common]:  # they differ in the last few tokens, if at all
+                common -= 1
+            found = max(found, common)
+            if common == len(ids):
+                break
+        return found
 
 
 def _place(text: str, said: _Said) -> tuple[int, int] | None:
@@ -364,12 +381,18 @@ class _Gap:
     start: int
     token: int
     """The header's first token; the last one of a closing header."""
+    asked: bool
+    """It ends in a generation prompt."""
     closing: bool
     """The header is itself the end of the message before it ("[/INST]")."""
 
 
-def _marks(renderer: _Renderer, tools: bool) -> tuple[list[Ids], list[Ids]]:
-    """The response templates and the instruction templates that chats of this template show."""
+def _marks(renderer: _Renderer, tools: bool) -> list[tuple[list[Ids], list[Ids]]]:
+    """The response templates and the instruction templates that chats of this template show, to be tried in turn.
+
+    First with the headers that generation prompts end with. A template may also begin an answer without any of them
+    (DeepSeek's does so with a call, if there was one before): then with what it writes there.
+    """
     writer = _Writer(renderer, random.Random(0))
     chats = list(_chats_to_read(renderer, writer, tools))
     gaps = [gap for chat in chats for gap in _gaps(renderer, chat)]
@@ -379,12 +402,18 @@ def _marks(renderer: _Renderer, tools: bool) -> tuple[list[Ids], list[Ids]]:
     rows += [renderer.row(writer.chat(script, leads=[lead])) for lead in _LEADS]
     rows += [renderer.row(writer.chat("uauaua", leads=[""], empty=0.5)) for _ in range(4)]
     some = [row for row in rows if row is not None]
-    response = _tokens(_headers(renderer, [gap for gap in gaps if gap.role is None]), some)
     instruction: list[Ids] = []
     for role in ("user", "system", "tool"):
         headers = _headers(renderer, [gap for gap in gaps if gap.role == role])
         instruction += _tokens([header.rstrip() for header in headers], some)  # only where it begins counts
-    return _needed(response, _ends), _needed(instruction, _contains)
+    out: list[tuple[list[Ids], list[Ids]]] = []
+    for asked in (True, False):
+        headers = _headers(renderer, [gap for gap in gaps if gap.role is None], asked)
+        response = _tokens([form for header in headers for form in (header, header.rstrip())], some)
+        marks = _needed(response, _ends), _needed(instruction, _contains)
+        if marks not in out:
+            out.append(marks)
+    return out
 
 
 def _chats_to_read(renderer: _Renderer, writer: _Writer, tools: bool) -> Iterator[_Chat]:
@@ -413,14 +442,22 @@ def _gaps(renderer: _Renderer, chat: _Chat) -> Iterator[_Gap]:
     for (left, _, first), (right, last, _) in pairwise(row.places):
         if (left.role == "assistant") != (right.role == "assistant"):
             role = None if right.role == "assistant" else right.role
-            yield from _gap(renderer, chat, row, left, first, last, role)
+            yield from _gap(renderer, chat, row, left, first, last, role, asked=False)
     if chat.options.get("add_generation_prompt") and row.places and row.places[-1][0].role != "assistant":
         left, _, first = row.places[-1]
-        yield from _gap(renderer, chat, row, left, first, len(row.text), None)
+        yield from _gap(renderer, chat, row, left, first, len(row.text), None, asked=True)
 
 
 def _gap(
-    renderer: _Renderer, chat: _Chat, row: _Row, left: _Said, first: int, last: int, role: str | None
+    renderer: _Renderer,
+    chat: _Chat,
+    row: _Row,
+    left: _Said,
+    first: int,
+    last: int,
+    role: str | None,
+    *,
+    asked: bool,
 ) -> Iterator[_Gap]:
     """The gap between characters `first`, behind the content `left`, and `last`; none if nothing stands there."""
     text = row.text[first:last]
@@ -433,12 +470,11 @@ def _gap(
         start, end = 0, end_of_message
     columns = row.column(first + start), row.column(first + end)
     if columns[0] < columns[1]:
-        yield _Gap(role, text[:end], start, row.ids[columns[1] - 1 if closing else columns[0]], closing)
+        yield _Gap(role, text[:end], start, row.ids[columns[1] - 1 if closing else columns[0]], asked, closing)
 
 
 def _end_of_message(renderer: _Renderer, chat: _Chat, left: _Said, gap: str) -> int:
     """How many characters of `gap` end the message that says `left`: what stands there also if it is the last."""
-    found = 0
     for generation_prompt in (False, True) if left.role == "assistant" else (False,):
         text = renderer.text(chat.until(left.message, generation_prompt))
         place = _place(text, left) if text is not None else None
@@ -447,15 +483,20 @@ def _end_of_message(renderer: _Renderer, chat: _Chat, left: _Said, gap: str) -> 
         alone = text[place[1] :]
         common = len(_common_start([gap, alone]))
         if common < len(alone) or generation_prompt:
-            # The last message ends in another way, or a header follows: a header that begins with an added token
-            # is told from it by that token.
+            # The last message ends in another way ("<|return|>"), or a header follows. A header that begins with an
+            # added token is told from the message's end by that token.
             common = max((at for at in renderer.added_tokens(gap) if at <= common), default=0)
-        found = max(found, common)
-    return found
+        if common:
+            return common
+    return 0
 
 
-def _headers(renderer: _Renderer, gaps: Sequence[_Gap]) -> list[str]:
-    """The headers in `gaps`: what those have in common that begin alike (end alike, if closing)."""
+def _headers(renderer: _Renderer, gaps: Sequence[_Gap], asked: bool = False) -> list[str]:
+    """The headers in `gaps`: what those have in common that begin alike (end alike, if closing).
+
+    Args:
+        asked: only headers that a generation prompt ends with.
+    """
     groups: dict[Any, list[_Gap]] = {}
     for gap in gaps:
         word = re.match(r"\W*\w*", gap.text[gap.start :])
@@ -463,19 +504,21 @@ def _headers(renderer: _Renderer, gaps: Sequence[_Gap]) -> list[str]:
         groups.setdefault((gap.closing, key), []).append(gap)
     out = []
     for (closing, _), group in groups.items():
+        if asked and not any(gap.asked for gap in group):
+            continue
         if closing:
-            out.append(_common_start([gap.text[::-1] for gap in group])[::-1])
+            header = _common_start([gap.text[::-1] for gap in group])[::-1]
+            out.append(header[max(renderer.added_tokens(header), default=0) :])
             continue
         header = _common_start([gap.text[gap.start :] for gap in group])
         if renderer.added_tokens(header):
             out.append(header)
             continue
         # Plain words ("User:"), which a content may contain: with the added token that stands before them.
-        starts = [
-            max((i for i in renderer.added_tokens(gap.text) if i < gap.start), default=gap.start) for gap in group
-        ]
-        out += {gap.text[start : gap.start] + header: None for gap, start in zip(group, starts)}
-    return [header for header in out if header.strip()]
+        for gap in group:
+            start = max((at for at in renderer.added_tokens(gap.text) if at < gap.start), default=gap.start)
+            out.append(gap.text[start : gap.start] + header)
+    return [header for header in dict.fromkeys(out) if header.strip()]
 
 
 def _tokens(headers: Sequence[str], rows: Sequence[_Row]) -> list[Ids]:
@@ -515,12 +558,12 @@ def _common_start(rows: Sequence[Any]) -> Any:
 
 
 def _fault(
-    renderer: _Renderer, response: Sequence[Ids], instruction: Sequence[Ids], tools: bool, rounds: int = 20
+    renderer: _Renderer, response: Sequence[Ids], instruction: Sequence[Ids], tools: bool, rounds: int = 16
 ) -> str | None:
     """What the marks get wrong in random chats, in words; None if nothing.
 
-    Contents of the assistant lie in answers and all others outside. The prompt that `generate` is given has the answers
-    of the conversation that begins with it.
+    Contents of the assistant lie in answers and all others outside. The prompt that `generate` is given has the
+    answers of the conversation that begins with it.
     """
     rng = random.Random(1)
     writer = _Writer(renderer, rng)

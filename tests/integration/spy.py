@@ -2,7 +2,7 @@
 
 import torch
 
-from peft_reft.runtime import PositionState
+from peft_reft.tuner.forward import Forward
 
 
 def expected_offsets(length, first=2, last=2):
@@ -23,10 +23,10 @@ class Spy:
     def __init__(self, monkeypatch):
         self.rollout, self.train, self.scored, self.rows = set(), set(), set(), []
         self._inputs, self._known = None, {}
-        index = PositionState.index
+        index = Forward.index
 
-        def spied(state, *args):
-            found = index(state, *args)
+        def spied(forward, *args):
+            found = index(forward, *args)
             if (
                 found is not None and self._inputs is not None and id(found) not in self._known
             ):  # layers share it, and so does recomputation
@@ -34,7 +34,7 @@ class Spy:
                 self._record(found)
             return found
 
-        monkeypatch.setattr(PositionState, "index", spied)
+        monkeypatch.setattr(Forward, "index", spied)
 
     def watch(self, peft_model):
         def note(model, args, kwargs):

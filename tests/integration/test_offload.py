@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peft_reft import LoreftConfig
-from peft_reft.positions.sources import Explicit
+from peft_reft.positions.sources import Given
 from peft_reft.positions.spec import Positions
-from peft_reft.state import LayerPlan, PositionState
+from peft_reft.positions.wanted import Wanted
+from peft_reft.tuner.forward import Attachment, LayerPlan, begin, end
 
 CPU = torch.device("cpu")
 PARTS = ["model.embed_tokens", *(f"model.layers.{n}" for n in range(3)), "model.norm", "model.rotary_emb", "lm_head"]
@@ -97,11 +98,12 @@ def test_dispatching_a_second_time_is_not_ours(config, tmp_path, monkeypatch):
 
 
 def test_positions_follow_the_hidden_states_to_another_device():
-    state = PositionState(torch.nn.Linear(1, 1), labels_mark_prompts=False)
+    module = torch.nn.Linear(1, 1)
     spec = Positions.parse("f2")
-    plan = LayerPlan(spec.groups, spec.groups, "all", 0.0)
-    state.begin(Explicit(torch.tensor([[0, 1]]), (1, 4)), torch.nn.Identity())
+    plan = LayerPlan(Wanted(spec.groups, None), spec.groups, "all", 0.0)
+    forward = begin(Attachment(module, has_answers=False), Given(torch.tensor([[0, 1]]), (1, 4)), module)
+    end(module)
     elsewhere = torch.empty(1, 4, 8, device="meta")
-    here, there = state.index(plan, torch.empty(1, 4, 8)), state.index(plan, elsewhere)
+    here, there = forward.index("a", plan, torch.empty(1, 4, 8)), forward.index("a", plan, elsewhere)
     assert here.rows.device == CPU and there.rows.device == there.keep.device == elsewhere.device
-    assert state.index(plan, elsewhere) is there  # moved once for all layers of that device
+    assert forward.index("a", plan, elsewhere) is there  # moved once for all layers of that device
