@@ -25,6 +25,12 @@ DIFFERENCES = [
         "A block's output, or that of some tokens, is edited: no single weight does that.",
     ),
     Difference(
+        r"test_merge_layers\[LoReFT on mlp.*(Llama|qwen2|Gemma3)|"
+        r"trainable_tokens.*test_disable_adapters_with_merging\[LoReFT",
+        REFUSED + "a Linear without a bias would get one",
+        "merge_adapter makes no bias that the base lacks: who reads the weights by the base's names would drop it.",
+    ),
+    Difference(
         r"feature_extraction_models.*test_merge_layers\w*\[LoReFT on mlp",
         REFUSED + r".* adds the residual stream",
         "BERT's and DeBERTa's MLP adds the residual stream inside: the edited output is no linear map's.",
@@ -45,7 +51,7 @@ DIFFERENCES = [
         "Adapters are written and read as safetensors only.",
     ),
     Difference(
-        r"test_parameters_after_loading_model\[.*LoReFT",
+        r"test_parameters_after_loading_model\[(Vanilla|MHA).*LoReFT",
         "AssertionError",
         "R is saved as it computes, orthonormal; the parameter that is trained behind it is another matrix.",
     ),
@@ -58,11 +64,6 @@ DIFFERENCES = [
         r"test_set_(adapter_non_overlapping_modules|adapter_non_overlapping_modules_to_save|requires_grad)\[LoReFT",
         "'Linear' object has no attribute '(active_adapters|adapter_layer_names)'",
         "The layer is a child of the module, which keeps its class and its name, and not around it.",
-    ),
-    Difference(
-        r"test_save_pretrained_targeting_lora_to_embedding_layer\[LoReFT-(auto|True)",
-        "AssertionError",
-        "An embedding whose output is edited keeps its name: the test looks for `base_layer` in it.",
     ),
     Difference(
         r"test_default_target_modules_\w*\[LoReFT",
@@ -80,14 +81,29 @@ DIFFERENCES = [
         "The test has a table of prefixes, of two methods.",
     ),
     Difference(
-        r"TestMultipleActiveAdapters.*\[LoReFT \+ trainable tokens|"
+        r"test_(merge_layers_multi|multiple_active_adapters_\w+)\[LoReFT \+ trainable tokens|"
         r"test_mixed_adapter_batches_unsupported_layer_raises\[LoReFT",
         "LoReFT (edits tokens|was given positions for a batch of)",
         "Those networks edit (batch, d), or flatten the tokens before the layer: there are no tokens to edit.",
     ),
     Difference(
         r"test_mixed_adapter_batches_mha_raises\[LoReFT",
-        "DID NOT RAISE",
+        "DID NOT RAISE|assert False",  # it expects a refusal; where rounding is kind, there is none
         "LoReFT edits the output of nn.MultiheadAttention, so rows may have adapters of their own.",
+    ),
+    Difference(
+        r"test_decoder_models.*gradient_checkpointing\[(True|False)-LoReFT( untied)?( with tokens)?-",
+        "LoReFT cannot tell where the prompts end",
+        "In training, without labels, marks or positions, the ends of prompts are not guessed.",
+    ),
+    Difference(
+        r"test_weighted_combination_of_adapters\[LoReFT(?!.* with tokens)",
+        "combination_type='ties_svd' is an approximation",
+        "Sums are exact or refused; LoRA's approximations of sums are not offered.",
+    ),
+    Difference(
+        r"test_weighted_combination_of_adapters\[LoReFT.* with tokens",
+        "trainable_token_indices=.*, which cannot be added up",
+        "Trained tokens replace rows of the embeddings and are no sums; LoRA leaves them out.",
     ),
 ]

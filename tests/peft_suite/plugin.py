@@ -17,9 +17,7 @@ from differences import DIFFERENCES
 from peft.utils import save_and_load
 from stand_ins import STAND_INS
 
-import peft_reft
 from peft_reft import LoreftConfig
-
 
 # Downloads into a folder of its own.
 ONLINE = {"test_from_pretrained_cache_dir"}
@@ -30,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     sys.path.insert(0, str(config.rootpath))
     from tests import testing_utils
 
-    # Both go online: for each model's first use, and to see whether a base model is on the Hub when an adapter is saved.
+    # Both go online: for each model's first use, and to see whether a base model is on the Hub when it is saved.
     testing_utils.hub_online_once = _offline
     save_and_load.check_file_exists_on_hf_hub = lambda repo, *args, **kwargs: repo in STAND_INS
 

@@ -1,8 +1,8 @@
 """Tiny models, with random weights, under the names of the Hub models that PEFT's tests load.
 
-They are written as the Hub's own cache lays its files out, so that `from_pretrained("org/name")` finds them offline, with
-the name that the tests expect in configs and model cards. Sizes follow the originals where a test depends on them: two
-layers or more, no size that rank 8 does not divide into, one token id that no input has.
+They are written as the Hub's own cache lays its files out, so that `from_pretrained("org/name")` finds them offline,
+with the name that the tests expect in configs and model cards. Sizes are those that the tests need: two layers, wide
+enough for LoRA's ranks.
 """
 
 from __future__ import annotations
