@@ -208,7 +208,9 @@ class LoreftModel(BaseTuner):
         task = self.peft_config[adapter_name].task_type
         base: Any = getattr(model, "_orig_mod", model)
         can_generate = hasattr(base, "can_generate") and base.can_generate() and not base.config.is_encoder_decoder
-        self._attachment = attach(base, task == TaskType.CAUSAL_LM or (task is None and can_generate))
+        has_answers = task == TaskType.CAUSAL_LM or (task is None and can_generate)
+        self.peft_config[adapter_name].has_answers = has_answers
+        self._attachment = attach(base, has_answers)
         below = f".{CHILD}.{self.prefix}"
         self._checkpoint: set[str] = set()
         if self.peft_config[adapter_name].tie == "model":
@@ -295,9 +297,12 @@ class LoreftModel(BaseTuner):
             yield
             return
         if self.training:
-            raise ValueError("adapter_names chooses adapters row by row, which works in inference mode only.")
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         if unknown := sorted({*adapter_names} - {*self.peft_config, "__base__"}):
-            raise ValueError(f"adapter_names has {unknown}; there are {sorted(self.peft_config)} and '__base__'.")
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. adapter_names may have "
+                f"{', '.join(sorted(self.peft_config))} and '__base__'."
+            )
         attachment = getattr(self.model, "_orig_mod", self.model).__dict__[ATTRIBUTE]
         with naming_rows(attachment, adapter_names), hand_adapter_names(self.model, adapter_names):
             yield

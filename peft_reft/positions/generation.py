@@ -103,7 +103,7 @@ class Generation:
         assert self.real is not None
         prompt = self.real.shape[1]
         if not prompt <= length <= ids.shape[1] or ids.shape[0] != self.real.shape[0] or self.explicit is not None:
-            return CacheMemory(length=length, certain=False)
+            return CacheMemory.unknown(length)
         memory = CacheMemory()
         edited = {}
         for name, wanted in self.used.items():

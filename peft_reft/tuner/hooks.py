@@ -224,8 +224,10 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         of_decoder = step or _read_decoder(given, training)
         begin(attachment.decoder, of_decoder, model, subspaces).recomputes = recomputes
         step = None
-    source = step or _read(attachment, given, positions, training)
-    begin(attachment, source, model, subspaces).recomputes = recomputes
+    past, memory = (0, None) if step else _past(attachment, given)
+    source = step or _read(attachment, given, positions, training, past, memory)
+    forward = begin(attachment, source, model, subspaces)
+    forward.recomputes, forward.past, forward.memory = recomputes, past, memory
     if training and attachment.first_batch is not None and can_be_read(source_tokens(given)):
         attachment.first_batch({**given, POSITIONS: positions})
     return args, kwargs
@@ -251,12 +253,28 @@ def _before_part(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         return args, kwargs
     training = part.training and torch.is_grad_enabled()
     recomputes = _wrap_checkpoint_functions(part) if training else False
-    source = _read(attachment, given, positions, training)
-    begin(attachment, source, part, subspaces).recomputes = recomputes
+    past, memory = _past(attachment, given)
+    source = _read(attachment, given, positions, training, past, memory)
+    forward = begin(attachment, source, part, subspaces)
+    forward.recomputes, forward.past, forward.memory = recomputes, past, memory
     return args, kwargs
 
 
-def _read(attachment: Attachment, given: dict[str, Any], positions: Any, training: bool) -> Source:
+def _past(attachment: Attachment, given: dict[str, Any]) -> tuple[int | None, CacheMemory | None]:
+    """How many columns the cache holds that a forward was given, and what is known of them."""
+    cache = _cache(given) if attachment.has_answers else None
+    past = 0 if cache is None else _filled(cache)
+    return past, _memory(cache, past) if past != 0 else None
+
+
+def _read(
+    attachment: Attachment,
+    given: dict[str, Any],
+    positions: Any,
+    training: bool,
+    past: int | None = 0,
+    memory: CacheMemory | None = None,
+) -> Source:
     """Where the positions of a forward come from that is no step of `generate`."""
     if "write_index" in given:  # which only transformers' paged attention is given
         raise ValueError(CONTINUOUS_BATCHING)
@@ -267,15 +285,14 @@ def _read(attachment: Attachment, given: dict[str, Any], positions: Any, trainin
     if positions is not None:
         return Given(check_positions(positions, shape).to(tokens.device), shape)
     has_answers = attachment.has_answers
-    cache = _cache(given)
-    if has_answers and cache is not None and (past := _filled(cache)) != 0:
+    if past != 0:
         ids = given.get("input_ids")
         return Continued(
             tokens=tokens,
             ids=ids if is_matrix(ids, shape) else None,
             attention_mask=given.get("attention_mask"),
             past=past,
-            memory=_memory(cache, past),
+            memory=memory,
             training=training,
             prompt_lengths=Batch.read({}, tokens, has_answers).prompt_lengths,
         )
@@ -313,7 +330,7 @@ def _memory(cache: Any, past: int | None) -> CacheMemory | None:
     memory = memory_of(cache)
     if memory is None or past is None:
         return memory
-    return memory.cut(past) if memory.length >= past else CacheMemory(length=past, certain=False)
+    return memory.cut(past) if memory.length >= past else CacheMemory.unknown(past)
 
 
 def _read_decoder(given: dict[str, Any], training: bool) -> Source:
@@ -379,8 +396,7 @@ def _note_cache(forward: Forward, attachment: Attachment, given: dict[str, Any],
     if cache is None or isinstance(source, Unread) or source.shape == (0, 0):
         return
     seq = source.shape[1]
-    past = source.past if isinstance(source, Continued) else 0
-    memory = source.memory if isinstance(source, Continued) else CacheMemory()
+    past, memory = forward.past, forward.memory
     if past is None or (memory is None and past):
         return
     memory = memory or CacheMemory()
@@ -393,7 +409,7 @@ def _note_cache(forward: Forward, attachment: Attachment, given: dict[str, Any],
         raise ValueError(wrong_cache(others[0], Wanted((), None), "edits that this document does not have"))
     rows = next((piece[0].bits.shape[0] for piece in memory.edited.values()), source.shape[0])
     if rows != source.shape[0]:
-        memory = CacheMemory(length=past, certain=False)
+        memory = CacheMemory.unknown(past)
     ids = given.get("input_ids")
     answer_from = source.answer_from if isinstance(source, Continued) else None
     memory.add(ids if is_matrix(ids, source.shape) else None, seq, edited, answer_from)
@@ -448,7 +464,7 @@ def _note_generated(generation: Generation, kwargs: dict[str, Any], output: Any)
     if generation.offset and generation.ids is not None:  # only what is new was given
         sequences = torch.cat([generation.ids[:, : generation.offset].to(sequences.device), sequences], 1)
     moved = getattr(output, "beam_indices", None) is not None
-    memory = CacheMemory(length=length, certain=False) if moved else generation.remember(sequences, length)
+    memory = CacheMemory.unknown(length) if moved else generation.remember(sequences, length)
     set_memory(cache, memory)
 
 
