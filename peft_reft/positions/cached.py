@@ -46,8 +46,9 @@ class Continued:
     def slots(self, wanted: Wanted) -> Tensor | None:
         (batch, seq), past, memory = self.shape, self.past, self.memory
         known = memory.all_ids() if memory is not None else None
-        if known is not None and known.shape[0] != batch:
-            known = None
+        if known is not None and known.shape[0] != batch:  # `cache.batch_repeat_interleave`, to try several answers
+            times, rest = divmod(batch, known.shape[0])
+            known = None if rest else known.repeat_interleave(times, 0)
         has_marks = wanted.marks is not None and wanted.marks.response and known is not None and self.ids is not None
         decodes = seq == 1 and self.prompt_lengths is None and not has_marks
         if decodes and not (wanted.everything or "g" in wanted.kinds):
@@ -151,6 +152,8 @@ def compare(adapter: str, wanted: Wanted, slots: Tensor, real: Tensor, memory: C
             held = (held != 0).long() << 62
     else:
         held = torch.zeros_like(needed)
+    if wanted.everything:  # whether as prompt or as answer
+        needed, held = (needed != 0).long(), (held != 0).long()
     counts = real[:, : memory.length].long() * -1  # all bits of a real token
     missing, too_many = needed & ~held & counts, held & ~needed & counts
     lacking = {number for number in range(len(wanted.layout)) if bool(((missing >> number) & 1).any())}

@@ -436,9 +436,7 @@ def _note_cache(forward: Forward, attachment: Attachment, given: dict[str, Any],
             edited[name] = slots, wanted.layout
     if others := [name for name in memory.edited if name not in forward.asked and bool(memory.bits(name, past).any())]:
         raise ValueError(wrong_cache(others[0], Wanted((), None), "edits that this document does not have"))
-    rows = next((piece[0].bits.shape[0] for piece in memory.edited.values()), source.shape[0])
-    if rows != source.shape[0]:
-        memory = CacheMemory.unknown(past)
+    memory = memory.of_rows(source.shape[0])
     ids = given.get("input_ids")
     answer_from = source.answer_from if isinstance(source, Continued) else None
     memory.add(ids if is_matrix(ids, source.shape) else None, seq, edited, answer_from)
