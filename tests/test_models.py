@@ -6,6 +6,7 @@ from conftest import CAUSAL, HIDDEN, LAYERS, SEQ_CLS, VOCAB, build, randomise
 from peft import TaskType, get_peft_model
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
+from transformers.pytorch_utils import Conv1D
 
 from peft_reft import LoreftConfig
 from peft_reft.edits import rotation
@@ -275,6 +276,31 @@ def test_no_blocks_found_lists_the_candidates():
 
     message = error(Odd(), task_type=None)
     assert "stages (5 x Linear)" in message and "target_modules" in message
+
+
+class Attending(nn.Module):
+    """A network of one's own, without a config that says sizes: (batch, seq) of ids to (batch, seq, 3)."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(VOCAB, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.inner = Conv1D(3, 8)
+
+    def forward(self, ids):
+        x = self.table(ids)
+        return self.inner(self.attention(x, x, x)[0].contiguous())
+
+
+@pytest.mark.parametrize("name, d", [("table", 8), ("attention", 8), ("inner", 3)])
+def test_modules_that_say_the_size_of_their_output_need_no_config(name, d):
+    network, ids = Attending(), torch.randint(0, VOCAB, (2, 5))
+    before = network(ids)
+    config = LoreftConfig(target_modules=[name], positions="all", r=d, init_weights=False)
+    model = get_peft_model(network, config)
+    assert {p.shape[-1] for n, p in model.named_parameters() if n.endswith("default.W")} == {d}
+    changed = (model(ids) - before).abs().amax(-1)
+    assert changed.shape == (2, 5) and (changed > 1e-6).all()
 
 
 def test_targets_that_match_nothing():

@@ -213,7 +213,11 @@ def _forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if forward is None or forward.entered or type(forward.module) is not type(model):
         return model(*args, **kwargs)
     forward.entered = True
-    return _original(forward.module, "forward")(*args, **kwargs)  # of a replica, if `nn.DataParallel` runs one
+    try:
+        return _original(forward.module, "forward")(*args, **kwargs)  # of a replica, if `nn.DataParallel` runs one
+    except BaseException:  # Ctrl-C too, for which torch calls no hooks
+        end(forward.module)
+        raise
 
 
 def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -309,7 +313,7 @@ def _read(
     batch = Batch.read(given, tokens, has_answers)
     if not torch.is_grad_enabled() and can_be_read(tokens):  # evaluation, which may ask once more for the logits
         remember(batch)
-    if generation is None or not has_answers:
+    if generation is None or not has_answers or batch.says_where_prompts_end:
         return FromBatch(batch, has_answers, training)
     # A forward that somebody makes beside `generate`, such as that of classifier-free guidance.
     if generation.beside is None:
@@ -509,15 +513,31 @@ def _prepare_inputs(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         whole = args[0] if args else kwargs.get("decoder_input_ids", tokens)
         start = whole.shape[1] - seq
     else:
-        mask = kwargs.get("attention_mask")
-        whole = args[0] if args else kwargs.get("input_ids", tokens)
-        columns = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else whole.shape[1]
-        # XLM puts a token behind the row, of which the mask does not know.
-        start = max(0, generation.offset + columns - seq)
+        start = _start(generation, args[0] if args else kwargs.get("input_ids", tokens), seq, kwargs)
     inputs[_STEP] = GenerateStep(generation, start, (tokens.shape[0], seq))
     if generation.subspaces is not None:
         inputs[SUBSPACES] = generation.subspaces
     return inputs
+
+
+def _start(generation: Generation, ids: Tensor, seq: int, kwargs: dict[str, Any]) -> int:
+    """Column of the document at which a step of `seq` tokens begins.
+
+    Args:
+        generation: the call of `generate`.
+        ids: (rows, n) int64: what has been given and written so far; of a prompt that is fed in chunks the chunk alone.
+        seq: number of the step's tokens, the last of them.
+        kwargs: of `prepare_inputs_for_generation`.
+    """
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        # XLM puts a token behind the row, of which the mask does not know.
+        return max(0, mask.shape[1] - seq + (0 if generation.has_mask else generation.offset))
+    # transformers drops a mask of ones.
+    if ids.shape[1] > seq:
+        return generation.offset + ids.shape[1] - seq
+    cache = _cache(kwargs)
+    return 0 if cache is None else _filled(cache) or 0
 
 
 def _note_prompts(
@@ -541,7 +561,7 @@ def _note_prompts(
     length = real.shape[1]
     if explicit is not None:
         explicit = check_positions(explicit, (real.shape[0], length))
-    offset = 0 if tokens is None or mask is not None else length - tokens.shape[1]
+    offset = 0 if tokens is None else length - tokens.shape[1]
     known = None
     if ids is not None and ids.ndim == 2:
         known = F.pad(ids, (length - ids.shape[1], 0), value=-1)
@@ -556,7 +576,14 @@ def _note_prompts(
                 )
     # Not `model.device`, which is "meta" where weights are offloaded.
     return Generation(
-        real=real, ids=known, explicit=explicit, past=past, offset=offset, memory=memory, subspaces=subspaces
+        real=real,
+        ids=known,
+        explicit=explicit,
+        past=past,
+        offset=offset,
+        has_mask=mask is not None,
+        memory=memory,
+        subspaces=subspaces,
     )
 
 
