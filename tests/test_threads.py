@@ -186,7 +186,6 @@ def test_two_models_in_one_thread():
     alike(judged, [verdict] * 6)
 
 
-# FAILS: labels of a longer forward are dropped.
 def test_one_model_inside_itself():
     """`generate`, and a forward with labels, between two steps of `generate`."""
     model, inner, losses = adapted(), [], []
@@ -224,7 +223,6 @@ class Fails:
 
 @pytest.mark.parametrize("place", ["first block", "last block", "head", "part"])
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=["error", "interrupt"])
-# FAILS for interrupts: a part of the model, called by itself, takes its place in the forward that was interrupted.
 def test_a_forward_that_fails_leaves_nothing_behind(error, place):
     model = adapted()
     base = model.get_base_model()
@@ -260,7 +258,6 @@ def test_a_forward_that_fails_leaves_nothing_behind(error, place):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=["error", "interrupt"])
-# FAILS for interrupts.
 def test_a_part_by_itself_after_a_failure_is_outside_of_any_forward(error):
     """A block is told no positions by a forward that is over."""
     model = adapted()
