@@ -5,7 +5,7 @@
 lm-eval's own `hf` model scores a choice by a forward of prompt and choice in one row without a mask. That is right for
 chats (`--apply_chat_template`) if the adapter knows the headers of its chat template. For plain text it is not: the
 last tokens of the "prompt" would be those of the choice, or padding. `loreft` is that model, and says which tokens the
-prompt has. For tasks that generate (`generate_until`) and for `positions` with prefixes alone (f5), both are the same.
+prompt has. For tasks that generate (`generate_until`), and for prefixes alone (f5), the two are the same.
 """
 
 from typing import Any

@@ -22,6 +22,20 @@ COMPONENT_NAMES: dict[str, tuple[str, ...]] = {
 # Parts of multimodal models that do not read text.
 _NOT_TEXT = ("vision", "visual", "audio", "image")
 
+# Models, by class or by `model_type`, whose hidden states are not the rows of tokens that their inputs are.
+_NO_ROWS_OF_TOKENS = {
+    "blt": "its blocks read patches of several bytes, and the inputs do not show how many bytes a patch has",
+    "cpmant": "it puts prompt tokens of its own before the text, which its inputs do not show",
+    "ProphetNetForCausalLM": "its blocks return several hidden states of each token, one a token to predict",
+    "fsmt": "its hidden states are of shape (seq, batch, d)",
+    "git": "it puts the image before the text, which its inputs do not show",
+    "reformer": "its blocks are reversible: each returns two halves of a hidden state",
+    "xlnet": "its hidden states are of shape (seq, batch, d)",
+}
+
+# Sizes in a config that say how many hidden states a block has of each token, if it has more than one.
+_STREAMS = ("hc_mult", "hc_count", "altup_num_inputs")
+
 _SIZE_NAMES = ("hidden_size", "d_model", "n_embd", "dim")
 
 
@@ -52,11 +66,41 @@ def find_targets(model: nn.Module, component: str) -> list[Target]:
     return targets
 
 
+def check_tokens(model: nn.Module) -> None:
+    """Raise ValueError if the hidden states of `model` are not those of its input's tokens, (batch, seq, d)."""
+    names = type(model).__name__, getattr(getattr(model, "config", None), "model_type", "")
+    reason = next((_NO_ROWS_OF_TOKENS[name] for name in names if name in _NO_ROWS_OF_TOKENS), None)
+    if reason is not None:
+        raise ValueError(
+            f"LoReFT cannot edit {type(model).__name__}: {reason}. It edits hidden states of shape (batch, seq, d), "
+            "one for each token of the input."
+        )
+
+
+def check_streams(model: nn.Module, targets: list[Target]) -> None:
+    """Raise ValueError if a target is a block that returns several hidden states of each token."""
+    config = _text_config(model)
+    for name in _STREAMS:
+        streams = getattr(config, name, None)
+        for target in targets:
+            is_block = target.name.rpartition(".")[2].isdigit()
+            if is_block and isinstance(streams, int) and streams > 1:
+                raise ValueError(
+                    f"LoReFT cannot edit {target.name} of {type(model).__name__}: its blocks return {streams} hidden "
+                    f"states of each token ({name}={streams} in the model's config), of which none alone is the "
+                    "residual stream. Use component='attention' or 'mlp', or name such modules with `target_modules`."
+                )
+
+
+# Of nn.Linear, nn.Embedding, transformers' Conv1D (GPT-2), nn.MultiheadAttention.
+SIZE_OF_OUTPUT = ("out_features", "embedding_dim", "nf", "embed_dim")
+
+
 def output_size(model: nn.Module, name: str) -> int:
-    """Size of the last dimension of what module `name` returns: what a linear map says, else the hidden size."""
+    """Size of the last dimension of what module `name` returns: what it says itself, else the hidden size."""
     module = model.get_submodule(name)
-    own = getattr(module, "out_features", getattr(module, "nf", None))  # `nf`: GPT-2's linear maps
-    return own if isinstance(own, int) else _hidden_size(model, _text_config(model))
+    own = (getattr(module, attribute, None) for attribute in SIZE_OF_OUTPUT)
+    return next((size for size in own if isinstance(size, int)), None) or _hidden_size(model, _text_config(model))
 
 
 def skeleton(config: Any) -> nn.Module:
@@ -103,6 +147,8 @@ def _block_list(model: nn.Module, config: Any) -> str:
         name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) if len(module)
     }
     n_layers = getattr(config, "num_hidden_layers", None)
+    if all(len(module) != n_layers for module in lists.values()):  # LongCat counts the two halves of its blocks
+        n_layers = getattr(config, "num_layers", n_layers)
     candidates = [name for name, module in lists.items() if len(module) == n_layers]
     # A list inside one of these (the experts of a block) is part of a block, not a list of blocks.
     candidates = [c for c in candidates if not any(c.startswith(f"{other}.") for other in candidates)]

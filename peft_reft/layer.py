@@ -364,6 +364,10 @@ def _edit_output(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 
     On the meta device there are shapes alone, which no edit changes; positions could not be read there.
     """
-    if getattr(output[0] if isinstance(output, tuple) else output, "is_meta", False):
+    given = tuple(output) if isinstance(output, list) else output  # GPT's first version returns a list
+    if getattr(given[0] if isinstance(given, tuple) else given, "is_meta", False):
         return output
-    return getattr(block, CHILD)(output, args)
+    edited = getattr(block, CHILD)(given, args)
+    if edited is given:
+        return output
+    return list(edited) if isinstance(output, list) else edited

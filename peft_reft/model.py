@@ -23,7 +23,15 @@ from peft.tuners.tuners_utils import (
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .architectures import Target, find_targets, modules_of_decoder, modules_of_encoder, output_size
+from .architectures import (
+    Target,
+    check_streams,
+    check_tokens,
+    find_targets,
+    modules_of_decoder,
+    modules_of_encoder,
+    output_size,
+)
 from .composition import check_combination, fill_weighted, weighted_config
 from .config import LoreftConfig
 from .conflicts import refuse_conflicts
@@ -97,7 +105,9 @@ class LoreftModel(BaseTuner):
         if isinstance(peft_config.target_modules, str):
             self._write_out_shorthand(peft_config, read)
         self._probe = copy.copy(peft_config)
+        check_tokens(self.model)
         targets = self._find_targets(peft_config)
+        check_streams(self.model, targets)
         if peft_config.target_modules is None:
             self._probe.target_modules = {target.name for target in targets}
         outside = [target.name for target in targets if read is not None and not self._is_in(target.name, read)]
@@ -126,8 +136,8 @@ class LoreftModel(BaseTuner):
             raise ValueError(f"tie='model' needs one hidden size, but the targets have {sorted(sizes)}.")
         self._shared: Intervention | None = None
         names = [name for name in self._targets if self._check_target_module_exists(peft_config, name)]
-        layers = [name for name, module in self.model.named_modules() if isinstance(module, LoreftLayer)]
-        refuse_conflicts(self.model, peft_config, names, [name.removesuffix(f".{CHILD}") for name in layers])
+        layers = [name for name, module in self._base.named_modules() if isinstance(module, LoreftLayer)]
+        refuse_conflicts(self._base, peft_config, names, [name.removesuffix(f".{CHILD}") for name in layers])
         return peft_config
 
     def _write_out_shorthand(self, peft_config: LoreftConfig, read: set[int] | None) -> None:

@@ -65,6 +65,11 @@ class CacheMemory:
         if self.answer_from is None:
             self.answer_from = answer_from
 
+    def copy(self) -> CacheMemory:
+        """One to add to while this one stays."""
+        edited = {name: list(pieces) for name, pieces in self.edited.items()}
+        return CacheMemory(list(self.ids), self.length, self.answer_from, edited, self.certain)
+
     def cut(self, length: int) -> CacheMemory:
         """The first `length` columns: a cache may have been cropped since."""
         if length == self.length:
@@ -100,13 +105,21 @@ class CacheMemory:
 
 def memory_of(cache: Any) -> CacheMemory | None:
     """What is known of a cache, or None."""
-    return getattr(cache, _ATTRIBUTE, None)
+    return getattr(_carrier(cache), _ATTRIBUTE, None)
 
 
 def set_memory(cache: Any, memory: CacheMemory) -> None:
-    """Have a cache carry `memory`, if it can carry attributes (a tuple cannot)."""
-    if hasattr(cache, "__dict__"):
-        setattr(cache, _ATTRIBUTE, memory)
+    """Have a cache carry `memory`, if it can."""
+    carrier = _carrier(cache)
+    if carrier is not None:
+        setattr(carrier, _ATTRIBUTE, memory)
+
+
+def _carrier(cache: Any) -> Any:
+    """What can carry an attribute: the cache, or the first tensor of a list or tuple of them (RWKV's state)."""
+    if isinstance(cache, list | tuple):
+        return next((carrier for part in cache if (carrier := _carrier(part)) is not None), None)
+    return cache if hasattr(cache, "__dict__") else None
 
 
 def joined_mask(mask: Any, shape: tuple[int, int], past: int, device: torch.device) -> Tensor:

@@ -52,6 +52,12 @@ _CACHES = ("past_key_values", "cache_params", "state")
 _STEP = "_peft_reft_step"
 """Key by which the wrapped `generate` hands each forward its step."""
 
+LOST_CACHE = (
+    "A forward beside `generate`, such as that of `guidance_scale`, was given a mask of more tokens than ids, and no "
+    "cache that holds the others: transformers hands on a cache named `past_key_values` alone, so this model has lost "
+    "what came before (with LoReFT or without). Pass use_cache=False to `generate`."
+)
+
 logger = logging.getLogger(__name__)
 
 
@@ -207,7 +213,11 @@ def _forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if forward is None or forward.entered or type(forward.module) is not type(model):
         return model(*args, **kwargs)
     forward.entered = True
-    return _original(forward.module, "forward")(*args, **kwargs)  # of a replica, if `nn.DataParallel` runs one
+    try:
+        return _original(forward.module, "forward")(*args, **kwargs)  # of a replica, if `nn.DataParallel` runs one
+    except BaseException:  # Ctrl-C too, for which torch calls no hooks
+        end(forward.module)
+        raise
 
 
 def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -296,11 +306,14 @@ def _read(
             training=training,
             prompt_lengths=Batch.read({}, tokens, has_answers).prompt_lengths,
         )
-    batch = Batch.read(given, tokens, has_answers)
-    if can_be_read(tokens):
-        remember(batch)
     generation = current_generation(attachment)
-    if generation is None or not has_answers:
+    mask = given.get("attention_mask")
+    if generation is not None and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > shape[1]:
+        raise ValueError(LOST_CACHE)
+    batch = Batch.read(given, tokens, has_answers)
+    if not torch.is_grad_enabled() and can_be_read(tokens):  # evaluation, which may ask once more for the logits
+        remember(batch)
+    if generation is None or not has_answers or batch.says_where_prompts_end:
         return FromBatch(batch, has_answers, training)
     # A forward that somebody makes beside `generate`, such as that of classifier-free guidance.
     if generation.beside is None:
@@ -316,11 +329,24 @@ def _cache(given: dict[str, Any]) -> Any:
 
 def _filled(cache: Any) -> int | None:
     """How many tokens a cache holds; None if it holds some and does not say how many."""
-    if hasattr(cache, "get_seq_length"):
-        return int(cache.get_seq_length())
-    if (memory := memory_of(cache)) is not None:
+    length = _counted(cache)
+    if length is None and (memory := memory_of(cache)) is not None:
         return memory.length
-    if hasattr(cache, "has_previous_state"):  # Mamba's
+    return length
+
+
+def _counted(cache: Any) -> int | None:
+    """How many tokens a cache counts; None if it holds some and counts none."""
+    if hasattr(cache, "get_seq_length"):
+        try:
+            length = int(cache.get_seq_length())
+        except ValueError:  # without a layer of attention, as Mamba's
+            pass
+        else:
+            # The first layer may keep its state elsewhere, as MiniMax's does.
+            others = (layer for layer in getattr(cache, "layers", ()) if hasattr(layer, "get_seq_length"))
+            return length or max((int(layer.get_seq_length()) for layer in others), default=0)
+    if hasattr(cache, "has_previous_state"):
         state = cache.has_previous_state
         return None if (state() if callable(state) else state) else 0
     return None
@@ -391,7 +417,8 @@ def _note_cache(forward: Forward, attachment: Attachment, given: dict[str, Any],
     """Have the cache that a forward outside `generate` leaves know what it holds."""
     if forward.generation is not None or (torch.is_grad_enabled() and forward.module.training):
         return
-    cache = _cache(given) if _cache(given) is not None else _cache_of(output)
+    given_cache, left = _cache(given), _cache_of(output)
+    cache = left if left is not None else given_cache
     source = forward.source
     if cache is None or isinstance(source, Unread) or source.shape == (0, 0):
         return
@@ -400,6 +427,8 @@ def _note_cache(forward: Forward, attachment: Attachment, given: dict[str, Any],
     if past is None or (memory is None and past):
         return
     memory = memory or CacheMemory()
+    if cache is not given_cache:  # another forward may go on from the given one, too
+        memory = memory.copy()
     edited = {}
     for name, wanted in forward.asked.items():
         slots = forward.slots(wanted)
@@ -454,15 +483,15 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _note_generated(generation: Generation, kwargs: dict[str, Any], output: Any) -> None:
     """Have the cache that `generate` leaves know what it holds."""
-    given = kwargs.get("past_key_values")
+    given = _cache(kwargs)
     cache = given if given is not None else getattr(output, "past_key_values", None)
     if cache is None:
         return
-    length, sequences = _filled(cache), getattr(output, "sequences", output)
-    if length is None:
-        return
+    length, sequences = _counted(cache), getattr(output, "sequences", output)
     if generation.offset and generation.ids is not None:  # only what is new was given
         sequences = torch.cat([generation.ids[:, : generation.offset].to(sequences.device), sequences], 1)
+    if length is None:  # the last token has not been fed to it
+        length = sequences.shape[1] - 1
     moved = getattr(output, "beam_indices", None) is not None
     memory = CacheMemory.unknown(length) if moved else generation.remember(sequences, length)
     set_memory(cache, memory)
@@ -484,14 +513,31 @@ def _prepare_inputs(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         whole = args[0] if args else kwargs.get("decoder_input_ids", tokens)
         start = whole.shape[1] - seq
     else:
-        mask = kwargs.get("attention_mask")
-        whole = args[0] if args else kwargs.get("input_ids", tokens)
-        columns = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else whole.shape[1]
-        start = generation.offset + columns - seq
+        start = _start(generation, args[0] if args else kwargs.get("input_ids", tokens), seq, kwargs)
     inputs[_STEP] = GenerateStep(generation, start, (tokens.shape[0], seq))
     if generation.subspaces is not None:
         inputs[SUBSPACES] = generation.subspaces
     return inputs
+
+
+def _start(generation: Generation, ids: Tensor, seq: int, kwargs: dict[str, Any]) -> int:
+    """Column of the document at which a step of `seq` tokens begins.
+
+    Args:
+        generation: the call of `generate`.
+        ids: (rows, n) int64: what has been given and written so far; of a prompt that is fed in chunks the chunk alone.
+        seq: number of the step's tokens, the last of them.
+        kwargs: of `prepare_inputs_for_generation`.
+    """
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        # XLM puts a token behind the row, of which the mask does not know.
+        return max(0, mask.shape[1] - seq + (0 if generation.has_mask else generation.offset))
+    # transformers drops a mask of ones.
+    if ids.shape[1] > seq:
+        return generation.offset + ids.shape[1] - seq
+    cache = _cache(kwargs)
+    return 0 if cache is None else _filled(cache) or 0
 
 
 def _note_prompts(
@@ -500,7 +546,7 @@ def _note_prompts(
     names = ("inputs_embeds", "input_ids", "inputs")
     tokens = next((t for name in names if (t := kwargs.get(name)) is not None), args[0] if args else None)
     ids = next((t for name in names[1:] if (t := kwargs.get(name)) is not None), args[0] if args else None)
-    cache = kwargs.get("past_key_values")
+    cache = _cache(kwargs)
     past = 0 if cache is None else _filled(cache) or 0
     memory = None if not past else _memory(cache, past)
     mask = kwargs.get("attention_mask")
@@ -515,7 +561,7 @@ def _note_prompts(
     length = real.shape[1]
     if explicit is not None:
         explicit = check_positions(explicit, (real.shape[0], length))
-    offset = 0 if tokens is None or mask is not None else length - tokens.shape[1]
+    offset = 0 if tokens is None else length - tokens.shape[1]
     known = None
     if ids is not None and ids.ndim == 2:
         known = F.pad(ids, (length - ids.shape[1], 0), value=-1)
@@ -530,7 +576,14 @@ def _note_prompts(
                 )
     # Not `model.device`, which is "meta" where weights are offloaded.
     return Generation(
-        real=real, ids=known, explicit=explicit, past=past, offset=offset, memory=memory, subspaces=subspaces
+        real=real,
+        ids=known,
+        explicit=explicit,
+        past=past,
+        offset=offset,
+        has_mask=mask is not None,
+        memory=memory,
+        subspaces=subspaces,
     )
 
 

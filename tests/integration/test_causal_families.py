@@ -1,0 +1,315 @@
+"""Every causal language model of transformers: right in `generate` and in a loop of one's own, or refused.
+
+Right means: the logits of every step are those of one forward over prompt and answer, whose labels leave the prompt
+out. The names of families are those of transformers' `AutoModelForCausalLM`, so that a new one is tried by itself.
+"""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from conftest import randomise
+from peft import get_peft_model
+from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from peft_reft import LoreftConfig
+
+from .causal_families import NAMES, NOT_BUILT, SPECIAL, build
+
+SPECS = ("f3+l2", "g2", "all")
+NEW = 4
+CACHES = ("past_key_values", "cache_params", "state")
+ANSWERS = torch.tensor([[5, 17, 33, 8], [9, 11, 12, 40]])
+
+QUICK = ("bloom", "gemma3_text", "gpt2", "jamba", "llama", "mamba", "minimax", "openai-gpt", "rwkv")
+"""Families that are tried by default; the others are slow together."""
+
+BATCH, ROW, NO_CACHE = "`generate`, padded on the left", "`generate`", "`generate(use_cache=False)`"
+EMPTY, MADE = "a loop that begins with an empty cache", "a loop that begins without a cache"
+
+CLOSE = 1e-3
+"""How close logits must be, in their standard deviations. What an edit changes is above 20 times that."""
+
+FROM_THE_LEFT = {BATCH: "positions count from the left edge, padding included"}
+OVER_PADDING = {BATCH: "the state runs over padding"}
+OWN_STATE = {EMPTY: "its state is made by the first forward"}
+WITHOUT = {EMPTY: "it has no cache", MADE: "it has no cache"}
+BASE_DIFFERS = {
+    **dict.fromkeys(["bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart"], FROM_THE_LEFT),
+    **dict.fromkeys(["mvp", "pegasus", "plbart", "trocr", "whisper"], FROM_THE_LEFT),
+    "bamba": dict.fromkeys([EMPTY, MADE], "without `position_ids` it counts positions wrongly behind its cache"),
+    "minimax": {EMPTY: "it takes a cache of its own class alone"} | OVER_PADDING,
+    "openai-gpt": WITHOUT,
+    "recurrent_gemma": dict.fromkeys([EMPTY, MADE], "it keeps its state in its blocks and returns no cache"),
+    "rwkv": OVER_PADDING | OWN_STATE,
+    "xlstm": OVER_PADDING | OWN_STATE,
+}
+"""Of each family, what the base model itself does not do, or not with the logits of one forward, and why."""
+
+STREAMS = "its blocks return {} hidden states of each token"
+REFUSED = {
+    "blt": "its blocks read patches of several bytes",
+    "cpmant": "it puts prompt tokens of its own before the text",
+    "deepseek_v4": STREAMS.format(4),
+    "gemma3n_text": STREAMS.format(4),
+    "git": "it puts the image before the text",
+    "hrm_text": "no list of modules has as many entries as the config has layers",
+    "hy_v4": STREAMS.format(4),
+    "prophetnet": "its blocks return several hidden states of each token",
+    "qwen4_exp": STREAMS.format(4),
+    "qwen4_exp_text": STREAMS.format(4),
+    "reformer": "its blocks are reversible",
+    "xlm": "more than one list of modules could be the blocks",
+    "xlnet": r"its hidden states are of shape \(seq, batch, d\)",
+}
+"""Of each family, a part of the error at injection."""
+
+
+def test_the_tables_name_families_of_transformers():
+    tables = {*NOT_BUILT, *SPECIAL, *BASE_DIFFERS, *REFUSED, *QUICK}
+    assert tables <= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+class NoCache(Exception):
+    """None came back."""
+
+
+def prompts():
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, 60, (length,), generator=generator) for length in (9, 6)]
+
+
+def base_of(model) -> PreTrainedModel:
+    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
+
+
+def takes(model, name):
+    return name in inspect.signature(type(base_of(model)).forward).parameters
+
+
+@torch.no_grad()
+def teacher_forced(model, prompt, answer, **kwargs):
+    """Logits of the answer's tokens in one forward over prompt and answer."""
+    ids = torch.cat([prompt, answer])[None]
+    labels = ids.clone()
+    labels[:, : len(prompt)] = -100
+    return model(input_ids=ids, labels=labels, **kwargs).logits[0, len(prompt) - 1 : -1]
+
+
+def of_generate(model, prompt, answer):
+    """`generate` gives positions and a mask, from which RoBERTa and its like do not find the same positions."""
+    length = len(prompt) + len(answer)
+    given = {"attention_mask": torch.ones(1, length, dtype=torch.long), "position_ids": torch.arange(length)[None]}
+    return teacher_forced(model, prompt, answer, **{name: each for name, each in given.items() if takes(model, name)})
+
+
+def generated(model, rows, **kwargs):
+    """Logits of `generate` and those of one forward, of each row."""
+    width = max(map(len, rows))
+    sides = [(width - len(row), 0) for row in rows]
+    output = model.generate(
+        input_ids=torch.stack([torch.nn.functional.pad(row, side) for row, side in zip(rows, sides)]),
+        attention_mask=torch.stack(
+            [torch.nn.functional.pad(torch.ones_like(r), side) for r, side in zip(rows, sides)]
+        ),
+        max_new_tokens=NEW,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **kwargs,
+    )
+    for row, logits, sequence in zip(rows, torch.stack(output.logits, 1), output.sequences):
+        yield logits, of_generate(model, row, sequence[-NEW:])
+
+
+def looped(model, empty):
+    """Logits of a loop of one's own and those of one forward, of each row."""
+    name = next((name for name in CACHES if takes(model, name)), None)
+    if name is None:
+        raise NoCache
+    for prompt, answer in zip(prompts(), ANSWERS):
+        given = {name: DynamicCache(config=base_of(model).config)} if empty else {}
+        yield run(model, prompt, answer, **given)[0], teacher_forced(model, prompt, answer)
+
+
+@torch.no_grad()
+def run(model, prompt, answer, **given):
+    """Logits of a loop that feeds the prompt, then one token at a time; and the cache that it leaves, by name."""
+    logits = []
+    for piece in [prompt, *answer[:-1, None]] if len(prompt) else answer[:, None]:
+        output = model(input_ids=piece[None], use_cache=True, **given)
+        given = {name: cache for name in CACHES if (cache := getattr(output, name, None)) is not None}
+        if not given:
+            raise NoCache
+        logits.append(output.logits[0, -1])
+    return torch.stack(logits), given
+
+
+WAYS = {
+    BATCH: lambda model: generated(model, prompts()),
+    ROW: lambda model: (pair for row in prompts() for pair in generated(model, [row])),
+    NO_CACHE: lambda model: (pair for row in prompts() for pair in generated(model, [row], use_cache=False)),
+    EMPTY: lambda model: looped(model, True),
+    MADE: lambda model: looped(model, False),
+}
+
+
+def difference(model, way):
+    """The largest difference of two logits, in standard deviations."""
+    return max(float((got - expected).abs().max() / expected.std()) for got, expected in WAYS[way](model))
+
+
+def is_right(model, way):
+    try:
+        return difference(model, way) < CLOSE
+    except (AttributeError, NoCache, StopIteration, TypeError, ValueError):  # as transformers' classes fail
+        return False
+
+
+def adapted(base, spec):
+    model = get_peft_model(base, LoreftConfig(task_type="CAUSAL_LM", r=4, positions=spec))
+    randomise(model)
+    return model.eval()
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers', when models are built
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow, id=name) for name in NAMES]
+)
+@pytest.mark.cell("Causal language models", "{name}")
+def test_family(name, record_property):
+    base = build(name)
+    if name in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[name]) as raised:
+            adapted(base, "f3+l2")
+        record_property("refused", str(raised.value))
+        return
+    differs = BASE_DIFFERS.get(name, {})
+    for way, reason in differs.items():
+        record_property("except", f"{way}: {reason}")
+        assert not is_right(base, way), f"{way} is right now, and need not be listed"
+    ways = [way for way in WAYS if way not in differs]
+    wrong = [way for way in ways if not is_right(base, way)]
+    assert not wrong, f"the base model differs in {wrong}"
+    plain = teacher_forced(base, prompts()[0], ANSWERS[0])
+    for spec in SPECS:
+        model = adapted(base, spec)
+        edit = (teacher_forced(model, prompts()[0], ANSWERS[0]) - plain).abs().max() / plain.std()
+        assert edit > 20 * CLOSE, "an edit too small to see"
+        wrong = {way: found for way in ways if not (found := difference(model, way)) < CLOSE}
+        assert not wrong, f"positions={spec!r}: {wrong}"
+        assert model.unload() is base
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("component", ["attention", "mlp"])
+@pytest.mark.parametrize("name", ["deepseek_v4", "gemma3n_text"])
+def test_inside_blocks_that_return_several_hidden_states(name, component):
+    base = build(name)
+    edited = {"attention": "self_attn", "mlp": "mlp"}[component]
+    with pytest.raises(
+        ValueError, match=r"layers\.0 of .* 4 hidden states of each token \(.*=4 in the model's config"
+    ):
+        get_peft_model(base, LoreftConfig(r=4, target_modules=["layers.0"]))
+    model = get_peft_model(base, LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f3+l2", component=component))
+    assert {name.split(".")[-2] for name, _ in model.named_modules() if name.endswith(".loreft")} == {edited}
+    plain = teacher_forced(model, prompts()[0], ANSWERS[0])
+    randomise(model)
+    assert (teacher_forced(model.eval(), prompts()[0], ANSWERS[0]) - plain).abs().max() > 20 * CLOSE * plain.std()
+    assert all(is_right(model, way) for way in WAYS)
+
+
+def assert_close(got, expected):
+    torch.testing.assert_close(got, expected, atol=CLOSE * float(expected.std()), rtol=0)
+
+
+def model_and_prompt(name, spec):
+    return adapted(build(name), spec), prompts()[0]
+
+
+@torch.no_grad()
+def after_the_prompt(model, prompt, answer, cache, **given):
+    """Logits of a loop behind a cache that is filled with the prompt here; and those of one forward."""
+    first = model(**(given or {"input_ids": prompt[None]}), past_key_values=cache, use_cache=True)
+    rest = run(model, prompt[:0], answer[:-1], past_key_values=cache)[0]
+    return torch.cat([first.logits[0, -1:], rest]), teacher_forced(model, prompt, answer)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("name", ["llama", "mamba", "minimax", "rwkv"])
+def test_answers_that_share_a_copied_cache(name, spec):
+    model, prompt = model_and_prompt(name, spec)
+    _, cache = run(model, prompt, ANSWERS[0, :1])
+    for answer in ANSWERS:
+        logits, _ = run(model, prompt[:0], answer, **copy.deepcopy(cache))
+        assert_close(logits[:-1], teacher_forced(model, prompt, answer)[1:])
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("name", ["llama", "mamba"])
+def test_a_loop_goes_on_from_the_cache_of_generate(name, spec):
+    model, prompt = model_and_prompt(name, spec)
+    output = model.generate(input_ids=prompt[None], max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True)
+    answer = torch.cat([output.sequences[0, len(prompt) :], ANSWERS[0]])
+    key = next(key for key in CACHES if takes(model, key))
+    logits, _ = run(model, prompt[:0], answer[NEW - 1 :], **{key: output.past_key_values})
+    assert_close(logits[:-1], teacher_forced(model, prompt, answer)[NEW:])
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_other_caches_and_beginnings(spec):
+    model, prompt = model_and_prompt("llama", spec)
+    config, answer = base_of(model).config, ANSWERS[0]
+    assert_close(*after_the_prompt(model, prompt, answer, StaticCache(config=config, max_cache_len=32)))
+    embeds = base_of(model).get_input_embeddings()(prompt[None])
+    assert_close(*after_the_prompt(model, prompt, answer, DynamicCache(config=config), inputs_embeds=embeds))
+
+    cache = DynamicCache(config=config)
+    after_the_prompt(model, prompt, answer, cache)
+    cache.crop(1 - NEW)  # back to the prompt
+    logits, _ = run(model, prompt[:0], ANSWERS[1], past_key_values=cache)
+    assert_close(logits[:-1], teacher_forced(model, prompt, ANSWERS[1])[1:])
+
+
+@pytest.mark.parametrize("spec, of_prompt, of_answer", [("f3+l2", [0, 1, 2, 7, 8], None), ("g2", None, 2)])
+@torch.no_grad()
+def test_a_quantised_cache(spec, of_prompt, of_answer):
+    """Its keys are rounded, so that its logits are compared with those of positions given."""
+    model, prompt = model_and_prompt("llama", spec)
+
+    def loop(given):
+        config = base_of(model).config
+        sizes = dict(nbits=4, axis_key=0, axis_value=0, q_group_size=16, residual_length=4)
+        cache, logits = QuantizedCache("quanto", config, **sizes), []
+        for step, piece in enumerate([prompt, *ANSWERS[0, :, None]]):
+            columns = [[-1] * (5 if of_prompt else 2)]
+            if step == 0 and of_prompt:
+                columns = [of_prompt]
+            elif of_answer and 0 < step <= of_answer:
+                columns[0][step - 1] = 0
+            positions = {"intervention_positions": torch.tensor(columns)} if given else {}
+            logits.append(model(input_ids=piece[None], past_key_values=cache, **positions).logits[0, -1])
+        return torch.stack(logits)
+
+    assert_close(loop(given=False), loop(given=True))
+
+
+@pytest.mark.parametrize("name", ["mamba", "rwkv"])
+def test_guidance_without_a_cache_that_transformers_hands_on(name):
+    model, prompt = model_and_prompt(name, "g2")
+    negative = dict(negative_prompt_ids=ANSWERS[:1], negative_prompt_attention_mask=torch.ones_like(ANSWERS[:1]))
+    settings = dict(guidance_scale=1.5, max_new_tokens=NEW, do_sample=False, **negative)
+    with pytest.raises(ValueError, match="Pass use_cache=False"):
+        model.generate(input_ids=prompt[None], **settings)
+    output = model.generate(
+        input_ids=prompt[None],
+        use_cache=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **settings,
+    )
+    answer = output.sequences[0, len(prompt) :]
+    wanted, unwanted = (teacher_forced(model, each, answer).log_softmax(-1) for each in (prompt, ANSWERS[0]))
+    assert_close(torch.stack(output.scores, 1)[0], 1.5 * (wanted - unwanted) + unwanted)
