@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .config import LoreftConfig
 from .layer import LoreftLayer
 from .positions.batch import POSITIONS, Batch
+from .positions.chat_template import find_marks
 from .positions.index import arrange
 from .positions.marks import Marks
 from .positions.resolve import resolve
@@ -154,7 +155,7 @@ def _rows(tokenizer: Any, batch: Mapping[str, Any], config: LoreftConfig, spec: 
     slots = batch.get(POSITIONS)
     if slots is None:
         has_answers = config.task_type in (None, TaskType.CAUSAL_LM)
-        marks = Marks.of(config.response_template, config.instruction_template) if has_answers else None
+        marks = _marks(tokenizer, config) if has_answers else None
         slots = resolve(config.layout, Batch.read(batch, ids, has_answers).turns(marks).answers())
     of_token = np.full(ids.numel(), -1)
     for number, group in enumerate(spec.groups):
@@ -173,6 +174,15 @@ def _rows(tokenizer: Any, batch: Mapping[str, Any], config: LoreftConfig, spec: 
                 pieces.append(_Piece(tuple(texts[begin:end]), edited_by))
                 begin = end
         yield pieces
+
+
+def _marks(tokenizer: Any, config: LoreftConfig) -> Marks | None:
+    """Of the config; else those that a Trainer finds by the tokenizer."""
+    known = Marks.of(config.response_template, config.instruction_template)
+    if known is not None:
+        return known
+    found = find_marks(tokenizer)
+    return None if found is None or found.problem else Marks.of(found.response_template, found.instruction_template)
 
 
 def _texts(tokenizer: Any, ids: list[int]) -> list[str]:

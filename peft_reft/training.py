@@ -67,6 +67,8 @@ class LoReftTraining(TrainerCallback):
         configs = loreft_configs(model) if attachment is not None else {}
         if attachment is None or tokenizer is None or not configs:
             return
+        for config in configs.values():
+            refuse_packing(args, config)
         name = next(iter(configs))
         self.watch = FirstRows(
             attachment, getattr(tokenizer, "tokenizer", tokenizer), configs[name], state.is_world_process_zero
@@ -81,6 +83,22 @@ class LoReftTraining(TrainerCallback):
         if self.watch is not None and self.watch.seen and not self.watch.marked:
             set_marks(model, [], [], [*self.found, *self.unmarked])
         self.watch = None
+
+
+def refuse_packing(args: Any, config: LoreftConfig) -> None:
+    """Refuse TRL's ways of packing that cut documents, for specs that count from a document's beginning.
+
+    Raises:
+        ValueError: names the setting, the spec, and what to use.
+    """
+    strategy = getattr(args, "packing_strategy", None) if getattr(args, "packing", False) else None
+    groups = [group for group in config.layout if group.kind in "fp" or (group.kind == "g" and group.count)]
+    if strategy in ("wrapped", "bfd_split") and groups and not config.edits_everything:
+        raise ValueError(
+            f"packing_strategy={strategy!r} cuts documents, so a row starts in the middle of a document, where "
+            f"{'+'.join(map(str, groups))} of positions={config.positions!r} would edit other tokens than `generate` "
+            "does. Keep documents whole: packing_strategy='bfd'."
+        )
 
 
 class FirstRows:

@@ -92,7 +92,8 @@ class Continued:
         if memory is None or slots is None:
             return
         assert self.past is not None
-        missing, wrong = compare(adapter, wanted, slots, self.past + self.shape[1], memory)
+        real = joined_mask(self.attention_mask, self.shape, self.past, self.tokens.device)
+        missing, wrong = compare(adapter, wanted, slots, real, memory)
         if wrong:
             raise ValueError(wrong_cache(adapter, wanted, "edits that this document does not have"))
         if missing:
@@ -125,14 +126,14 @@ def wrong_cache(adapter: str, wanted: Wanted, holds: str) -> str:
     )
 
 
-def compare(adapter: str, wanted: Wanted, slots: Tensor, columns: int, memory: CacheMemory) -> tuple[set[int], bool]:
+def compare(adapter: str, wanted: Wanted, slots: Tensor, real: Tensor, memory: CacheMemory) -> tuple[set[int], bool]:
     """Which groups lack edits in the part of a document that a cache holds, and whether it has an edit too many.
 
     Args:
         adapter: name of the adapter.
         wanted: what its layers want.
         slots: (rows, n) of the whole document.
-        columns: of the whole document.
+        real: (rows, columns of the whole document) bool; nobody attends to the others.
         memory: of the cache.
 
     Raises:
@@ -140,7 +141,7 @@ def compare(adapter: str, wanted: Wanted, slots: Tensor, columns: int, memory: C
     """
     if not memory.certain:
         raise ValueError(MOVED)
-    needed = group_bits(slots, columns, wanted.layout)[:, : memory.length]  # (rows, columns in the cache)
+    needed = group_bits(slots, real.shape[1], wanted.layout)[:, : memory.length]  # (rows, columns in the cache)
     if adapter in memory.edited:
         held = memory.bits(adapter, needed.shape[1]).to(needed.device)
         if needed.shape[0] % held.shape[0]:
@@ -150,6 +151,7 @@ def compare(adapter: str, wanted: Wanted, slots: Tensor, columns: int, memory: C
             held = (held != 0).long() << 62
     else:
         held = torch.zeros_like(needed)
-    missing, too_many = needed & ~held, held & ~needed
+    counts = real[:, : memory.length].long() * -1  # all bits of a real token
+    missing, too_many = needed & ~held & counts, held & ~needed & counts
     lacking = {number for number in range(len(wanted.layout)) if bool(((missing >> number) & 1).any())}
     return lacking, bool(too_many.any())

@@ -11,7 +11,7 @@ from torch import Tensor
 from .batch import POSITIONS, SUBSPACES, Batch, can_be_read
 from .checks import Checks, refuse_or_warn
 from .resolve import Turns, resolve
-from .spec import NO_POSITION
+from .spec import NO_POSITION, slots_per_answer
 from .wanted import Wanted
 
 CONTINUOUS_BATCHING = (
@@ -99,6 +99,8 @@ class FromBatch(_WithoutCache):
             refuse_or_warn(wanted, kinds, self.training, self.is_prompt)
         turns = batch.turns(wanted.marks if self.has_answers else None)
         most = None if has_marks else batch.most_answers
+        if not slots_per_answer(wanted.layout):
+            most = 1  # each open-ended group takes one slot a column, however many answers there are
         checks = Checks(batch, wanted, turns, kinds, self.training, self.is_prompt) if kinds else None
         if not can_be_read(turns.real):
             self._read_nothing(turns, most, checks)

@@ -525,7 +525,7 @@ def _start(generation: Generation, ids: Tensor, seq: int, kwargs: dict[str, Any]
 
     Args:
         generation: the call of `generate`.
-        ids: (rows, n) int64: what has been given and written so far; of a prompt that is fed in chunks the chunk alone.
+        ids: (rows, n) int64: what has been given and written so far; if the prompt is fed in chunks, a chunk.
         seq: number of the step's tokens, the last of them.
         kwargs: of `prepare_inputs_for_generation`.
     """
