@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 SMOLLM2 = outputs/SmolLM2-135M-Instruct
 
-.PHONY: quickstart test test-slow test-extras test-oldest support-table bench bench-curves bench-others test-vllm bench-vllm docs dist check format clean
+.PHONY: quickstart test test-slow test-peft test-extras test-oldest support-table bench bench-curves bench-others test-vllm bench-vllm docs dist check format clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,10 @@ $(VENV)-extras/.installed: pyproject.toml constraints.txt constraints-extras.txt
 	DS_BUILD_OPS=0 $(VENV)-extras/bin/python -m pip install -q -c $(VENV)-extras/constraints.txt \
 		--no-build-isolation gptqmodel optimum deepspeed lm_eval
 	@touch $@
+
+# PEFT's own tests with LoReFT beside LoRA, on tiny models (tests/peft_suite/); about 20 minutes on two cores.
+test-peft: $(BIN)/.installed
+	$(BIN)/python tests/peft_suite/run.py -n 2 $(ARGS)
 
 test-extras: $(VENV)-extras/.installed
 	GPTQMODEL_CPU_WORKERS=2 $(VENV)-extras/bin/python -m pytest tests/extras $(ARGS)

@@ -2,9 +2,10 @@
 
     python examples/lm_eval_loreft.py run --model loreft --tasks arc_easy --model_args pretrained=BASE,peft=ADAPTER
 
-lm-eval's own `hf` model scores a choice by a forward of prompt and choice in one row without a mask: the last tokens
-of the "prompt" would be those of the choice, or padding. `loreft` is that model, and says which tokens the prompt has.
-For tasks that generate (`generate_until`) and for `positions` with prefixes alone (f5), the two are the same.
+lm-eval's own `hf` model scores a choice by a forward of prompt and choice in one row without a mask. That is right for
+chats (`--apply_chat_template`) if the adapter knows the headers of its chat template. For plain text it is not: the
+last tokens of the "prompt" would be those of the choice, or padding. `loreft` is that model, and says which tokens the
+prompt has. For tasks that generate (`generate_until`), and for prefixes alone (f5), the two are the same.
 """
 
 from typing import Any

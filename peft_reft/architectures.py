@@ -92,11 +92,15 @@ def check_streams(model: nn.Module, targets: list[Target]) -> None:
                 )
 
 
+# Of nn.Linear, nn.Embedding, transformers' Conv1D (GPT-2), nn.MultiheadAttention.
+SIZE_OF_OUTPUT = ("out_features", "embedding_dim", "nf", "embed_dim")
+
+
 def output_size(model: nn.Module, name: str) -> int:
-    """Size of the last dimension of what module `name` returns: what a linear map says, else the hidden size."""
+    """Size of the last dimension of what module `name` returns: what it says itself, else the hidden size."""
     module = model.get_submodule(name)
-    own = getattr(module, "out_features", getattr(module, "nf", None))  # `nf`: GPT-2's linear maps
-    return own if isinstance(own, int) else _hidden_size(model, _text_config(model))
+    own = (getattr(module, attribute, None) for attribute in SIZE_OF_OUTPUT)
+    return next((size for size in own if isinstance(size, int)), None) or _hidden_size(model, _text_config(model))
 
 
 def skeleton(config: Any) -> nn.Module:

@@ -66,11 +66,23 @@ class DataCollatorForLoreft:
         return batch
 
     def _positions(self, batch: Any) -> Tensor:
-        has_answers = self.config.task_type in (None, TaskType.CAUSAL_LM)
+        has_answers = self._has_answers()
         marks = Marks.of(self.config.response_template, self.config.instruction_template)
         read = Batch.read(batch, batch["input_ids"], has_answers)
         source = FromBatch(read, has_answers, training=read.labels is not None)
         return source.slots(Wanted(self.config.layout, marks, self.config.edits_everything))
+
+    def _has_answers(self) -> bool:
+        """Whether rows hold prompt and answer. A label of token classification is one a token, too."""
+        if self.config.task_type is not None:
+            return self.config.task_type == TaskType.CAUSAL_LM
+        if self.config.has_answers is None:
+            raise ValueError(
+                "task_type=None: the collator cannot tell whether labels mark answers (causal language models) or are "
+                "classes of tokens. Set task_type in the config, such as 'CAUSAL_LM', or add the adapter to its model "
+                "before the first batch is made."
+            )
+        return self.config.has_answers
 
     def __getattr__(self, name: str) -> Any:
         """Anything else is the wrapped collator's: trainers read options such as `padding_free` on it ..."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from peft import PeftConfig, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -146,6 +146,9 @@ class LoreftConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Token embeddings to train besides the interventions."}
     )
+
+    has_answers: ClassVar[bool | None] = None
+    """Whether rows of the model hold prompt and answer. Not saved: noted on the object when it is injected."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

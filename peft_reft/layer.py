@@ -75,7 +75,9 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
         adapter_names = current_names(self.attachment)
         if self.disable_adapters or self.merged:
             if adapter_names is not None and self.merged:
-                raise ValueError("adapter_names cannot choose among merged adapters; call `unmerge_adapter` first.")
+                raise ValueError(
+                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+                )
             return output
         forward = current(self.attachment)
         if forward is None:

@@ -131,7 +131,7 @@ def fold(
     stored = merged.to(module.weight.dtype), bias.to(module.weight.dtype)
     if check and not all(torch.isfinite(tensor).all() for tensor in stored):
         names = ", ".join(name for name, _, _ in edits)
-        raise ValueError(f"The merged weights are not finite; of the adapters {names} one seems to be broken.")
+        raise ValueError(f"NaNs detected in the merged weights. The adapter {names} seems to be broken")
     folded = Folded(b, inner, None, None if before is None else before.detach().clone(), None)
     if shared:
         folded.shared = cast(nn.Parameter, module.weight)

@@ -136,8 +136,8 @@ class LoreftModel(BaseTuner):
             raise ValueError(f"tie='model' needs one hidden size, but the targets have {sorted(sizes)}.")
         self._shared: Intervention | None = None
         names = [name for name in self._targets if self._check_target_module_exists(peft_config, name)]
-        layers = [name for name, module in self.model.named_modules() if isinstance(module, LoreftLayer)]
-        refuse_conflicts(self.model, peft_config, names, [name.removesuffix(f".{CHILD}") for name in layers])
+        layers = [name for name, module in self._base.named_modules() if isinstance(module, LoreftLayer)]
+        refuse_conflicts(self._base, peft_config, names, [name.removesuffix(f".{CHILD}") for name in layers])
         return peft_config
 
     def _write_out_shorthand(self, peft_config: LoreftConfig, read: set[int] | None) -> None:
@@ -218,7 +218,9 @@ class LoreftModel(BaseTuner):
         task = self.peft_config[adapter_name].task_type
         base: Any = getattr(model, "_orig_mod", model)
         can_generate = hasattr(base, "can_generate") and base.can_generate() and not base.config.is_encoder_decoder
-        self._attachment = attach(base, task == TaskType.CAUSAL_LM or (task is None and can_generate))
+        has_answers = task == TaskType.CAUSAL_LM or (task is None and can_generate)
+        self.peft_config[adapter_name].has_answers = has_answers
+        self._attachment = attach(base, has_answers)
         below = f".{CHILD}.{self.prefix}"
         self._checkpoint: set[str] = set()
         if self.peft_config[adapter_name].tie == "model":
@@ -305,9 +307,12 @@ class LoreftModel(BaseTuner):
             yield
             return
         if self.training:
-            raise ValueError("adapter_names chooses adapters row by row, which works in inference mode only.")
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         if unknown := sorted({*adapter_names} - {*self.peft_config, "__base__"}):
-            raise ValueError(f"adapter_names has {unknown}; there are {sorted(self.peft_config)} and '__base__'.")
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. adapter_names may have "
+                f"{', '.join(sorted(self.peft_config))} and '__base__'."
+            )
         attachment = getattr(self.model, "_orig_mod", self.model).__dict__[ATTRIBUTE]
         with naming_rows(attachment, adapter_names), hand_adapter_names(self.model, adapter_names):
             yield

@@ -17,6 +17,9 @@ from peft_reft import DataCollatorForLoreft, LoreftConfig
 
 N = -1  # an empty slot
 
+USER, ASSISTANT = [60, 61], [60, 62]  # headers, which no word begins with
+MARKS = dict(response_template=[ASSISTANT], instruction_template=[USER])
+
 
 def stack(rows):
     """A plain function for a collator: rows are all of one length."""
@@ -24,7 +27,7 @@ def stack(rows):
 
 
 def ids(length, seed=0):
-    return torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(3, USER[0], (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def row(prompt, completion, seed=0):
@@ -38,6 +41,17 @@ def turns(*lengths, seed=0):
     tokens = ids(sum(lengths), seed)
     supervised = [which % 2 for which, length in enumerate(lengths) for _ in range(length)]
     return {"input_ids": tokens, "labels": [t if s else -100 for t, s in zip(tokens, supervised)]}
+
+
+def chat(*lengths, seed=0):
+    """As `turns`, with headers: a user's message begins with its own, and ends with the assistant's."""
+    rows = turns(*lengths, seed=seed)
+    for which, length in enumerate(lengths[::2]):
+        assert length >= len(USER + ASSISTANT)
+        begin = sum(lengths[: 2 * which])
+        rows["input_ids"][begin : begin + 2] = USER
+        rows["input_ids"][begin + length - 2 : begin + length] = ASSISTANT
+    return rows
 
 
 def padded(rows, side="right"):
@@ -66,7 +80,7 @@ def packed(*rows):
 
 
 PAIRS = [row(9, 3, 1), row(3, 4, 2), row(1, 5, 3), row(6, 2, 4)]
-CHATS = [turns(5, 2, 3, 2, 2, 3, seed=5), turns(6, 3, 4, 1, seed=6), turns(2, 3, seed=7)]
+CHATS = [chat(7, 2, 5, 2, 4, 3, seed=5), chat(6, 3, 6, 1, seed=6), chat(4, 3, seed=7)]
 
 BATCHES = {
     "right": padded(PAIRS),
@@ -106,10 +120,17 @@ TIES = [(spec, tie) for tie in ("layer", "group", "model") for spec in SPECS] + 
 
 
 @pytest.mark.parametrize(("positions", "tie"), TIES, ids=str)
-def test_the_model_derives_the_very_same(positions, tie):
-    config = LoreftConfig(task_type="CAUSAL_LM", r=4, positions=positions, tie=tie)
+@pytest.mark.parametrize("marks", [{}, MARKS], ids=["labels", "marks"])
+def test_the_model_derives_the_very_same(positions, tie, marks):
+    config = LoreftConfig(task_type="CAUSAL_LM", r=4, positions=positions, tie=tie, **marks)
     model = adapted(config).train()
     for name, batch in BATCHES.items():
+        if "chats" in name and not (marks or (positions == "all" and tie != "group")):
+            with pytest.raises(ValueError, match=r"several supervised spans.*`response_template`"):
+                collate(config, batch)
+            with pytest.raises(ValueError, match=r"several supervised spans.*`response_template`"):
+                model(**batch)
+            continue
         with_positions = collate(config, batch)
         assert with_positions["intervention_positions"].dtype == torch.long
         assert all(torch.equal(with_positions[key], batch[key]) for key in batch)
@@ -121,7 +142,7 @@ def test_the_model_derives_the_very_same(positions, tie):
 
 @pytest.mark.parametrize("positions", ["f2+l2", "all", {"0-1": "f2", "2-": "l3"}], ids=str)
 def test_and_the_gradients_are_the_same(positions):
-    config = LoreftConfig(task_type="CAUSAL_LM", r=4, positions=positions)
+    config = LoreftConfig(task_type="CAUSAL_LM", r=4, positions=positions, **MARKS)
     for name in ("left", "packed", "chats, right"):
         gradients = []
         for batch in (BATCHES[name], collate(config, BATCHES[name])):
@@ -139,6 +160,24 @@ def test_without_labels_the_whole_row_is_the_prompt(positions):
         batch = {key: value for key, value in BATCHES[name].items() if key != "labels"}
         with torch.no_grad():
             assert torch.equal(model(**batch).logits, model(**collate(config, batch)).logits), name
+
+
+@pytest.mark.parametrize("positions", SPECS, ids=str)
+def test_marks_need_no_labels(positions):
+    """Whichever tokens are trained on: which ones are edited is told by the headers."""
+    config = LoreftConfig(task_type="CAUSAL_LM", r=4, positions=positions, **MARKS)
+    model = adapted(config).eval()
+    for name in ("packed chats", "chats, right", "chats, left"):
+        labelled = BATCHES[name]
+        wanted = collate(config, labelled)["intervention_positions"]
+        real = labelled.get("attention_mask", torch.ones_like(labelled["input_ids"])) > 0
+        only_last = labelled["labels"].masked_fill(torch.arange(real.shape[1]) < 20, -100)
+        for labels in (None, labelled["input_ids"].masked_fill(~real, -100), only_last):
+            batch = {key: value for key, value in labelled.items() if key != "labels"}
+            batch |= {} if labels is None else {"labels": labels}
+            assert torch.equal(collate(config, batch)["intervention_positions"], wanted), name
+            with torch.no_grad():
+                assert torch.equal(model(**batch).logits, model(**collate(config, batch)).logits), name
 
 
 def test_the_task_may_be_unset():
@@ -177,20 +216,21 @@ TABLE = {
         [0, 1, 2, 3, 6, N, N, 7, N, N, N, N],
         [0, N, N, 1, 3, N, N, 4, 6, N, 7, 8],
     ],
-    # user 5, assistant 2, user 3, assistant 2, user 2, assistant 3 | 6, 3, 4, 1 | 2, 3
+    # user 7, assistant 2, user 5, assistant 2, user 4, assistant 3 | 6, 3, 6, 1 | 4, 3
     ("f2+l2", "chats, right"): [
-        [0, 1, 3, 4, N, N, 8, 9, N, N, 12, 13],
-        [0, 1, 4, 5, N, N, 11, 12, N, N, N, N],
-        [0, N, N, 1, N, N, N, N, N, N, N, N],
+        [0, 1, 5, 6, N, N, 12, 13, N, N, 18, 19],
+        [0, 1, 4, 5, N, N, 13, 14, N, N, N, N],
+        [0, 1, 2, 3, N, N, N, N, N, N, N, N],
     ],
-    # A prompt of L < 6 has its last L / 2 edited, rounded up.
-    # `l6` before the second answer would reach into what was edited before the first: it stops there
+    # A first prompt of L < 6 has its last L / 2 edited, rounded up.
+    # `l6` before the second answer would reach into the first: it stays within its own prompt, all of which it edits
     ("l6", "chats, right"): [
-        [N, N, N, 2, 3, 4, N, 5, 6, 7, 8, 9, N, N, 10, 11, 12, 13],
-        [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12, N, N, N, N, N, N],
-        [N, N, N, N, N, 1, N, N, N, N, N, N, N, N, N, N, N, N],
+        [1, 2, 3, 4, 5, 6, N, 9, 10, 11, 12, 13, N, N, 16, 17, 18, 19],
+        [0, 1, 2, 3, 4, 5, 9, 10, 11, 12, 13, 14, N, N, N, N, N, N],
+        [N, N, N, N, 2, 3, N, N, N, N, N, N, N, N, N, N, N, N],
     ],
-    ("g2", "chats, right"): [[5, 6, N, N, N, N], [6, 7, N, N, N, N], [2, 3, N, N, N, N]],
+    # `g2` begins again with each answer
+    ("g2", "chats, right"): [[7, 8, 14, 15, 20, 21], [6, 7, 15, N, N, N], [4, 5, N, N, N, N]],
     ("f2+g", "no mask"): [[0, 1, N, N, N, N, 4, 5, 6], [0, 1, N, N, 2, 3, 4, 5, 6]],
     ("all", "no mask"): [
         [0, 1, 2, 3, N, N, N, N, N, N, N, 4, 5, 6],
@@ -205,7 +245,7 @@ def expected(positions, batch):
 
 @pytest.mark.parametrize(("positions", "batch"), TABLE, ids=str)
 def test_slots(positions, batch):
-    config = LoreftConfig(task_type="CAUSAL_LM", positions=positions)
+    config = LoreftConfig(task_type="CAUSAL_LM", positions=positions, **MARKS)
     assert torch.equal(collate(config, BATCHES[batch])["intervention_positions"], expected(positions, batch))
 
 
@@ -285,7 +325,7 @@ def test_trls_collator_without_padding(multiple):
 def test_trls_collator_of_packed_rows():
     """Rows of several documents each, whose lengths TRL notes in `seq_lengths`."""
     rows = [
-        {**turns(4, 2, 2, 2, seed=1), "seq_lengths": [6, 4]},
+        {**turns(4, 2, 2, 2, seed=1), "seq_lengths": [6, 4]},  # documents of one answer each
         {**turns(2, 1, 2, 1, 3, 1, seed=2), "seq_lengths": [3, 3, 4]},
     ]
     batch = DataCollatorForLoreft(DataCollatorForLanguageModeling(0, padding_free=True), F2L2)(rows)
@@ -370,6 +410,26 @@ def test_rows_that_start_inside_a_document():
         with pytest.raises(ValueError, match=r"middle of a document.*packing_strategy='bfd'"):
             adapted(F2L2).train()(**batch)
     assert "intervention_positions" in collate(F2L2, whole)
+
+
+def test_chats_that_start_inside_a_document():
+    """The headers that are left say where answers begin, but not where the document did."""
+    cut = {
+        name: value[:, 8:] for name, value in packed([CHATS[0]], [CHATS[0]]).items()
+    }  # an answer's last token first
+    for positions in ("f2+l2", "p", "g1"):
+        with pytest.raises(ValueError, match="middle of a document"):
+            collate(LoreftConfig(task_type="CAUSAL_LM", positions=positions, **MARKS), cut)
+    config = LoreftConfig(task_type="CAUSAL_LM", positions="l2", **MARKS)
+    assert collate(config, cut)["intervention_positions"].tolist() == [[4, 5, 10, 11]] * 2
+
+
+@pytest.mark.parametrize(("positions", "slots"), [("f2", [[0, 1]]), ("all", None)])
+def test_several_answers_without_marks_where_no_later_prompt_matters(positions, slots):
+    batch = padded(CHATS[:1])
+    config = LoreftConfig(task_type="CAUSAL_LM", positions=positions)
+    found = collate(config, batch)["intervention_positions"]
+    assert found.tolist() == slots if slots else sorted(found[found >= 0].tolist()) == list(range(23))
 
 
 def test_a_batch_without_any_label_trains_nothing_and_is_let_through():

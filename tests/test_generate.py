@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import VOCAB, build, randomise
 from peft import get_peft_model
-from transformers import GenerationConfig
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers import DynamicCache
 
-from peft_reft import LoreftConfig
+from peft_reft import LoreftConfig, prompt_lengths
+from peft_reft.tuner.forward import current, current_generation
 from peft_reft.tuner.hooks import ATTRIBUTE
 
 PAGED = "its forwards hold pieces of several requests and do not say where their prompts end"
@@ -111,20 +111,10 @@ def test_every_formula(formula, spec):
 
 
 @pytest.mark.cell("Device layouts", "Continuous batching (`generate_batch`)", refused=PAGED)
-def test_continuous_batching_is_refused(caplog):
-    """Its forwards hold pieces of several requests; what a forward raises is in the request or in a log."""
-    base = adapted("llama", "f3+l2").get_base_model()
-    settings = GenerationConfig(max_new_tokens=2, eos_token_id=2, pad_token_id=0, do_sample=False)
-    small = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64)  # else it takes nine tenths of all memory
-    done = base.generate_batch(
-        [[5, 6, 7, 8], [3, 4, 5]],
-        generation_config=settings,
-        continuous_batching_config=small,
-        progress_bar=False,
-    )
-    reports = [request.error for request in done.values()] or [record.getMessage() for record in caplog.records]
-    assert reports and any("does not support continuous batching" in report for report in reports)
-    assert not any(request.generated_tokens for request in done.values())
+def test_continuous_batching_is_refused():
+    """Its forwards hold pieces of several requests, in a thread of transformers': so it is refused at its entrance."""
+    with pytest.raises(ValueError, match="does not support continuous batching"):
+        adapted("llama", "f3+l2").get_base_model().generate_batch([[5, 6, 7, 8], [3, 4, 5]])
 
 
 @pytest.mark.parametrize("spec", ["f3+l2", "f2+g", "g2"])
@@ -305,36 +295,39 @@ def test_decoding_a_token_at_a_time_by_hand():
     "a decoding loop of your own with `gN`",
     refused="a forward behind a cache does not say how long the prompt was",
 )
-def test_counted_generated_tokens_cannot_be_decoded_by_hand():
+def test_counted_generated_tokens_need_to_know_where_the_prompt_ended():
+    """A cache says what it holds. One that was made anew from another's tensors does not."""
     model, prompt = adapted("llama", "g2"), prompts([9])[0]
     out = model(input_ids=prompt[None], use_cache=True)
+    anew = DynamicCache([(layer.keys, layer.values) for layer in out.past_key_values.layers])
     with pytest.raises(ValueError, match="how long the prompt was"):
-        model(input_ids=prompt[None, :1], past_key_values=out.past_key_values)
+        model(input_ids=prompt[None, :1], past_key_values=anew)
 
 
 def test_continuing_from_a_filled_cache():
-    """The second turn edits its own prompt's end, and finds the first turn's edits in the cache."""
+    """One prompt has one end: a cache that was filled as if a beginning of it were all of it has edits too many."""
     model = adapted("llama", "l2")
     first, second = prompts([9, 5])
+    whole = torch.cat([first, second])[None]
     with torch.no_grad():
         cache = model(input_ids=first[None], use_cache=True).past_key_values
-        whole = torch.cat([first, second])[None]
+        with pytest.raises(ValueError, match="The cache holds edits that this prompt does not have"):
+            run(model, {"input_ids": whole, "past_key_values": cache}, do_sample=False)
+        with prompt_lengths([14]):
+            cache = model(input_ids=first[None], use_cache=True).past_key_values
         logits = run(model, {"input_ids": whole, "past_key_values": cache}, do_sample=False).logits[0]
-        columns = torch.tensor([[7, 8, 12, 13]])
-        expected = model(input_ids=whole, intervention_positions=columns).logits[:, -1]
+        expected = run(model, {"input_ids": whole}, do_sample=False).logits[0]
     torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
 
 
 def test_generate_leaves_nothing_behind():
     model, rows = adapted("llama", "f3+l2"), prompts()
     run(model, left_padded(rows), do_sample=False)
-    base = model.get_base_model()
-    assert "prepare_inputs_for_generation" not in base.__dict__
-    state = base.__dict__[ATTRIBUTE]
-    assert state._source is None
+    attachment = model.get_base_model().__dict__[ATTRIBUTE]
+    assert current(attachment) is None and current_generation(attachment) is None
     with pytest.raises(RuntimeError):
         model.generate(**left_padded(rows), stopping_criteria=[_Stop()], max_new_tokens=3, pad_token_id=0)
-    assert "prepare_inputs_for_generation" not in base.__dict__
+    assert current(attachment) is None and current_generation(attachment) is None
 
 
 class _Stop:

@@ -6,6 +6,7 @@ from conftest import CAUSAL, HIDDEN, LAYERS, SEQ_CLS, VOCAB, build, randomise
 from peft import TaskType, get_peft_model
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
+from transformers.pytorch_utils import Conv1D
 
 from peft_reft import LoreftConfig
 from peft_reft.edits import rotation
@@ -277,6 +278,31 @@ def test_no_blocks_found_lists_the_candidates():
     assert "stages (5 x Linear)" in message and "target_modules" in message
 
 
+class Attending(nn.Module):
+    """A network of one's own, without a config that says sizes: (batch, seq) of ids to (batch, seq, 3)."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(VOCAB, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.inner = Conv1D(3, 8)
+
+    def forward(self, ids):
+        x = self.table(ids)
+        return self.inner(self.attention(x, x, x)[0].contiguous())
+
+
+@pytest.mark.parametrize("name, d", [("table", 8), ("attention", 8), ("inner", 3)])
+def test_modules_that_say_the_size_of_their_output_need_no_config(name, d):
+    network, ids = Attending(), torch.randint(0, VOCAB, (2, 5))
+    before = network(ids)
+    config = LoreftConfig(target_modules=[name], positions="all", r=d, init_weights=False)
+    model = get_peft_model(network, config)
+    assert {p.shape[-1] for n, p in model.named_parameters() if n.endswith("default.W")} == {d}
+    changed = (model(ids) - before).abs().amax(-1)
+    assert changed.shape == (2, 5) and (changed > 1e-6).all()
+
+
 def test_targets_that_match_nothing():
     assert "nothing_like_this" in error(build("llama"), target_modules=["nothing_like_this"])
 
@@ -310,10 +336,17 @@ def test_a_target_outside_the_encoder_and_the_decoder_is_refused():
     assert "names lm_head, in neither" in message
 
 
-def test_a_part_of_the_model_called_by_itself_says_that_positions_are_unknown():
-    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R))
-    with pytest.raises(RuntimeError, match="Call the model itself"):
-        model.get_base_model().model(input_ids=batch()["input_ids"])
+def test_a_part_of_the_model_called_by_itself():
+    """The backbone is given token ids and reads them; a block is given hidden states alone and says so."""
+    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R)).eval()
+    randomise(model)
+    base, ids = model.get_base_model(), batch()["input_ids"]
+    with torch.no_grad():
+        hidden = base.model(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(base.lm_head(hidden), model(input_ids=ids).logits)
+        torch.testing.assert_close(base.forward(input_ids=ids).logits, model(input_ids=ids).logits)
+    with pytest.raises(RuntimeError, match="outside a forward of its model"):
+        base.model.layers[0].loreft(torch.randn(1, 3, base.config.hidden_size))
 
 
 def test_training_without_labels_raises_unless_only_the_beginning_matters():
@@ -324,7 +357,10 @@ def test_training_without_labels_raises_unless_only_the_beginning_matters():
     with torch.no_grad():
         model(**inputs)
     model(**inputs, intervention_positions=torch.zeros(3, 1, dtype=torch.long))
-    get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R, positions="f2")).train()(**inputs)
+    first = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R, positions="f2")).train()
+    with pytest.warns(UserWarning, match="LoReFT was given no labels in training"):
+        first(**inputs)
+    get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R, positions="all")).train()(**inputs)
 
 
 def test_training_data_without_a_prompt_raises():

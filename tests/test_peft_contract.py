@@ -243,7 +243,7 @@ def test_a_second_config_takes_back_what_the_first_has_merged():
     base = build("llama")
     first = get_peft_model(base, config(positions="all", component="mlp"))
     randomise(first)
-    first.merge_adapter()
+    first.merge_adapter(new_parameters=True)
     with pytest.warns(UserWarning, match="Unmerging the model first"):
         second = get_peft_model(base, config(layers=[0]))
     with second.disable_adapter():

@@ -13,6 +13,7 @@ import pytest
 from peft import PeftConfig, PeftModel
 from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import other
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from transformers.integrations.peft import PeftAdapterMixin
 
@@ -59,6 +60,8 @@ SIGNATURES = {
     (tuners_utils, "_maybe_include_all_linear_layers"): "peft_config, model",
     (tuners_utils, "check_target_module_exists"): "config, key",
     (tuners_utils, "check_adapters_to_merge"): "module, adapter_names=None",
+    (other, "_get_input_embeddings_name"): "model, default=None",
+    (other, "_get_module_names_tied_with_embedding"): "model",
     (AuxiliaryTrainingWrapper, "_get_available_adapters"): "self",
     (AuxiliaryTrainingWrapper, "adapter_state_dict_load_map"): "self, adapter_name",
     (ModulesToSaveWrapper, "delete_adapter"): "self, adapter_name, new_active_adapters",

@@ -4,181 +4,15 @@ from itertools import pairwise
 
 import pytest
 import torch
+from chats import CHATML, NONE, RESPONSE, STABLE, TOOL, UNSUPERVISED, USER, Rows, batches, oracle, specs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peft_reft import Positions
 from peft_reft.positions.index import arrange
-from peft_reft.positions.resolve import find_answers, resolve
+from peft_reft.positions.resolve import find_answers, find_turns, resolve
 from peft_reft.positions.spec import union
-
-NONE = -1
-UNSUPERVISED = -100
-
-
-# The oracle.
-
-
-def documents_of(real, position_ids):
-    """Columns of the real tokens of each document: one begins at the first of all and wherever positions restart."""
-    documents = []
-    for column, is_real in enumerate(real):
-        if is_real:
-            if not documents or (position_ids is not None and position_ids[column] == 0):
-                documents.append([])
-            documents[-1].append(column)
-    return documents
-
-
-def answers_of(document, labels):
-    """Indices into `document` at which a supervised span begins; without any, one answer after its last token."""
-    starts = []
-    for i, column in enumerate(document):
-        supervised = labels is not None and labels[column] != UNSUPERVISED
-        follows = i > 0 and labels is not None and labels[document[i - 1]] != UNSUPERVISED
-        if supervised and not follows:
-            starts.append(i)
-    return starts or [len(document)]
-
-
-def slots_of(document, starts, nth, groups):
-    """Slots of the counted groups of one answer: a list of (group, slot within the group, column or -1)."""
-    p = sum(group.count for group in groups if group.kind == "f")
-    s = sum(group.count for group in groups if group.kind == "l")
-    skip = max(group.skip for group in groups)
-    length = max(0, starts[nth] - skip)  # the prompt of an answer is all of its document before it
-    if length < p + s:
-        p, s = min(p, length // 2), min(s, (length + 1) // 2)
-    slots = []
-    for group in groups:
-        if group.count is None:
-            continue
-        if group.kind == "l":
-            reach = 0 if nth == 0 else starts[nth - 1]
-            chosen = document[max(length - s, reach) : length]
-            chosen = [NONE] * (group.count - len(chosen)) + chosen
-        else:
-            chosen = document[:p] if group.kind == "f" else document[starts[nth] : starts[nth] + group.count]
-            chosen = chosen if nth == 0 else []
-            chosen = chosen + [NONE] * (group.count - len(chosen))
-        slots += [(group, slot, column) for slot, column in enumerate(chosen)]
-    return slots
-
-
-def oracle_row(real, labels, position_ids, groups):
-    """(counted, regions): one list of slots an answer; one list of columns for each open-ended group."""
-    counted, prompts, generated = [], [], []
-    for document in documents_of(real, position_ids):
-        starts = answers_of(document, labels)
-        own = [slots_of(document, starts, nth, groups) for nth in range(len(starts))]
-        # What the suffix before a later answer takes belongs to the prompt, not to what was generated.
-        suffix = {column for slots in own for group, _, column in slots if group.kind == "l"}
-        counted += [[(g, n, NONE if g.kind == "g" and c in suffix else c) for g, n, c in slots] for slots in own]
-        prompts += document[: starts[0]]
-        generated += [column for column in document[starts[0] :] if column not in suffix]
-    regions = [
-        (group, [column if column in chosen else NONE for column in range(len(real))])
-        for group in groups
-        if group.count is None
-        for chosen in [prompts if group.kind == "p" else generated]
-    ]
-    return counted, regions
-
-
-def oracle(batch, groups):
-    """What `resolve` must return, as nested lists; and for each group the set of (row, slot, column) that it edits."""
-    real, labels, position_ids = batch
-    rows = [
-        oracle_row(*row, groups) for row in zip(real, labels or [None] * len(real), position_ids or [None] * len(real))
-    ]
-    most = max(1, *(len(counted) for counted, _ in rows))
-    width = sum(group.count or 0 for group in groups)
-    flat, edits = [], {group: set() for group in groups}
-    for i, (counted, regions) in enumerate(rows):
-        slots = [column for answer in counted for _, _, column in answer]
-        slots += [NONE] * ((most - len(counted)) * width)
-        for _, region in regions:
-            slots += region
-        flat.append(slots)
-        edits_here = [entry for answer in counted for entry in answer]
-        edits_here += [(group, 0, column) for group, region in regions for column in region]
-        for group, slot, column in edits_here:
-            if column != NONE:
-                edits[group].add((i, slot, column))
-    return flat, edits
-
-
-# Random batches and specs.
-
-
-def in_runs(rng, seq):
-    """Booleans in runs of a few, as the turns of a chat are."""
-    value, row = rng.random() < 0.5, []
-    while len(row) < seq:
-        row += [value] * rng.randint(1, 6)
-        value = not value
-    return row[:seq]
-
-
-def random_row(rng, seq, packed):
-    pads, begin = rng.randint(0, seq // 2), rng.randint(0, seq)
-    real = {
-        "none": [True] * seq,
-        "left": [column >= pads for column in range(seq)],
-        "right": [column < seq - pads for column in range(seq)],
-        "holes": [rng.random() < 0.8 for _ in range(seq)],
-        "only": [rng.random() < 0.1 for _ in range(seq)],
-    }[rng.choice(["none", "none", "left", "left", "right", "holes", "holes", "only"])]
-    supervised = {
-        "one answer": [column >= begin for column in range(seq)],
-        "several": in_runs(rng, seq),
-        "scattered": [rng.random() < 0.5 for _ in range(seq)],
-        "none": [False] * seq,
-        "all": [True] * seq,
-    }[rng.choice(["one answer", "one answer", "several", "several", "several", "scattered", "none", "all"])]
-    labels = [7 if chosen else UNSUPERVISED for chosen in supervised]  # on padding too, where it must not count
-    position_ids, position = [], 0
-    for column in range(seq):
-        if not real[column]:
-            position_ids.append(rng.randint(0, 1))  # what padding has must not matter
-            continue
-        position = 0 if packed and rng.random() < 0.2 else position
-        position_ids.append(position)
-        position += 1
-    return real, labels, position_ids
-
-
-@st.composite
-def batches(draw):
-    """(real, labels or None, position_ids or None) as nested lists."""
-    rng = draw(st.randoms(use_true_random=True))  # seeded by hypothesis, but not shrunk: rows stay varied
-    seq, packed = rng.randint(1, 20), rng.random() < 0.4
-    rows = [random_row(rng, seq, packed) for _ in range(rng.randint(1, 3))]
-    real, labels, position_ids = ([row[part] for row in rows] for part in range(3))
-    return real, labels if rng.random() < 0.8 else None, position_ids if packed or rng.random() < 0.5 else None
-
-
-@st.composite
-def specs(draw, kinds=("f", "l", "p", "gN", "g", "all")):
-    rng = draw(st.randoms(use_true_random=True))
-    covers = {"f": "f", "l": "l", "p": "fl", "gN": "g", "g": "g", "all": "flg"}
-    terms, taken = [], set()
-    for kind in rng.sample(kinds, rng.randint(1, len(kinds))):
-        if not taken & set(covers[kind]):
-            taken |= set(covers[kind])
-            skip = f"~{rng.randint(1, 3)}" if kind == "l" and rng.random() < 0.3 else ""
-            terms.append(kind.rstrip("N") + (str(rng.randint(1, 7)) if kind in ("f", "l", "gN") else "") + skip)
-    return "+".join(terms)
-
-
-def tensors(batch):
-    real, labels, position_ids = batch
-    return (
-        torch.tensor(real),
-        None if labels is None else torch.tensor(labels),
-        None if position_ids is None else torch.tensor(position_ids),
-    )
 
 
 def edited(index):
@@ -372,12 +206,12 @@ U, S = UNSUPERVISED, 7
         ("f2+l2~1", [1] * 5, None, [0, 1, 2, 3]),
         ("f2+l2~1", [1] * 4, None, [0, -1, 1, 2]),
         ("l1~3", [1] * 3, None, [-1]),
-        ("l2~1", [1] * 7, [U, U, U, U, S, U, S], [1, 2, -1, 4]),
+        ("l2~1", [1] * 7, [U, U, U, U, S, U, S], [1, 2]),
         ("l1~1+g", [1] * 5, [U, U, U, S, S], [1, -1, -1, -1, 3, 4]),
-        # several turns: no prefix again; a suffix of the second answer stops where the first answer begins
-        ("f1+l2", [1] * 8, [U, U, U, S, U, U, U, S], [0, 1, 2, -1, 5, 6]),
-        ("f1+l3", [1] * 7, [U, U, U, U, S, U, S], [0, 1, 2, 3, -1, -1, 4, 5]),
-        ("l1+g2", [1] * 6, [U, U, S, U, U, S], [1, 2, 3, 4, -1, -1]),
+        # a token of the answer that is not trained on makes no new answer
+        ("f1+l2", [1] * 8, [U, U, U, S, U, U, U, S], [0, 1, 2]),
+        ("f1+l3", [1] * 7, [U, U, U, U, S, U, S], [0, 1, 2, 3]),
+        ("l1+g2", [1] * 6, [U, U, S, U, U, S], [1, 2, 3]),
         ("g3", [1] * 5, [U, U, U, S, S], [3, 4, -1]),
         ("g2", [1] * 4, None, [-1, -1]),
         ("p", [0, 1, 1, 1, 1], [U, U, U, S, S], [-1, 1, 2, -1, -1]),
@@ -389,6 +223,46 @@ U, S = UNSUPERVISED, 7
 def test_examples(spec, mask, labels, expected):
     answers = find_answers(torch.tensor([mask]).bool(), None if labels is None else torch.tensor([labels]))
     assert resolve(Positions.parse(spec).groups, answers).tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+    "spec, ids, expected",
+    [
+        # 0-1 user, 2 text, 3-4 assistant, 5 the answer; 6-7 user, 8-9 text, 10-11 assistant, 12-14 the answer
+        ("f1+l2", [*USER, 1, *STABLE, 2, *USER, 3, 4, *STABLE, 5, 6, 7], [0, 3, 4, -1, 10, 11]),
+        ("l2~1", [*USER, 1, *STABLE, 2, *USER, 3, 4, *STABLE, 5, 6, 7], [2, 3, 9, 10]),
+        ("l1+g2", [*USER, 1, *STABLE, 2, *USER, 3, 4, *STABLE, 5, 6, 7], [4, 5, -1, 11, 12, 13]),
+        ("g", [*USER, *STABLE, 2, *USER, *STABLE, 5], [-1] * 4 + [4] + [-1] * 4 + [9]),
+        ("p", [*USER, *STABLE, 2, *USER, *STABLE, 5], [0, 1, 2, 3, -1, 5, 6, 7, 8, -1]),
+        # the suffix of a later answer stops where its own prompt begins; only the first prompt is halved
+        ("f1+l3", [*USER, *STABLE, 2, *USER, *STABLE], [0, 1, 2, 3, -1, 6, 7, 8]),
+        ("f4+l4", [*USER, *STABLE, 2, 2, *USER, *STABLE], [0, 1, -1, -1, -1, -1, 2, 3] + [-1] * 4 + [6, 7, 8, 9]),
+        ("l6", [*USER, 1, 1, *STABLE, 2, *USER, *STABLE], [0, 1, 2, 3, 4, 5, -1, -1, 7, 8, 9, 10]),
+        ("l2~2", [*USER, *STABLE, 2, 7, *USER, *STABLE], [0, 1, 6, 7]),
+        ("l2~3", [*USER, *STABLE, 2, 7, *USER, *STABLE], [-1, 0, -1, 6]),
+        # the longest header counts; a tail that merged with the answer is answer
+        ("l1+g1", [*USER, *RESPONSE, 2], [4, 5]),
+        ("l1+g1", [*USER, *STABLE, 2], [3, 4]),
+        # messages of the assistant that follow each other are one answer; results of several tools end it
+        ("l1+g3", [*USER, *STABLE, 2, *STABLE, 3], [3, 4, 5, 6]),
+        ("l1+g1", [*USER, *STABLE, 2, *TOOL, *TOOL, *STABLE], [3, 4, 10, -1]),
+        # an answer that starts where another's header begins is empty
+        ("l2+g2", [*USER, *STABLE, *USER, *STABLE, 2], [2, 3, -1, -1, 6, 7, 8, -1]),
+        # behind the last answer `p` edits at once, `l` waits
+        ("p", [*STABLE, 2, *USER, 3], [0, 1, -1, 3, 4, 5]),
+        ("l3", [*STABLE, 2, *USER, 3], [-1, -1, 1]),
+        # no header: one prompt. A header of the user alone is none
+        ("l2+g2", [1, 2, 3], [1, 2, -1, -1]),
+        ("l2+g", [*USER, 3], [1, 2, -1, -1, -1]),
+    ],
+)
+def test_examples_of_chats(spec, ids, expected):
+    rows = Rows(real=[[True] * len(ids)], ids=[ids], marks=CHATML)
+    assert resolve(Positions.parse(spec).groups, rows.turns().answers()).tolist() == [expected]
+    left = Rows(real=[[False] * 2 + [True] * len(ids)], ids=[[0, 0, *ids]], marks=CHATML)
+    if Positions.parse(spec).counted:
+        shifted = [column if column < 0 else column + 2 for column in expected]
+        assert resolve(Positions.parse(spec).groups, left.turns().answers()).tolist() == [shifted]
 
 
 def test_each_document_of_a_packed_row_has_its_own_prompt():
@@ -407,7 +281,7 @@ def test_each_document_of_a_packed_row_has_its_own_prompt():
 def test_resolve_agrees_with_the_oracle(batch, spec):
     groups = Positions.parse(spec).groups
     expected, _ = oracle(batch, groups)
-    slots = resolve(groups, find_answers(*tensors(batch)))
+    slots = resolve(groups, batch.turns().answers())
     assert slots.dtype == torch.int64
     assert slots.tolist() == expected
 
@@ -417,18 +291,17 @@ def test_resolve_agrees_with_the_oracle(batch, spec):
 def test_a_known_number_of_answers_gives_the_same(batch, spec):
     """One answer wanted: the first of each row, with as many slots. One more than there are: empty slots."""
     groups = Positions.parse(spec).groups
-    real, labels, position_ids = tensors(batch)
-    read = resolve(groups, find_answers(real, labels, position_ids))
-    width, open_columns = sum(g.count or 0 for g in groups), sum(g.count is None for g in groups) * real.shape[1]
+    turns, rows, seq = batch.turns(), len(batch.real), len(batch.real[0])
+    read = resolve(groups, turns.answers())
+    width, open_columns = sum(g.count or 0 for g in groups), sum(g.count is None for g in groups) * seq
     counted = read.shape[1] - open_columns
     most = counted // width if width else 1
-    one = resolve(groups, find_answers(real, labels, position_ids, count=1))
-    if not {"l", "g"} <= {group.kind for group in groups}:  # generated tokens must know of the suffixes between them
+    assert torch.equal(resolve(groups, turns.answers(most)), read) or not width
+    one = resolve(groups, turns.answers(1))
+    if most == 1 or not any(group.kind == "g" and group.count for group in groups):  # which the next answer limits
         assert torch.equal(one, torch.cat([read[:, :width], read[:, counted:]], 1))
-    more = resolve(groups, find_answers(real, labels, position_ids, count=most + 1))
-    assert torch.equal(
-        more, torch.cat([read[:, :counted], torch.full((len(real), width), NONE), read[:, counted:]], 1)
-    )
+    more = resolve(groups, turns.answers(most + 1))
+    assert torch.equal(more, torch.cat([read[:, :counted], torch.full((rows, width), NONE), read[:, counted:]], 1))
 
 
 @settings(deadline=None, max_examples=100)
@@ -436,9 +309,8 @@ def test_a_known_number_of_answers_gives_the_same(batch, spec):
 def test_arrange_of_counted_groups(batch, spec, by):
     groups = Positions.parse(spec).groups
     _, edits = oracle(batch, groups)
-    real, labels, position_ids = tensors(batch)
-    slots = resolve(groups, find_answers(real, labels, position_ids))
-    index = arrange(slots, real.shape[1], groups, groups, by)
+    slots = resolve(groups, batch.turns().answers())
+    index = arrange(slots, len(batch.real[0]), groups, groups, by)
     expected = {
         "all": [{(row, column) for group in groups for row, _, column in edits[group]}],
         "group": [{(row, column) for row, _, column in edits[group]} for group in groups],
@@ -448,7 +320,7 @@ def test_arrange_of_counted_groups(batch, spec, by):
             for slot in range(group.count)
         ],
     }[by]
-    assert index.mask is None and index.shape == tuple(real.shape)
+    assert index.mask is None and index.shape == (len(batch.real), len(batch.real[0]))
     assert [set(found) for found in edited(index)] == expected
 
 
@@ -457,9 +329,8 @@ def test_arrange_of_counted_groups(batch, spec, by):
 def test_arrange_of_open_ended_groups(batch, spec, by):
     groups = Positions.parse(spec).groups
     _, edits = oracle(batch, groups)
-    real, labels, position_ids = tensors(batch)
-    slots = resolve(groups, find_answers(real, labels, position_ids))
-    index = arrange(slots, real.shape[1], groups, groups, by)
+    slots = resolve(groups, batch.turns().answers())
+    index = arrange(slots, len(batch.real[0]), groups, groups, by)
     expected = [{(row, column) for row, _, column in edits[group]} for group in groups]
     assert index.rows is None and torch.equal(index.keep, index.mask.float())
     assert [set(found) for found in edited(index)] == ([set().union(*expected)] if by == "all" else expected)
@@ -469,13 +340,12 @@ def test_arrange_of_open_ended_groups(batch, spec, by):
 @given(batches(), st.lists(specs(), min_size=1, max_size=3), st.sampled_from(["all", "group"]))
 def test_arrange_picks_the_groups_of_a_layer(batch, texts, by):
     """Specs that differ by layer share one slot tensor; each layer takes its own groups out of it."""
-    real, labels, position_ids = tensors(batch)
     layer_specs = [Positions.parse(text) for text in texts]
     layout = union(layer_specs)
-    slots = resolve(layout, find_answers(real, labels, position_ids))
+    slots = resolve(layout, batch.turns().answers())
     for spec in layer_specs:
         _, edits = oracle(batch, spec.groups)
-        index = arrange(slots, real.shape[1], layout, spec.groups, by)
+        index = arrange(slots, len(batch.real[0]), layout, spec.groups, by)
         expected = [{(row, column) for row, _, column in edits[group]} for group in spec.groups]
         assert [set(found) for found in edited(index)] == ([set().union(*expected)] if by == "all" else expected)
 
@@ -491,7 +361,7 @@ def test_a_short_prompt_is_cut_by_the_spec_of_the_layer_alone(texts):
         real = torch.ones(1, length, dtype=torch.bool)
         slots = resolve(layout, find_answers(real))
         for spec in layer_specs:
-            _, edits = oracle((real.tolist(), None, None), spec.groups)
+            _, edits = oracle(Rows(real=real.tolist(), ids=[[3] * length]), spec.groups)
             index = arrange(slots, length, layout, spec.groups, "group")
             expected = [{(row, column) for row, _, column in edits[group]} for group in spec.groups]
             assert [set(found) for found in edited(index)] == expected, f"{spec}, L = {length}"
@@ -501,9 +371,8 @@ def test_a_short_prompt_is_cut_by_the_spec_of_the_layer_alone(texts):
 @given(batches(), specs(), st.sampled_from(["all", "group"]))
 def test_a_token_is_edited_once(batch, spec, by):
     groups = Positions.parse(spec).groups
-    real, labels, position_ids = tensors(batch)
-    slots = resolve(groups, find_answers(real, labels, position_ids))
-    found = [pair for one in edited(arrange(slots, real.shape[1], groups, groups, by)) for pair in one]
+    slots = resolve(groups, batch.turns().answers())
+    found = [pair for one in edited(arrange(slots, len(batch.real[0]), groups, groups, by)) for pair in one]
     assert len(found) == len(set(found))
 
 
@@ -511,10 +380,10 @@ def test_a_token_is_edited_once(batch, spec, by):
 def test_a_token_before_a_later_answer_is_edited_once(spec, by):
     """In a chat the suffix before the second answer lies behind the first one: it is prompt, not generated."""
     groups = Positions.parse(spec).groups
-    labels = torch.tensor([[U, U, U, S, U, U, S]])
-    slots = resolve(groups, find_answers(torch.ones(1, 7, dtype=torch.bool), labels))
-    found = [pair for one in edited(arrange(slots, 7, groups, groups, by)) for pair in one]
-    assert {column for _, column in found} == {1, 2, 3, 4, 5, 6}
+    ids = [1, *STABLE, 2, 3, *USER, *STABLE, 4]
+    slots = resolve(groups, Rows(real=[[True] * 10], ids=[ids], marks=CHATML).turns().answers())
+    found = [pair for one in edited(arrange(slots, 10, groups, groups, by)) for pair in one]
+    assert {column for _, column in found} == {1, 2, 3, 4, 7, 8, 9}
     assert len(found) == len(set(found))
 
 
@@ -607,22 +476,32 @@ def test_nothing_is_read_by_the_host(spec):
         answers = find_answers(real, torch.zeros(2, 8, dtype=torch.long), torch.zeros(2, 8, dtype=torch.long), count=1)
         slots = resolve(groups, answers)
         index = arrange(slots, 8, groups, groups, "group")
-    width = sum(g.count or 0 for g in groups) + 8 * sum(g.count is None for g in groups)
-    assert slots.shape == (2, width)
+        ids = torch.zeros(2, 8, dtype=torch.long)
+        by_marks = find_turns(real, None, ids, ids, CHATML, torch.zeros_like(real)).answers(3)
+        slots_of_three = resolve(groups, by_marks)
+    width, open_columns = sum(g.count or 0 for g in groups), 8 * sum(g.count is None for g in groups)
+    assert slots.shape == (2, width + open_columns)
+    assert slots_of_three.shape == (2, 3 * width + open_columns)
     assert (index.mask if index.rows is None else index.rows).shape[0] == len(groups)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=100)
 @given(batches())
 def test_answers_are_ordered(batch):
-    """Answers of a row stand in order, each with its document around it."""
-    answers = find_answers(*tensors(batch))
-    for row in range(len(batch[0])):
-        exists = [k for k in range(answers.ends.shape[1]) if answers.document_ends[row, k] > 0]
+    """Answers of a row stand in order, each behind its own prompt, and neither crosses the next."""
+    answers = batch.turns().answers()
+    for row in range(len(batch.real)):
+        bounds = (answers.starts, answers.lower, answers.ends, answers.stops)
+        exists = [k for k in range(answers.ends.shape[1]) if answers.first[row, k] or answers.ends[row, k] > 0]
+        exists = [k for k in exists if any(batch.real[row])]
         assert exists == list(range(len(exists)))
         for k in exists:
-            bounds = (answers.starts, answers.lower, answers.ends, answers.document_ends)
             values = [int(bound[row, k]) for bound in bounds]
             assert values == sorted(values)
+            assert values[-1] <= sum(batch.real[row])
         for before, after in pairwise(exists):
-            assert answers.ends[row, before] <= answers.ends[row, after]
+            assert answers.stops[row, before] <= answers.lower[row, after]
+            same = answers.starts[row, before] == answers.starts[row, after]
+            assert bool(answers.first[row, after]) != bool(same)
+        if exists:
+            assert answers.first[row, 0]

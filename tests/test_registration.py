@@ -65,10 +65,12 @@ def test_public_names():
         "LoreftConfig",
         "LoreftModel",
         "Positions",
+        "chat_marks",
         "edit_norms",
         "hotswap_adapter",
         "interchange",
         "interchange_accuracy",
+        "prompt_lengths",
         "show_positions",
     ]
     assert all(hasattr(peft_reft, name) for name in peft_reft.__all__)

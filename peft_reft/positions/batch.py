@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -106,7 +106,9 @@ class Batch:
         """
         if self.prompt_lengths is not None:
             lengths = torch.tensor(self.prompt_lengths, device=self.real.device).unsqueeze(1)  # (batch, 1)
-            return find_turns(self.real, answer_at=self.real.cumsum(1) == lengths + 1)
+            turns = find_turns(self.real, answer_at=self.real.cumsum(1) == lengths + 1)
+            goes_on = lengths > turns.rank[:, -1:]  # (batch, 1): the row is a piece of a longer prompt
+            return replace(turns, end=torch.where(goes_on, lengths, turns.end))
         if self.answer_tokens is not None:
             column = torch.arange(self.shape[1], device=self.real.device)
             begins = (column == self.shape[1] - self.answer_tokens).expand(self.shape)  # (batch, seq)

@@ -120,7 +120,8 @@ def wrong_cache(adapter: str, wanted: Wanted, holds: str) -> str:
         f"The cache holds {holds}, for adapter {adapter!r} with positions={spec!r}: it was filled with another "
         "adapter, without one, or as a prompt that ended elsewhere. Encode the history again, without the cache. "
         "(With the marks of the chat template, `response_template` and `instruction_template` in the config, the "
-        "turns of a chat can share a cache.)"
+        "turns of a chat can share a cache. `with peft_reft.prompt_lengths([...]):` around the pieces of a prompt "
+        "says how long the whole prompt will be.)"
     )
 
 

@@ -50,27 +50,26 @@ class Checks:
         self.labelled = batch.labels is not None and batch.prompt_lengths is None
         self.spec = "+".join(map(str, wanted.layout))
 
-    def facts(self, plain: bool) -> list[tuple[str, Tensor]]:
+    def facts(self, marks_are_known: bool) -> list[tuple[str, Tensor]]:
         """Named bool tensors of one element.
 
         Args:
-            plain: whether nothing at all is known of the batch, and that has been dealt with.
+            marks_are_known: whether headers of a chat template were looked for.
         """
-        turns, found = self.turns, []
-        unmarked = turns.real & ~turns.marked
         if self.labelled:
-            found += [("several", self._several()), ("nothing", self._nothing())]
+            found = [("several", self._several()), ("nothing", self._nothing())]
             if self.training:
                 found += [("unsupervised", ~self._supervised().any()), ("cut", self._cut())]
-        elif plain:
-            if self.kinds == {"f"} and not (self.is_prompt or self.training):
-                shortest = min(group.count or 0 for group in self.wanted.layout)
-                found.append(("short", (turns.begins & (turns.length < shortest)).any()))
-        elif not self.batch.says_where_prompts_end:  # marks were looked for
+            return found
+        found = []
+        if self.batch.says_where_prompts_end:
+            return found
+        unmarked = self.turns.begins & ~self.turns.marked
+        if marks_are_known:
             found.append(("unmarked", unmarked.any()))
-            if self.kinds == {"f"}:
-                shortest = min(group.count or 0 for group in self.wanted.layout)
-                found.append(("short", (unmarked & (turns.length < shortest)).any()))
+        if self.kinds == {"f"} and not (self.training or self.is_prompt):
+            most = max(group.count or 0 for group in self.wanted.layout)
+            found.append(("short", (unmarked & (self.turns.length < most)).any()))
         return found
 
     def act(self, found: dict[str, int]) -> None:
@@ -101,12 +100,9 @@ class Checks:
                 f"LoReFT edits no token of this batch: its labels supervise every row from the first token on, so "
                 f"there is no prompt for positions={self.spec!r}, and the loss is the base model's. " + WAYS_OUT
             )
-        if found.get("unmarked") and self.kinds != {"f"}:
-            if self.training:
-                refuse_or_warn(self.wanted, self.kinds, self.training, self.is_prompt)
-            elif not self.is_prompt:
-                warn_of_plain_forward(self.spec)
-        if found.get("short") and self.kinds == {"f"}:
+        if found.get("unmarked"):
+            refuse_or_warn(self.wanted, self.kinds, self.training, self.is_prompt)
+        if found.get("short"):
             warn_of_plain_forward(self.spec)
 
     def assert_later(self) -> None:
@@ -137,7 +133,7 @@ class Checks:
             none = none & ~(turns.event & (turns.end > turns.starts)).any()
             if self.batch.packed and "g" not in self.kinds:
                 lone, answered = self._lone()
-                none = none | ((lone == answered).all() & lone.any())
+                none = none | (lone.any() & self._all_lone(lone, answered))
         if "g" in self.kinds:
             none = none & ~turns.answer.any()
         return none
@@ -153,6 +149,10 @@ class Checks:
         answered = first & (turns.starts + turns.length > turns.end)
         return answered & (turns.end - turns.starts == 1), answered
 
+    def _all_lone(self, lone: Tensor, answered: Tensor) -> Tensor:
+        """Whether no document of the batch has a prompt."""
+        return (lone == answered).all() & ~self.turns.marked.any()
+
     def _cut(self) -> Tensor:
         """Whether a row or a document begins in mid-document, which matters to what counts from its beginning."""
         turns, labels = self.turns, self._supervised()
@@ -162,13 +162,15 @@ class Checks:
         cut = turns.real.new_zeros(())
         first = turns.real.long().argmax(1, keepdim=True)
         if counts_from_the_beginning:
-            # A row that is supervised from its first token on, and again after a gap, has lost its first prompt.
-            resumes = (labels[:, 1:] & ~labels[:, :-1]).any(1)
-            cut = cut | (labels.gather(1, first).squeeze(1) & resumes & ~turns.marked.any(1)).any()
+            # A row that is supervised from its first token on, and again after a gap, has lost its first prompt. In a
+            # chat that is trained on as a whole the gap is no prompt: its headers are supervised.
+            resumes = (labels[:, 1:] & ~labels[:, :-1]).any(1)  # (batch,)
+            prompts = torch.where(turns.marked.any(1), (turns.instructs & ~labels).any(1), resumes)
+            cut = cut | (labels.gather(1, first).squeeze(1) & prompts).any()
         if self.batch.packed and self.batch.position_ids is not None:
             lone, answered = self._lone()
             if counts_from_the_beginning:
                 cut = cut | (self.batch.position_ids.gather(1, first) != 0).any()
             if any(group.count is not None for group in self.wanted.layout):
-                cut = cut | (lone.any() & ~(lone == answered).all())
+                cut = cut | (lone.any() & ~self._all_lone(lone, answered))
         return cut

@@ -34,6 +34,8 @@ class Generation:
     """Tokens in the cache at entry."""
     offset: int = 0
     """Columns of the prompt before the first that `generate` was given."""
+    has_mask: bool = False
+    """Whether `generate` was given a mask, which then is one of the whole prompt."""
     memory: CacheMemory | None = None
     """Of the cache at entry."""
     subspaces: Tensor | None = None
@@ -93,7 +95,9 @@ class Generation:
             return
         self.slots(wanted)
         memory = self.memory or CacheMemory(length=self.past)
-        missing, wrong = compare(adapter, wanted, *self._whole[wanted], memory)
+        assert self.real is not None
+        slots, columns = self._whole[wanted]
+        missing, wrong = compare(adapter, wanted, slots, F.pad(self.real, (0, columns - self.real.shape[1])), memory)
         if missing or wrong:
             holds = "edits that this prompt does not have" if wrong else "no edits where this prompt has some"
             raise ValueError(wrong_cache(adapter, wanted, holds))
@@ -103,7 +107,7 @@ class Generation:
         assert self.real is not None
         prompt = self.real.shape[1]
         if not prompt <= length <= ids.shape[1] or ids.shape[0] != self.real.shape[0] or self.explicit is not None:
-            return CacheMemory(length=length, certain=False)
+            return CacheMemory.unknown(length)
         memory = CacheMemory()
         edited = {}
         for name, wanted in self.used.items():

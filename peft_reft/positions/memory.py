@@ -48,6 +48,11 @@ class CacheMemory:
     edited: dict[str, list[Edited]] = field(default_factory=dict)
     certain: bool = True
 
+    @staticmethod
+    def unknown(length: int) -> CacheMemory:
+        """Of a cache with so many columns, of which nothing else is known."""
+        return CacheMemory(ids=[None], length=length, certain=False)
+
     def add(
         self, ids: Tensor | None, seq: int, edited: dict[str, tuple[Tensor, Layout]], answer_from: int | None
     ) -> None:

@@ -47,6 +47,8 @@ class Turns:
     """int64, where `event`: answers' tokens of the row before this answer."""
     marked: Tensor
     """bool: whether the token's document has a response template."""
+    instructs: Tensor
+    """bool, True at the first token of an instruction template."""
     spans: Tensor
     """int64: how many spans of labels the token's document has."""
 
@@ -204,6 +206,7 @@ def find_turns(
         end=torch.where(unanswered, starts + length, end),
         answered=torch.where(starts_at, written - 1, written),
         marked=marked,
+        instructs=begun,
         spans=spans,
     )
 
@@ -278,7 +281,8 @@ def _first_generated(group: Group, answers: Answers) -> Tensor:
 def _columns(answers: Answers, ranks: Tensor, valid: Tensor) -> Tensor:
     """Columns of the tokens with these ranks, -1 where not `valid`; all (batch, K, N)."""
     columns = torch.searchsorted(answers.rank, ranks.flatten(1).contiguous())  # the first of a rank is the real token
-    return torch.where(valid, columns.view_as(ranks), NO_POSITION)
+    there = ranks <= answers.rank[:, -1:].unsqueeze(-1)  # a prompt may go on behind this piece of it
+    return torch.where(valid & there, columns.view_as(ranks), NO_POSITION)
 
 
 def mask_of(columns: Tensor, seq: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .batch import POSITIONS, SUBSPACES, Batch, can_be_read
 from .checks import Checks, refuse_or_warn
-from .resolve import resolve
+from .resolve import Turns, resolve
 from .spec import NO_POSITION
 from .wanted import Wanted
 
@@ -101,10 +101,9 @@ class FromBatch(_WithoutCache):
         most = None if has_marks else batch.most_answers
         checks = Checks(batch, wanted, turns, kinds, self.training, self.is_prompt) if kinds else None
         if not can_be_read(turns.real):
-            if checks is not None and torch.compiler.is_compiling():
-                checks.assert_later()
-            return resolve(wanted.layout, turns.answers(most or 1))
-        facts = [] if checks is None else checks.facts(unknown and not has_marks)
+            self._read_nothing(turns, most, checks)
+            return resolve(wanted.layout, turns.answers(1))
+        facts = [] if checks is None else checks.facts(has_marks)
         if most is None:
             facts.append(("most", turns.event.sum(1).amax()))
         if facts:  # the one host read
@@ -113,6 +112,23 @@ class FromBatch(_WithoutCache):
             if checks is not None:
                 checks.act(found)
         return resolve(wanted.layout, turns.answers(most))
+
+    @staticmethod
+    def _read_nothing(turns: Turns, most: int | None, checks: Checks | None) -> None:
+        """Where the host cannot read values, there is one answer a row: say so where that is not known."""
+        if torch.compiler.is_compiling():
+            if checks is not None:
+                checks.assert_later()
+            if most is None:
+                torch._assert_async(
+                    turns.event.sum(1).amax() <= 1,
+                    "torch.compile: rows with several answers need the positions of DataCollatorForLoreft",
+                )
+        elif most is None and not turns.real.is_meta:
+            raise ValueError(
+                "Inside torch.func LoReFT cannot read how many answers the rows have: pass "
+                f"`{POSITIONS}` (`peft_reft.DataCollatorForLoreft` makes them)."
+            )
 
 
 def check_positions(positions: Any, shape: tuple[int, int]) -> Tensor:
@@ -123,7 +139,7 @@ def check_positions(positions: Any, shape: tuple[int, int]) -> Tensor:
         raise ValueError(f"{POSITIONS} must be an integer tensor of shape (batch, n), -1 for none; got {got}.")
     if positions.shape[0] != shape[0]:
         raise ValueError(f"{POSITIONS} has {positions.shape[0]} rows for a batch of {shape[0]}.")
-    looks_cost_nothing = positions.device.type == "cpu" and not torch.compiler.is_compiling()
+    looks_cost_nothing = positions.device.type == "cpu" and can_be_read(positions)
     if looks_cost_nothing and positions.numel():
         low, high = int(positions.min()), int(positions.max())
         if low < NO_POSITION or high >= shape[1]:

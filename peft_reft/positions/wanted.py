@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
+import torch
+
 from .batch import POSITIONS
 from .marks import Marks
 from .spec import Layout
@@ -34,7 +36,9 @@ class Wanted:
 
 
 def warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=2)
+    """Warn, but not from within a graph that is traced, which cannot hold a warning."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(message, UserWarning, stacklevel=2)
 
 
 def warn_of_plain_forward(spec: str) -> None:

@@ -22,9 +22,10 @@ from torch.nn import functional as F
 
 from ..edits.factors import Factors
 from ..edits.intervention import Intervention, factors_of
-from ..positions.batch import SUBSPACES
+from ..positions.batch import SUBSPACES, can_be_read
 from ..positions.generation import GenerateStep, Generation
 from ..positions.index import Arrangement, PositionIndex, arrange
+from ..positions.memory import CacheMemory
 from ..positions.sources import Source, Unread
 from ..positions.spec import Layout
 from ..positions.wanted import Wanted
@@ -221,6 +222,10 @@ class Forward:
         self.subspaces = subspaces
         self.outer = outer
         self.generation = generation
+        self.past: int | None = 0
+        """Columns in the cache that the forward was given; None if it does not say."""
+        self.memory: CacheMemory | None = None
+        """Of that cache."""
         self.entered = False
         """Whether the module's `forward` has been reached, which `__call__` runs behind the hook that began this."""
         self.recomputes = False
@@ -318,7 +323,7 @@ class Forward:
                 if not self.repeats_rows or batch % len(given):
                     raise ValueError(f"{SUBSPACES} has {len(given)} rows for a batch of {batch}.")
                 given = given.repeat_interleave(batch // len(given), 0)
-            if given.device.type == "cpu" and not torch.compiler.is_compiling() and given.numel():
+            if given.device.type == "cpu" and can_be_read(given) and given.numel():
                 low, high = int(given.min()), int(given.max())
                 if low < -1 or high >= r:
                     raise ValueError(

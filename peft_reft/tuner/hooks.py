@@ -213,7 +213,11 @@ def _forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if forward is None or forward.entered or type(forward.module) is not type(model):
         return model(*args, **kwargs)
     forward.entered = True
-    return _original(forward.module, "forward")(*args, **kwargs)  # of a replica, if `nn.DataParallel` runs one
+    try:
+        return _original(forward.module, "forward")(*args, **kwargs)  # of a replica, if `nn.DataParallel` runs one
+    except BaseException:  # Ctrl-C too, for which torch calls no hooks
+        end(forward.module)
+        raise
 
 
 def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -230,8 +234,10 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         of_decoder = step or _read_decoder(given, training)
         begin(attachment.decoder, of_decoder, model, subspaces).recomputes = recomputes
         step = None
-    source = step or _read(attachment, given, positions, training)
-    begin(attachment, source, model, subspaces).recomputes = recomputes
+    past, memory = (0, None) if step else _past(attachment, given)
+    source = step or _read(attachment, given, positions, training, past, memory)
+    forward = begin(attachment, source, model, subspaces)
+    forward.recomputes, forward.past, forward.memory = recomputes, past, memory
     if training and attachment.first_batch is not None and can_be_read(source_tokens(given)):
         attachment.first_batch({**given, POSITIONS: positions})
     return args, kwargs
@@ -257,12 +263,28 @@ def _before_part(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         return args, kwargs
     training = part.training and torch.is_grad_enabled()
     recomputes = _wrap_checkpoint_functions(part) if training else False
-    source = _read(attachment, given, positions, training)
-    begin(attachment, source, part, subspaces).recomputes = recomputes
+    past, memory = _past(attachment, given)
+    source = _read(attachment, given, positions, training, past, memory)
+    forward = begin(attachment, source, part, subspaces)
+    forward.recomputes, forward.past, forward.memory = recomputes, past, memory
     return args, kwargs
 
 
-def _read(attachment: Attachment, given: dict[str, Any], positions: Any, training: bool) -> Source:
+def _past(attachment: Attachment, given: dict[str, Any]) -> tuple[int | None, CacheMemory | None]:
+    """How many columns the cache holds that a forward was given, and what is known of them."""
+    cache = _cache(given) if attachment.has_answers else None
+    past = 0 if cache is None else _filled(cache)
+    return past, _memory(cache, past) if past != 0 else None
+
+
+def _read(
+    attachment: Attachment,
+    given: dict[str, Any],
+    positions: Any,
+    training: bool,
+    past: int | None = 0,
+    memory: CacheMemory | None = None,
+) -> Source:
     """Where the positions of a forward come from that is no step of `generate`."""
     if "write_index" in given:  # which only transformers' paged attention is given
         raise ValueError(CONTINUOUS_BATCHING)
@@ -273,15 +295,14 @@ def _read(attachment: Attachment, given: dict[str, Any], positions: Any, trainin
     if positions is not None:
         return Given(check_positions(positions, shape).to(tokens.device), shape)
     has_answers = attachment.has_answers
-    cache = _cache(given)
-    if has_answers and cache is not None and (past := _filled(cache)) != 0:
+    if past != 0:
         ids = given.get("input_ids")
         return Continued(
             tokens=tokens,
             ids=ids if is_matrix(ids, shape) else None,
             attention_mask=given.get("attention_mask"),
             past=past,
-            memory=_memory(cache, past),
+            memory=memory,
             training=training,
             prompt_lengths=Batch.read({}, tokens, has_answers).prompt_lengths,
         )
@@ -290,9 +311,9 @@ def _read(attachment: Attachment, given: dict[str, Any], positions: Any, trainin
     if generation is not None and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > shape[1]:
         raise ValueError(LOST_CACHE)
     batch = Batch.read(given, tokens, has_answers)
-    if can_be_read(tokens):
+    if not torch.is_grad_enabled() and can_be_read(tokens):  # evaluation, which may ask once more for the logits
         remember(batch)
-    if generation is None or not has_answers:
+    if generation is None or not has_answers or batch.says_where_prompts_end:
         return FromBatch(batch, has_answers, training)
     # A forward that somebody makes beside `generate`, such as that of classifier-free guidance.
     if generation.beside is None:
@@ -335,7 +356,7 @@ def _memory(cache: Any, past: int | None) -> CacheMemory | None:
     memory = memory_of(cache)
     if memory is None or past is None:
         return memory
-    return memory.cut(past) if memory.length >= past else CacheMemory(length=past, certain=False)
+    return memory.cut(past) if memory.length >= past else CacheMemory.unknown(past)
 
 
 def _read_decoder(given: dict[str, Any], training: bool) -> Source:
@@ -402,8 +423,7 @@ def _note_cache(forward: Forward, attachment: Attachment, given: dict[str, Any],
     if cache is None or isinstance(source, Unread) or source.shape == (0, 0):
         return
     seq = source.shape[1]
-    past = source.past if isinstance(source, Continued) else 0
-    memory = source.memory if isinstance(source, Continued) else CacheMemory()
+    past, memory = forward.past, forward.memory
     if past is None or (memory is None and past):
         return
     memory = memory or CacheMemory()
@@ -418,7 +438,7 @@ def _note_cache(forward: Forward, attachment: Attachment, given: dict[str, Any],
         raise ValueError(wrong_cache(others[0], Wanted((), None), "edits that this document does not have"))
     rows = next((piece[0].bits.shape[0] for piece in memory.edited.values()), source.shape[0])
     if rows != source.shape[0]:
-        memory = CacheMemory(length=past, certain=False)
+        memory = CacheMemory.unknown(past)
     ids = given.get("input_ids")
     answer_from = source.answer_from if isinstance(source, Continued) else None
     memory.add(ids if is_matrix(ids, source.shape) else None, seq, edited, answer_from)
@@ -473,7 +493,7 @@ def _note_generated(generation: Generation, kwargs: dict[str, Any], output: Any)
     if length is None:  # the last token has not been fed to it
         length = sequences.shape[1] - 1
     moved = getattr(output, "beam_indices", None) is not None
-    memory = CacheMemory(length=length, certain=False) if moved else generation.remember(sequences, length)
+    memory = CacheMemory.unknown(length) if moved else generation.remember(sequences, length)
     set_memory(cache, memory)
 
 
@@ -493,15 +513,31 @@ def _prepare_inputs(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         whole = args[0] if args else kwargs.get("decoder_input_ids", tokens)
         start = whole.shape[1] - seq
     else:
-        mask = kwargs.get("attention_mask")
-        whole = args[0] if args else kwargs.get("input_ids", tokens)
-        columns = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else whole.shape[1]
-        # XLM puts a token behind the row, of which the mask does not know.
-        start = max(0, generation.offset + columns - seq)
+        start = _start(generation, args[0] if args else kwargs.get("input_ids", tokens), seq, kwargs)
     inputs[_STEP] = GenerateStep(generation, start, (tokens.shape[0], seq))
     if generation.subspaces is not None:
         inputs[SUBSPACES] = generation.subspaces
     return inputs
+
+
+def _start(generation: Generation, ids: Tensor, seq: int, kwargs: dict[str, Any]) -> int:
+    """Column of the document at which a step of `seq` tokens begins.
+
+    Args:
+        generation: the call of `generate`.
+        ids: (rows, n) int64: what has been given and written so far; of a prompt that is fed in chunks the chunk alone.
+        seq: number of the step's tokens, the last of them.
+        kwargs: of `prepare_inputs_for_generation`.
+    """
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        # XLM puts a token behind the row, of which the mask does not know.
+        return max(0, mask.shape[1] - seq + (0 if generation.has_mask else generation.offset))
+    # transformers drops a mask of ones.
+    if ids.shape[1] > seq:
+        return generation.offset + ids.shape[1] - seq
+    cache = _cache(kwargs)
+    return 0 if cache is None else _filled(cache) or 0
 
 
 def _note_prompts(
@@ -525,7 +561,7 @@ def _note_prompts(
     length = real.shape[1]
     if explicit is not None:
         explicit = check_positions(explicit, (real.shape[0], length))
-    offset = 0 if tokens is None or mask is not None else length - tokens.shape[1]
+    offset = 0 if tokens is None else length - tokens.shape[1]
     known = None
     if ids is not None and ids.ndim == 2:
         known = F.pad(ids, (length - ids.shape[1], 0), value=-1)
@@ -540,7 +576,14 @@ def _note_prompts(
                 )
     # Not `model.device`, which is "meta" where weights are offloaded.
     return Generation(
-        real=real, ids=known, explicit=explicit, past=past, offset=offset, memory=memory, subspaces=subspaces
+        real=real,
+        ids=known,
+        explicit=explicit,
+        past=past,
+        offset=offset,
+        has_mask=mask is not None,
+        memory=memory,
+        subspaces=subspaces,
     )
 
 

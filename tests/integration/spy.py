@@ -62,3 +62,46 @@ class Spy:
         """`f2+l2` of each prompt, and of prompts of several lengths."""
         assert edits and all(offsets == expected_offsets(len(prompt)) for prompt, offsets in edits)
         assert len({len(prompt) for prompt, _ in edits}) > 2
+
+
+class Documents:
+    """Records which tokens of which documents are edited, by forwards of whole rows, packed ones taken apart.
+
+    `train` and `rest`, with gradients and without, are sets of (tokens of the document, edited ones, counted from its
+    first). What the backbone is given is what is seen, so that callers of the backbone alone are seen, too.
+    """
+
+    def __init__(self, monkeypatch):
+        self.train, self.rest = set(), set()
+        self._inputs, self._known = None, {}
+        index = Forward.index
+
+        def spied(forward, *args):
+            found = index(forward, *args)
+            if found is not None and self._inputs is not None and id(found) not in self._known:
+                self._known[id(found)] = found  # layers share it, and so does recomputation
+                self._record(found)
+            return found
+
+        monkeypatch.setattr(Forward, "index", spied)
+
+    def watch(self, peft_model):
+        def note(backbone, args, kwargs):
+            self._inputs = dict(kwargs) | ({"input_ids": args[0]} if args else {})
+
+        peft_model.get_base_model().base_model.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
+
+    def _record(self, index):
+        ids, mask, at = (self._inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+        assert index.shape == tuple(ids.shape)
+        edited = index.edited.view(ids.shape)
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        assert not (edited & ~real).any(), "padding was edited"
+        for row in range(len(ids)):
+            tokens, bits = ids[row][real[row]], edited[row][real[row]]
+            packed = mask is None and at is not None
+            begins = (at[row][real[row]] == 0).nonzero().flatten().tolist() if packed else [0]
+            for start, stop in zip(begins, [*begins[1:], len(tokens)]):
+                document = tuple(tokens[start:stop].tolist())
+                found = frozenset(bits[start:stop].nonzero().flatten().tolist())
+                (self.train if torch.is_grad_enabled() else self.rest).add((document, found))

@@ -306,13 +306,12 @@ def test_chats_of_several_turns(make, chats):
         ("texts", {}),
         ("texts", dict(activation_checkpointing=False)),
         ("pairs", dict(completion_only_loss=False)),
-        ("chats", {}),
     ],
     ids=str,
 )
 @pytest.mark.cell(
     "Trainers: SFT",
-    "plain text, `completion_only_loss=False`, chats without `assistant_only_loss`",
+    "plain text, `completion_only_loss=False`",
     refused="every token is supervised, so no row has a prompt to edit",
 )
 def test_language_modelling_data_is_refused(make, request, data, settings, collate):
@@ -320,6 +319,24 @@ def test_language_modelling_data_is_refused(make, request, data, settings, colla
     with pytest.raises(ValueError, match="nothing would train") as error:
         trainer.train()
     assert "completion_only_loss=True" in str(error.value) and "assistant_only_loss=True" in str(error.value)
+
+
+@pytest.mark.parametrize("collate", [False, True], ids=["alone", "collator"])
+@pytest.mark.cell("Trainers: SFT", "multi-turn chats, every token trained on (TRL's default for `messages`)")
+def test_chats_that_are_trained_on_whole(make, chats, collate):
+    """Their prompts are known by the headers: what is edited is what `assistant_only_loss=True` edits."""
+    trainer = make(chats, collate=collate)
+    batch = batch_of(trainer)
+    assert (batch["labels"][batch["attention_mask"].bool()] != -100).all()
+    assert moved(trainer) == set(adapter(trainer.model))
+    answers = batch_of(make(chats, assistant_only_loss=True))
+    with torch.no_grad():
+        found, expected = (trainer.model.eval()(**given).logits for given in (batch, answers))
+        with trainer.model.disable_adapter():
+            without = trainer.model(**batch).logits
+    real = answers["attention_mask"].bool()
+    assert torch.equal(batch["input_ids"], answers["input_ids"])
+    assert torch.equal(found[real], expected[real]) and (found - without)[real].abs().max() > 1e-2
 
 
 @pytest.mark.cell("Trainers: SFT", 'plain text with `positions="all"`')
@@ -462,9 +479,10 @@ def test_without_labels_the_collator_has_the_positions(make, pairs, settings):
 
 @SMOOTHING
 def test_without_labels_a_prefix_alone_needs_no_collator(make, pairs):
-    """The first tokens of a prompt are where they are, wherever it ends."""
+    """The first tokens of a prompt are where they are, wherever it ends; but a prompt may be shorter than that."""
     loreft = dict(positions="f1")
-    plain = run(make(pairs, loreft=loreft, label_smoothing_factor=0.1))
+    with pytest.warns(UserWarning, match="cannot tell how long the prompts are"):
+        plain = run(make(pairs, loreft=loreft, label_smoothing_factor=0.1))
     assert run(make(pairs, loreft=loreft, label_smoothing_factor=0.1, collate=True))[0] == plain[0]
 
 
@@ -481,9 +499,10 @@ def test_evaluation(make, pairs):
 
 
 @pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")
-@pytest.mark.cell("Trainers: SFT", "`compute_metrics`, with `DataCollatorForLoreft`")
-def test_metrics_are_of_edited_prompts(make, pairs):
-    """TRL asks for the logits of an evaluation without labels: the collator says where the prompts end."""
+@pytest.mark.parametrize("collate", [False, True], ids=["alone", "collator"])
+@pytest.mark.cell("Trainers: SFT", "`compute_metrics`")
+def test_metrics_are_of_edited_prompts(make, pairs, collate):
+    """TRL asks for the logits of an evaluation without labels: those of the loss's forward are remembered."""
     seen = []
 
     def compute_metrics(prediction):
@@ -492,7 +511,7 @@ def test_metrics_are_of_edited_prompts(make, pairs):
 
     data = pairs.select(range(4))
     options = dict(eval_dataset=data, compute_metrics=compute_metrics)
-    trainer = make(data, collate=True, per_device_eval_batch_size=4, trainer=options)
+    trainer = make(data, collate=collate, per_device_eval_batch_size=4, trainer=options)
     trainer.evaluate()
     batch = next(iter(trainer.get_eval_dataloader()))
     with torch.no_grad():
