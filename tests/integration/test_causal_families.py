@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import randomise
 from peft import get_peft_model
+from torch.nn import functional as F
 from transformers import (
     DynamicCache,
     FSMTConfig,
@@ -117,10 +118,8 @@ def generated(model, rows, **kwargs):
     width = max(map(len, rows))
     sides = [(width - len(row), 0) for row in rows]
     output = model.generate(
-        input_ids=torch.stack([torch.nn.functional.pad(row, side) for row, side in zip(rows, sides)]),
-        attention_mask=torch.stack(
-            [torch.nn.functional.pad(torch.ones_like(r), side) for r, side in zip(rows, sides)]
-        ),
+        input_ids=torch.stack([F.pad(row, side) for row, side in zip(rows, sides)]),
+        attention_mask=torch.stack([F.pad(torch.ones_like(r), side) for r, side in zip(rows, sides)]),
         max_new_tokens=NEW,
         do_sample=False,
         return_dict_in_generate=True,
@@ -248,9 +247,7 @@ def test_a_token_that_generate_puts_behind_the_row():
         input_ids=prompt[None], max_new_tokens=2, do_sample=False, return_dict_in_generate=True, output_logits=True
     )
     for step, logits in enumerate(output.logits):
-        row = torch.nn.functional.pad(
-            output.sequences[:, : len(prompt) + step], (0, 1), value=base.config.mask_token_id
-        )
+        row = F.pad(output.sequences[:, : len(prompt) + step], (0, 1), value=base.config.mask_token_id)
         columns = torch.tensor([[0, 1, 2, len(prompt) - 2, len(prompt) - 1]])
         given = dict(langs=torch.full_like(row, base.config.lang_id), intervention_positions=columns)
         assert_close(logits[0], model(input_ids=row, **given).logits[0, -1])
