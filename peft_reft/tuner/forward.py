@@ -286,7 +286,8 @@ class Forward:
         if self.repeats_rows and batch % len(adapter_names) == 0:
             return [name for name in adapter_names for _ in range(batch // len(adapter_names))]
         raise ValueError(
-            f"adapter_names has {len(adapter_names)} entries for a batch of {batch} rows; give one a row."
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(adapter_names)} and {batch} respectively."
         )
 
     def rows_of(
