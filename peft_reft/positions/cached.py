@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,14 +88,14 @@ class Continued:
         regions = [column if group.kind == "g" else empty for group in wanted.layout if group.count is None]
         return torch.cat([none, *regions], 1)
 
-    def check_cache(self, adapter: str, wanted: Wanted) -> None:
+    def check_cache(self, adapter: str, wanted: Wanted, rows: Tensor | None = None) -> None:
         """See `Source`. Of a cache of which nothing is known, nothing is said."""
         memory, slots = self.memory, self._whole.get(wanted)
         if memory is None or slots is None:
             return
         assert self.past is not None
         real = joined_mask(self.attention_mask, self.shape, self.past, self.tokens.device)
-        missing, wrong = compare(adapter, wanted, slots, real, memory)
+        missing, wrong = compare(adapter, wanted, slots, real, memory, rows)
         if wrong:
             raise ValueError(wrong_cache(adapter, wanted, "edits that this document does not have"))
         if missing:
@@ -115,6 +116,15 @@ MOVED = (
 )
 
 
+def refuse_others(memory: CacheMemory, asked: Collection[str]) -> None:
+    """Raise ValueError if a cache holds edits of adapters that are not among those `asked`."""
+    for name in memory.edited:
+        if name not in asked and bool(memory.bits(name, memory.length).any()):
+            raise ValueError(
+                wrong_cache(name, Wanted(memory.layout(name), None), "edits of an adapter that is not active now")
+            )
+
+
 def wrong_cache(adapter: str, wanted: Wanted, holds: str) -> str:
     """The message about a cache that does not fit."""
     spec = "+".join(map(str, wanted.layout))
@@ -127,7 +137,22 @@ def wrong_cache(adapter: str, wanted: Wanted, holds: str) -> str:
     )
 
 
-def compare(adapter: str, wanted: Wanted, slots: Tensor, real: Tensor, memory: CacheMemory) -> tuple[set[int], bool]:
+def of_rows(slots: Tensor, rows: Tensor | None) -> Tensor:
+    """`slots` (n, k) of the rows that an adapter edits, and none in the others.
+
+    Args:
+        rows: (names given,) bool; each stands for as many rows in turn (beams). None for all.
+    """
+    if rows is None:
+        return slots
+    return slots.masked_fill(
+        ~rows.to(slots.device).repeat_interleave(len(slots) // len(rows)).unsqueeze(1), NO_POSITION
+    )
+
+
+def compare(
+    adapter: str, wanted: Wanted, slots: Tensor, real: Tensor, memory: CacheMemory, rows: Tensor | None = None
+) -> tuple[set[int], bool]:
     """Which groups lack edits in the part of a document that a cache holds, and whether it has an edit too many.
 
     Args:
@@ -136,13 +161,16 @@ def compare(adapter: str, wanted: Wanted, slots: Tensor, real: Tensor, memory: C
         slots: (rows, n) of the whole document.
         real: (rows, columns of the whole document) bool; nobody attends to the others.
         memory: of the cache.
+        rows: (names given,) bool: which rows the adapter edits; None for all.
 
     Raises:
         ValueError: the rows of the cache were moved about.
     """
     if not memory.certain:
         raise ValueError(MOVED)
-    needed = group_bits(slots, real.shape[1], wanted.layout)[:, : memory.length]  # (rows, columns in the cache)
+    needed = group_bits(of_rows(slots, rows), real.shape[1], wanted.layout)[
+        :, : memory.length
+    ]  # (rows, columns in the cache)
     if adapter in memory.edited:
         held = memory.bits(adapter, needed.shape[1]).to(needed.device)
         if needed.shape[0] % held.shape[0]:

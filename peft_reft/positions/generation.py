@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cached import compare, wrong_cache
+from .cached import compare, of_rows, refuse_others, wrong_cache
 from .memory import CacheMemory, part_of
 from .resolve import Turns, find_turns, resolve
 from .spec import NO_POSITION, slots_per_answer
@@ -41,8 +41,8 @@ class Generation:
     subspaces: Tensor | None = None
     beside: int | None = None
     """Length of the prompt of forwards that are made beside `generate` (classifier-free guidance)."""
-    used: dict[str, Wanted] = field(default_factory=dict)
-    """What the layers asked, by adapter."""
+    used: dict[str, tuple[Wanted, Tensor | None]] = field(default_factory=dict)
+    """What the layers asked, by adapter, and which rows it edits."""
     factors: dict[tuple[int, bool], Any] = field(default_factory=dict)
     """What the layers compute with, for all steps of this call."""
     _resolved: dict[Wanted, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
@@ -88,19 +88,26 @@ class Generation:
         ids = None if self.ids is None else F.pad(self.ids, (0, more), value=-1)
         return find_turns(real, ids=ids, marks=wanted.marks, answer_at=answer_at)
 
-    def check_cache(self, adapter: str, wanted: Wanted) -> None:
+    def check_cache(self, adapter: str, wanted: Wanted, rows: Tensor | None = None) -> None:
         """Raise ValueError if the cache that `generate` was given does not hold what its part of the prompts needs."""
-        self.used[adapter] = wanted
+        self.used[adapter] = wanted, rows
         if not self.past or self.explicit is not None:
             return
         self.slots(wanted)
         memory = self.memory or CacheMemory(length=self.past)
         assert self.real is not None
         slots, columns = self._whole[wanted]
-        missing, wrong = compare(adapter, wanted, slots, F.pad(self.real, (0, columns - self.real.shape[1])), memory)
+        missing, wrong = compare(
+            adapter, wanted, slots, F.pad(self.real, (0, columns - self.real.shape[1])), memory, rows
+        )
         if missing or wrong:
             holds = "edits that this prompt does not have" if wrong else "no edits where this prompt has some"
             raise ValueError(wrong_cache(adapter, wanted, holds))
+
+    def check_others(self) -> None:
+        """Raise ValueError if the cache that `generate` was given holds edits of adapters that do not edit now."""
+        if self.memory is not None:
+            refuse_others(self.memory, self.used)
 
     def remember(self, ids: Tensor, length: int) -> CacheMemory:
         """What a cache holds that this call leaves: the first `length` columns of `ids` (rows, n)."""
@@ -110,9 +117,9 @@ class Generation:
             return CacheMemory.unknown(length)
         memory = CacheMemory()
         edited = {}
-        for name, wanted in self.used.items():
+        for name, (wanted, rows) in self.used.items():
             turns = self.turns(wanted, length - prompt + 1)
-            slots = resolve(wanted.layout, turns.answers())
+            slots = of_rows(resolve(wanted.layout, turns.answers()), rows)
             edited[name] = part_of(slots, wanted.layout, length + 1, 0, length), wanted.layout
         memory.add(ids[:, :length], length, edited, prompt)
         return memory
@@ -130,10 +137,10 @@ class GenerateStep:
     start: int
     shape: tuple[int, int]
 
-    def check_cache(self, adapter: str, wanted: Wanted) -> None:
+    def check_cache(self, adapter: str, wanted: Wanted, rows: Tensor | None = None) -> None:
         """See `Source`. Once a call is enough."""
         if adapter not in self.generation.used:
-            self.generation.check_cache(adapter, wanted)
+            self.generation.check_cache(adapter, wanted, rows)
 
     def slots(self, wanted: Wanted) -> Tensor | None:
         batch, seq = self.shape

@@ -22,7 +22,7 @@ DIFFERENCES = [
     Difference(
         r"test_multiple_active_adapters_forward\[LoReFT Different",
         "ValueError: The weighted sum is no single edit: target_modules",
-        "A weighted sum is one adapter, which edits one set of modules; adapters of unlike targets are activated together.",
+        "A weighted sum is one adapter, on one set of modules; those of unlike targets are activated together.",
     ),
     Difference(
         r"test_from_pretrained_sanity_check\[LoReFT",
