@@ -145,9 +145,8 @@ def of_rows(slots: Tensor, rows: Tensor | None) -> Tensor:
     """
     if rows is None:
         return slots
-    return slots.masked_fill(
-        ~rows.to(slots.device).repeat_interleave(len(slots) // len(rows)).unsqueeze(1), NO_POSITION
-    )
+    repeated = rows.to(slots.device).repeat_interleave(len(slots) // len(rows))  # (n,)
+    return slots.masked_fill(~repeated.unsqueeze(1), NO_POSITION)
 
 
 def compare(

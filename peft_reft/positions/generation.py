@@ -13,7 +13,7 @@ from .cached import compare, of_rows, refuse_others, wrong_cache
 from .memory import CacheMemory, part_of
 from .resolve import Turns, find_turns, resolve
 from .spec import NO_POSITION, slots_per_answer
-from .wanted import Wanted
+from .wanted import Wanted, warn
 
 
 @dataclass
@@ -45,6 +45,7 @@ class Generation:
     """What the layers asked, by adapter, and which rows it edits."""
     factors: dict[tuple[int, bool], Any] = field(default_factory=dict)
     """What the layers compute with, for all steps of this call."""
+    _others_checked: bool = False
     _resolved: dict[Wanted, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
     _whole: dict[Wanted, tuple[Tensor, int]] = field(default_factory=dict)
     """Slots of the prompts and what comes right behind them, and the number of their columns."""
@@ -86,6 +87,12 @@ class Generation:
         answer_at = torch.zeros_like(real)
         answer_at[:, length] = True
         ids = None if self.ids is None else F.pad(self.ids, (0, more), value=-1)
+        if ids is None and wanted.kinds and _has_marks(wanted):
+            warn(
+                "LoReFT finds no headers of a chat template in embeddings: `generate` was given `inputs_embeds` "
+                "alone, so its whole input counts as one prompt. Give `input_ids` beside them if it is a chat of "
+                "several turns."
+            )
         return find_turns(real, ids=ids, marks=wanted.marks, answer_at=answer_at)
 
     def check_cache(self, adapter: str, wanted: Wanted, rows: Tensor | None = None) -> None:
@@ -97,17 +104,17 @@ class Generation:
         memory = self.memory or CacheMemory(length=self.past)
         assert self.real is not None
         slots, columns = self._whole[wanted]
-        missing, wrong = compare(
-            adapter, wanted, slots, F.pad(self.real, (0, columns - self.real.shape[1])), memory, rows
-        )
+        real = F.pad(self.real, (0, columns - self.real.shape[1]))
+        missing, wrong = compare(adapter, wanted, slots, real, memory, rows)
         if missing or wrong:
             holds = "edits that this prompt does not have" if wrong else "no edits where this prompt has some"
             raise ValueError(wrong_cache(adapter, wanted, holds))
 
     def check_others(self) -> None:
         """Raise ValueError if the cache that `generate` was given holds edits of adapters that do not edit now."""
-        if self.memory is not None:
+        if self.memory is not None and not self._others_checked:  # all active adapters ask in the first step
             refuse_others(self.memory, self.used)
+            self._others_checked = True
 
     def remember(self, ids: Tensor, length: int) -> CacheMemory:
         """What a cache holds that this call leaves: the first `length` columns of `ids` (rows, n)."""

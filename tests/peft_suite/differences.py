@@ -32,7 +32,7 @@ DIFFERENCES = [
     Difference(
         r"test_save_pretrained_targeting_lora_to_embedding_layer\[LoReFT-(auto|True)",
         "AssertionError",
-        "PEFT saves the embedding beside an adapter on it by looking for `base_layer`, which an edited module has not.",
+        "PEFT saves an embedding that an adapter is on if it has a `base_layer`, which an edited module has not.",
     ),
     Difference(
         r"test_merge_layers\w*\[LoReFT( with tokens| untied)*-",
