@@ -113,7 +113,10 @@ class Checks:
             wrong = self._several()
             if self.training:
                 wrong = wrong | self._cut() | (self._nothing() & self._supervised().any())
-            torch._assert_async(~wrong, "LoReFT: no position to edit, rows with several answers, or cut off prompts")
+            torch._assert_async(
+                ~wrong,
+                "LoReFT: no position to edit, cut off prompts, or several answers (which need DataCollatorForLoreft)",
+            )
 
     def _supervised(self) -> Tensor:
         assert self.batch.labels is not None

@@ -149,8 +149,8 @@ def detach(model: nn.Module) -> None:
         wrapped = model.__dict__.get(name)
         if isinstance(wrapped, _Wrapped):
             model.__dict__.pop(name)
-            if wrapped.inner is not None:
-                model.__dict__[name] = wrapped.inner
+            if (inner := wrapped.args[1]) is not None:
+                model.__dict__[name] = inner
     _unwrap_checkpoint_functions(model)
 
 
@@ -163,15 +163,14 @@ def _hook(module: nn.Module, attachment: Attachment, before: Callable[..., Any])
 
 
 class _Wrapped(partial):
-    """A wrapped method of one model: not a bound method, which could not be pickled."""
+    """A wrapped method of one model: not a bound method, which could not be pickled. Its arguments are the model, and
+    what stood in the model's own dictionary before: None if nothing did, and the class's method counts."""
 
-    inner: Any
-    """What stood in the model's own dictionary before; None if nothing did, and the class's method counts."""
     __signature__: inspect.Signature
 
 
 def _wrap(model: nn.Module, name: str, wrapper: Callable[..., Any], more: tuple[str, ...] = ()) -> None:
-    """Have `model.name(*args)` call `wrapper(model, *args)`.
+    """Have `model.name(*args)` call `wrapper(model, inner, *args)`.
 
     The signature stays, which Trainer and `generate` read, with the arguments `more` beside it. It has no annotations,
     some of which cannot be pickled.
@@ -181,20 +180,14 @@ def _wrap(model: nn.Module, name: str, wrapper: Callable[..., Any], more: tuple[
     added = [inspect.Parameter(each, inspect.Parameter.KEYWORD_ONLY, default=None) for each in more]
     last = [each for each in parameters if each.kind is inspect.Parameter.VAR_KEYWORD]
     parameters = [each for each in parameters if each not in last] + added + last
-    wrapped = _Wrapped(wrapper, model)
-    wrapped.inner = model.__dict__.get(name)
+    wrapped = _Wrapped(wrapper, model, model.__dict__.get(name))
     wrapped.__signature__ = inspect.Signature(parameters)
     model.__dict__[name] = wrapped
 
 
-def _original(model: nn.Module, name: str) -> Callable[..., Any]:
-    """The method that is wrapped, of this model or of a replica of it."""
-    wrapped = model.__dict__.get(name)
-    while wrapped is not None and not isinstance(wrapped, _Wrapped):  # wrapped once more, by another library
-        wrapped = getattr(wrapped, "__wrapped__", None)
-    if wrapped is not None and wrapped.inner is not None:
-        return wrapped.inner
-    return partial(getattr(type(model), name), model)
+def _original(module: nn.Module, name: str, inner: Any) -> Callable[..., Any]:
+    """The method that is wrapped: what stood there before, or that of the class of `module`, a replica perhaps."""
+    return partial(getattr(type(module), name), module) if inner is None else inner
 
 
 def _encoder(model: Any) -> nn.Module:
@@ -203,17 +196,19 @@ def _encoder(model: Any) -> nn.Module:
     return encoder
 
 
-def _forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _forward(model: nn.Module, inner: Any, *args: Any, **kwargs: Any) -> Any:
     """`model.forward(...)`, which some libraries call instead of `model(...)`: goes through the hooks all the same."""
     attachment = model.__dict__.get(ATTRIBUTE)
     if attachment is None:  # LoReFT was taken out of the model since somebody took hold of this function
-        return _original(model, "forward")(*args, **kwargs)
+        return _original(model, "forward", inner)(*args, **kwargs)
     forward = current(attachment)
     if forward is None or forward.entered or type(forward.module) is not type(model):
         return model(*args, **kwargs)
     forward.entered = True
     try:
-        return _original(forward.module, "forward")(*args, **kwargs)  # of a replica, if `nn.DataParallel` runs one
+        return _original(forward.module, "forward", inner)(
+            *args, **kwargs
+        )  # of a replica, if `nn.DataParallel` runs one
     except BaseException:  # Ctrl-C too, for which torch calls no hooks
         end(forward.module)
         raise
@@ -448,16 +443,16 @@ def _cache_of(output: Any) -> Any:
     return next((cache for name in _CACHES if (cache := getattr(output, name, None)) is not None), None)
 
 
-def _refuse_batch(model: Any, *args: Any, **kwargs: Any) -> Any:
+def _refuse_batch(model: Any, inner: Any, *args: Any, **kwargs: Any) -> Any:
     """`generate_batch`: its forwards run in a thread of transformers', where an error would only be logged."""
     raise ValueError(CONTINUOUS_BATCHING)
 
 
-def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+def _generate(model: Any, inner: Any, *args: Any, **kwargs: Any) -> Any:
     """`generate` of a model with LoReFT: notes the prompts, and hands each forward its step."""
     explicit = kwargs.pop(POSITIONS, None)
     subspaces = check_subspaces(kwargs.pop(SUBSPACES, None))
-    original = _original(model, "generate")
+    original = _original(model, "generate", inner)
     attachment = model.__dict__.get(ATTRIBUTE)
     if attachment is None:
         return original(*args, **kwargs)
@@ -496,9 +491,9 @@ def _note_generated(generation: Generation, kwargs: dict[str, Any], output: Any)
     set_memory(cache, memory)
 
 
-def _prepare_inputs(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+def _prepare_inputs(model: Any, inner: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """`prepare_inputs_for_generation`: adds the step of the call of `generate` that runs in this thread."""
-    inputs: dict[str, Any] = _original(model, "prepare_inputs_for_generation")(*args, **kwargs)
+    inputs: dict[str, Any] = _original(model, "prepare_inputs_for_generation", inner)(*args, **kwargs)
     attachment = model.__dict__.get(ATTRIBUTE)
     generation = None if attachment is None else current_generation(attachment)
     if generation is None:
