@@ -257,6 +257,13 @@ def _(world):
             assert edited == {at for start in world.starts(document) for at in (start - 2, start - 1)}
         assert any(document[0] != HEADER[0] for document, _ in world.documents.train), "no row was cut"
         world.documents.train.clear()
+    for data, length in ((as_chats(), 20), (as_text(), 7)):
+        split = dict(packing=True, packing_strategy="bfd_split", max_length=length, max_steps=2)
+        with pytest.raises(ValueError, match="in the middle of a document"):
+            world.trainer("SFT", data, positions="l2", **split).train()
+    wrapped = dict(packing=True, packing_strategy="wrapped", max_length=7)
+    with pytest.raises(ValueError, match="several supervised spans"):
+        world.trainer("SFT", as_text(), positions="l2", **wrapped).train()
 
 
 def squared(outputs, labels, num_items_in_batch=None):
