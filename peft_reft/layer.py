@@ -92,6 +92,8 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
             if name in self.plans and (index := forward.index(name, self.plans[name], hidden)) is not None:
                 found.append((name, self.plans[name], index))
         if not found:
+            if adapter_names is not None:  # all of them "__base__", perhaps of another number of rows
+                forward.names_of_rows(adapter_names, forward.source.shape[0])
             return output
         batch, seq = found[0][2].shape
         if hidden.numel() != batch * seq * hidden.shape[-1]:

@@ -66,8 +66,8 @@ def _hand_names(
     rows = len(args[0] if args else next(iter(kwargs.values())))
     if not names or rows % len(names):
         raise ValueError(
-            f"adapter_names has {len(names)} entries, but {type(wrapper).__name__} is given {rows} rows; give one a "
-            "row."
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(names)} and {rows} respectively."
         )
     known = wrapper._get_available_adapters()
     by_row = [name if name in known else "__base__" for name in names for _ in range(rows // len(names))]

@@ -117,7 +117,7 @@ def test_a_head_that_peft_cannot_split_is_refused():
 def test_names_that_do_not_fit_the_rows():
     model = two_adapters(classifier(), task_type="SEQ_CLS")
     for names in (["one"] * 3, []):
-        with pytest.raises(ValueError, match=rf"adapter_names has {len(names)} entries"):
+        with pytest.raises(ValueError, match=rf"Length of `adapter_names` should be .* got {len(names)} and"):
             model(input_ids=IDS, adapter_names=names)
     with pytest.raises(ValueError, match="nobody"):
         model(input_ids=IDS, adapter_names=["nobody"] * 4)

@@ -90,7 +90,7 @@ class Batch:
             real=real,
             ids=ids,
             labels=labels,
-            position_ids=position_ids if packed or labels is not None else None,
+            position_ids=position_ids if packed or has_answers else None,
             packed=packed,
             # The logits before the answer's first token are kept, too.
             answer_tokens=kept - 1 if type(kept) is int and 1 < kept <= shape[1] else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,8 +47,9 @@ class Continued:
     def slots(self, wanted: Wanted) -> Tensor | None:
         (batch, seq), past, memory = self.shape, self.past, self.memory
         known = memory.all_ids() if memory is not None else None
-        if known is not None and known.shape[0] != batch:
-            known = None
+        if known is not None and known.shape[0] != batch:  # `cache.batch_repeat_interleave`, to try several answers
+            times, rest = divmod(batch, known.shape[0])
+            known = None if rest else known.repeat_interleave(times, 0)
         has_marks = wanted.marks is not None and wanted.marks.response and known is not None and self.ids is not None
         decodes = seq == 1 and self.prompt_lengths is None and not has_marks
         if decodes and not (wanted.everything or "g" in wanted.kinds):
@@ -86,14 +88,14 @@ class Continued:
         regions = [column if group.kind == "g" else empty for group in wanted.layout if group.count is None]
         return torch.cat([none, *regions], 1)
 
-    def check_cache(self, adapter: str, wanted: Wanted) -> None:
+    def check_cache(self, adapter: str, wanted: Wanted, rows: Tensor | None = None) -> None:
         """See `Source`. Of a cache of which nothing is known, nothing is said."""
         memory, slots = self.memory, self._whole.get(wanted)
         if memory is None or slots is None:
             return
         assert self.past is not None
         real = joined_mask(self.attention_mask, self.shape, self.past, self.tokens.device)
-        missing, wrong = compare(adapter, wanted, slots, real, memory)
+        missing, wrong = compare(adapter, wanted, slots, real, memory, rows)
         if wrong:
             raise ValueError(wrong_cache(adapter, wanted, "edits that this document does not have"))
         if missing:
@@ -114,6 +116,15 @@ MOVED = (
 )
 
 
+def refuse_others(memory: CacheMemory, asked: Collection[str]) -> None:
+    """Raise ValueError if a cache holds edits of adapters that are not among those `asked`."""
+    for name in memory.edited:
+        if name not in asked and bool(memory.bits(name, memory.length).any()):
+            raise ValueError(
+                wrong_cache(name, Wanted(memory.layout(name), None), "edits of an adapter that is not active now")
+            )
+
+
 def wrong_cache(adapter: str, wanted: Wanted, holds: str) -> str:
     """The message about a cache that does not fit."""
     spec = "+".join(map(str, wanted.layout))
@@ -126,7 +137,21 @@ def wrong_cache(adapter: str, wanted: Wanted, holds: str) -> str:
     )
 
 
-def compare(adapter: str, wanted: Wanted, slots: Tensor, real: Tensor, memory: CacheMemory) -> tuple[set[int], bool]:
+def of_rows(slots: Tensor, rows: Tensor | None) -> Tensor:
+    """`slots` (n, k) of the rows that an adapter edits, and none in the others.
+
+    Args:
+        rows: (names given,) bool; each stands for as many rows in turn (beams). None for all.
+    """
+    if rows is None:
+        return slots
+    repeated = rows.to(slots.device).repeat_interleave(len(slots) // len(rows))  # (n,)
+    return slots.masked_fill(~repeated.unsqueeze(1), NO_POSITION)
+
+
+def compare(
+    adapter: str, wanted: Wanted, slots: Tensor, real: Tensor, memory: CacheMemory, rows: Tensor | None = None
+) -> tuple[set[int], bool]:
     """Which groups lack edits in the part of a document that a cache holds, and whether it has an edit too many.
 
     Args:
@@ -135,13 +160,16 @@ def compare(adapter: str, wanted: Wanted, slots: Tensor, real: Tensor, memory: C
         slots: (rows, n) of the whole document.
         real: (rows, columns of the whole document) bool; nobody attends to the others.
         memory: of the cache.
+        rows: (names given,) bool: which rows the adapter edits; None for all.
 
     Raises:
         ValueError: the rows of the cache were moved about.
     """
     if not memory.certain:
         raise ValueError(MOVED)
-    needed = group_bits(slots, real.shape[1], wanted.layout)[:, : memory.length]  # (rows, columns in the cache)
+    needed = group_bits(of_rows(slots, rows), real.shape[1], wanted.layout)[
+        :, : memory.length
+    ]  # (rows, columns in the cache)
     if adapter in memory.edited:
         held = memory.bits(adapter, needed.shape[1]).to(needed.device)
         if needed.shape[0] % held.shape[0]:
@@ -151,6 +179,8 @@ def compare(adapter: str, wanted: Wanted, slots: Tensor, real: Tensor, memory: C
             held = (held != 0).long() << 62
     else:
         held = torch.zeros_like(needed)
+    if wanted.everything:  # whether as prompt or as answer
+        needed, held = (needed != 0).long(), (held != 0).long()
     counts = real[:, : memory.length].long() * -1  # all bits of a real token
     missing, too_many = needed & ~held & counts, held & ~needed & counts
     lacking = {number for number in range(len(wanted.layout)) if bool(((missing >> number) & 1).any())}

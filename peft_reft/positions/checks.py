@@ -14,6 +14,8 @@ def refuse_or_warn(wanted: Wanted, kinds: set[str], training: bool, is_prompt: b
     """Nothing but a forward's tokens is there to say where its prompts end, and they cannot."""
     if not kinds or is_prompt:
         return
+    if kinds == {"f"} and all(group.count == 1 for group in wanted.layout):
+        return  # every prompt has a first token
     spec = "+".join(map(str, wanted.layout))
     if training and kinds != {"f"}:
         raise ValueError(

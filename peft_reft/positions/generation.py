@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cached import compare, wrong_cache
+from .cached import compare, of_rows, refuse_others, wrong_cache
 from .memory import CacheMemory, part_of
 from .resolve import Turns, find_turns, resolve
 from .spec import NO_POSITION, slots_per_answer
-from .wanted import Wanted
+from .wanted import Wanted, warn
 
 
 @dataclass
@@ -41,10 +41,11 @@ class Generation:
     subspaces: Tensor | None = None
     beside: int | None = None
     """Length of the prompt of forwards that are made beside `generate` (classifier-free guidance)."""
-    used: dict[str, Wanted] = field(default_factory=dict)
-    """What the layers asked, by adapter."""
+    used: dict[str, tuple[Wanted, Tensor | None]] = field(default_factory=dict)
+    """What the layers asked, by adapter, and which rows it edits."""
     factors: dict[tuple[int, bool], Any] = field(default_factory=dict)
     """What the layers compute with, for all steps of this call."""
+    _others_checked: bool = False
     _resolved: dict[Wanted, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
     _whole: dict[Wanted, tuple[Tensor, int]] = field(default_factory=dict)
     """Slots of the prompts and what comes right behind them, and the number of their columns."""
@@ -86,21 +87,34 @@ class Generation:
         answer_at = torch.zeros_like(real)
         answer_at[:, length] = True
         ids = None if self.ids is None else F.pad(self.ids, (0, more), value=-1)
+        if ids is None and wanted.kinds and _has_marks(wanted):
+            warn(
+                "LoReFT finds no headers of a chat template in embeddings: `generate` was given `inputs_embeds` "
+                "alone, so its whole input counts as one prompt. Give `input_ids` beside them if it is a chat of "
+                "several turns."
+            )
         return find_turns(real, ids=ids, marks=wanted.marks, answer_at=answer_at)
 
-    def check_cache(self, adapter: str, wanted: Wanted) -> None:
+    def check_cache(self, adapter: str, wanted: Wanted, rows: Tensor | None = None) -> None:
         """Raise ValueError if the cache that `generate` was given does not hold what its part of the prompts needs."""
-        self.used[adapter] = wanted
+        self.used[adapter] = wanted, rows
         if not self.past or self.explicit is not None:
             return
         self.slots(wanted)
         memory = self.memory or CacheMemory(length=self.past)
         assert self.real is not None
         slots, columns = self._whole[wanted]
-        missing, wrong = compare(adapter, wanted, slots, F.pad(self.real, (0, columns - self.real.shape[1])), memory)
+        real = F.pad(self.real, (0, columns - self.real.shape[1]))
+        missing, wrong = compare(adapter, wanted, slots, real, memory, rows)
         if missing or wrong:
             holds = "edits that this prompt does not have" if wrong else "no edits where this prompt has some"
             raise ValueError(wrong_cache(adapter, wanted, holds))
+
+    def check_others(self) -> None:
+        """Raise ValueError if the cache that `generate` was given holds edits of adapters that do not edit now."""
+        if self.memory is not None and not self._others_checked:  # all active adapters ask in the first step
+            refuse_others(self.memory, self.used)
+            self._others_checked = True
 
     def remember(self, ids: Tensor, length: int) -> CacheMemory:
         """What a cache holds that this call leaves: the first `length` columns of `ids` (rows, n)."""
@@ -110,9 +124,9 @@ class Generation:
             return CacheMemory.unknown(length)
         memory = CacheMemory()
         edited = {}
-        for name, wanted in self.used.items():
+        for name, (wanted, rows) in self.used.items():
             turns = self.turns(wanted, length - prompt + 1)
-            slots = resolve(wanted.layout, turns.answers())
+            slots = of_rows(resolve(wanted.layout, turns.answers()), rows)
             edited[name] = part_of(slots, wanted.layout, length + 1, 0, length), wanted.layout
         memory.add(ids[:, :length], length, edited, prompt)
         return memory
@@ -130,10 +144,10 @@ class GenerateStep:
     start: int
     shape: tuple[int, int]
 
-    def check_cache(self, adapter: str, wanted: Wanted) -> None:
+    def check_cache(self, adapter: str, wanted: Wanted, rows: Tensor | None = None) -> None:
         """See `Source`. Once a call is enough."""
         if adapter not in self.generation.used:
-            self.generation.check_cache(adapter, wanted)
+            self.generation.check_cache(adapter, wanted, rows)
 
     def slots(self, wanted: Wanted) -> Tensor | None:
         batch, seq = self.shape

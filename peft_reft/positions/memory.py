@@ -70,6 +70,25 @@ class CacheMemory:
         edited = {name: list(pieces) for name, pieces in self.edited.items()}
         return CacheMemory(list(self.ids), self.length, self.answer_from, edited, self.certain)
 
+    def of_rows(self, rows: int) -> CacheMemory:
+        """For a cache whose rows were repeated since (`batch_repeat_interleave`), `rows` of them now."""
+        tensors = [piece for piece in self.ids if piece is not None]
+        tensors += [piece.bits for pieces in self.edited.values() for piece in pieces]
+        if all(len(tensor) == rows for tensor in tensors):
+            return self
+        if any(rows % len(tensor) for tensor in tensors):
+            return CacheMemory.unknown(self.length)
+
+        def repeat(tensor: Tensor) -> Tensor:
+            return tensor.repeat_interleave(rows // len(tensor), 0)
+
+        ids = [None if piece is None else repeat(piece) for piece in self.ids]
+        edited = {
+            name: [Edited(piece.start, repeat(piece.bits), piece.layout) for piece in pieces]
+            for name, pieces in self.edited.items()
+        }
+        return CacheMemory(ids, self.length, self.answer_from, edited, self.certain)
+
     def cut(self, length: int) -> CacheMemory:
         """The first `length` columns: a cache may have been cropped since."""
         if length == self.length:

@@ -30,14 +30,17 @@ class Source(Protocol):
     def slots(self, wanted: Wanted) -> Tensor | None:
         """(batch, n) columns laid out by `wanted.layout`, or None if this forward edits nothing."""
 
-    def check_cache(self, adapter: str, wanted: Wanted) -> None:
-        """Raise ValueError if the cache of this forward does not hold the edits of `adapter` that its rows need."""
+    def check_cache(self, adapter: str, wanted: Wanted, rows: Tensor | None = None) -> None:
+        """Raise ValueError if the cache of this forward does not hold the edits of `adapter` that its rows need.
+
+        `rows`: (names given,) bool, which of the rows `adapter` edits (`adapter_names`); None for all.
+        """
 
 
 class _WithoutCache:
     """A forward of whole rows."""
 
-    def check_cache(self, adapter: str, wanted: Wanted) -> None:
+    def check_cache(self, adapter: str, wanted: Wanted, rows: Tensor | None = None) -> None:
         """There is no cache."""
 
 

@@ -251,7 +251,7 @@ class Forward:
         index = self._indices[id(plan)] if id(plan) in self._indices else self._compute(plan, hidden)
         if adapter not in self.asked:
             self.asked[adapter] = plan.wanted
-            self.source.check_cache(adapter, plan.wanted)
+            self.source.check_cache(adapter, plan.wanted, self.rows_edited_by(adapter))
         if index is None or index.keep.device == hidden.device:
             return index
         key = id(plan), hidden.device
@@ -267,6 +267,11 @@ class Forward:
         index = None if slots is None else arrange(slots, seq, plan.wanted.layout, plan.groups, plan.by)
         self._indices[id(plan)] = index
         return index
+
+    def rows_edited_by(self, adapter: str) -> Tensor | None:
+        """(names given,) bool: which rows `adapter` edits, where the caller names one a row; else None."""
+        names = current_names(self.attachment)
+        return None if names is None else torch.tensor([name == adapter for name in names])
 
     def slots(self, wanted: Wanted) -> Tensor | None:
         """(batch, n) columns laid out by `wanted.layout`, or None if this forward edits nothing."""
@@ -286,7 +291,8 @@ class Forward:
         if self.repeats_rows and batch % len(adapter_names) == 0:
             return [name for name in adapter_names for _ in range(batch // len(adapter_names))]
         raise ValueError(
-            f"adapter_names has {len(adapter_names)} entries for a batch of {batch} rows; give one a row."
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(adapter_names)} and {batch} respectively."
         )
 
     def rows_of(

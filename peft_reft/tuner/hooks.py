@@ -21,12 +21,11 @@ from torch.nn import functional as F
 from ..architectures import modules_of_encoder
 from ..conflicts import refuse_fused_head
 from ..positions.batch import POSITIONS, SUBSPACES, Batch, can_be_read, is_matrix, remember
-from ..positions.cached import Continued, wrong_cache
+from ..positions.cached import Continued, of_rows, refuse_others
 from ..positions.generation import GenerateStep, Generation
 from ..positions.memory import CacheMemory, memory_of, set_memory
 from ..positions.resolve import IGNORED
 from ..positions.sources import CONTINUOUS_BATCHING, FromBatch, Given, Source, Unread, check_positions, check_subspaces
-from ..positions.wanted import Wanted
 from ..tracing import refuse_tracing
 from .forward import (
     Attachment,
@@ -415,7 +414,10 @@ def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 def _note_cache(forward: Forward, attachment: Attachment, given: dict[str, Any], output: Any) -> None:
     """Have the cache that a forward outside `generate` leaves know what it holds."""
-    if forward.generation is not None or (torch.is_grad_enabled() and forward.module.training):
+    if forward.generation is not None:
+        forward.generation.check_others()
+        return
+    if torch.is_grad_enabled() and forward.module.training:
         return
     given_cache, left = _cache(given), _cache_of(output)
     cache = left if left is not None else given_cache
@@ -433,12 +435,9 @@ def _note_cache(forward: Forward, attachment: Attachment, given: dict[str, Any],
     for name, wanted in forward.asked.items():
         slots = forward.slots(wanted)
         if slots is not None:
-            edited[name] = slots, wanted.layout
-    if others := [name for name in memory.edited if name not in forward.asked and bool(memory.bits(name, past).any())]:
-        raise ValueError(wrong_cache(others[0], Wanted((), None), "edits that this document does not have"))
-    rows = next((piece[0].bits.shape[0] for piece in memory.edited.values()), source.shape[0])
-    if rows != source.shape[0]:
-        memory = CacheMemory.unknown(past)
+            edited[name] = of_rows(slots, forward.rows_edited_by(name)), wanted.layout
+    refuse_others(memory, forward.asked)
+    memory = memory.of_rows(source.shape[0])
     ids = given.get("input_ids")
     answer_from = source.answer_from if isinstance(source, Continued) else None
     memory.add(ids if is_matrix(ids, source.shape) else None, seq, edited, answer_from)

@@ -11,7 +11,15 @@ import pytest
 import torch
 from conftest import randomise
 from peft import get_peft_model
-from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
+from torch.nn import functional as F
+from transformers import (
+    DynamicCache,
+    FSMTConfig,
+    FSMTForConditionalGeneration,
+    PreTrainedModel,
+    QuantizedCache,
+    StaticCache,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from peft_reft import LoreftConfig
@@ -110,10 +118,8 @@ def generated(model, rows, **kwargs):
     width = max(map(len, rows))
     sides = [(width - len(row), 0) for row in rows]
     output = model.generate(
-        input_ids=torch.stack([torch.nn.functional.pad(row, side) for row, side in zip(rows, sides)]),
-        attention_mask=torch.stack(
-            [torch.nn.functional.pad(torch.ones_like(r), side) for r, side in zip(rows, sides)]
-        ),
+        input_ids=torch.stack([F.pad(row, side) for row, side in zip(rows, sides)]),
+        attention_mask=torch.stack([F.pad(torch.ones_like(r), side) for r, side in zip(rows, sides)]),
         max_new_tokens=NEW,
         do_sample=False,
         return_dict_in_generate=True,
@@ -219,6 +225,32 @@ def test_inside_blocks_that_return_several_hidden_states(name, component):
     randomise(model)
     assert (teacher_forced(model.eval(), prompts()[0], ANSWERS[0]) - plain).abs().max() > 20 * CLOSE * plain.std()
     assert all(is_right(model, way) for way in WAYS)
+
+
+def test_hidden_states_with_the_tokens_first():
+    """FSMT's, whose edits would fall on other rows' tokens; named modules are refused as well."""
+    sizes = dict(langs=["en", "de"], src_vocab_size=64, tgt_vocab_size=64, d_model=32)
+    layers = dict(encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16)
+    base = FSMTForConditionalGeneration(FSMTConfig(**sizes, **layers))
+    with pytest.raises(ValueError, match=r"its hidden states are of shape \(seq, batch, d\)"):
+        get_peft_model(base, LoreftConfig(r=4, target_modules=["layers.0"]))
+
+
+@torch.no_grad()
+def test_a_token_that_generate_puts_behind_the_row():
+    """XLM's mask, whose place it fills; the attention mask does not know of it."""
+    base, prompt = build("xlm"), prompts()[0]
+    modules = ["transformer.ffns.0", "transformer.ffns.1"]
+    model = get_peft_model(base, LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f3+l2", target_modules=modules))
+    randomise(model)
+    output = model.eval().generate(
+        input_ids=prompt[None], max_new_tokens=2, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
+    for step, logits in enumerate(output.logits):
+        row = F.pad(output.sequences[:, : len(prompt) + step], (0, 1), value=base.config.mask_token_id)
+        columns = torch.tensor([[0, 1, 2, len(prompt) - 2, len(prompt) - 1]])
+        given = dict(langs=torch.full_like(row, base.config.lang_id), intervention_positions=columns)
+        assert_close(logits[0], model(input_ids=row, **given).logits[0, -1])
 
 
 def assert_close(got, expected):

@@ -239,7 +239,12 @@ def _(world):
 
 @case('`packing_strategy="bfd_split"`, `"wrapped"`, `truncation_mode="keep_end"`')
 def _(world):
-    """A suffix is right in whatever part of a chat; of plain text see test_sft.py."""
+    """A suffix is right in whatever part of a chat, what counts from its beginning is not. Text: see test_sft.py."""
+    for positions in ("f2+l2", "p", "l1+g2"):
+        for strategy in ("wrapped", "bfd_split"):
+            packed = dict(packing=True, packing_strategy=strategy, max_length=20)
+            with pytest.raises(ValueError, match=r"in the middle of a document.*packing_strategy='bfd'"):
+                world.trainer("SFT", as_chats(), positions=positions, **packed).train()
     for settings in (
         dict(packing=True, packing_strategy="wrapped", max_length=20),
         dict(truncation_mode="keep_end", max_length=14),
