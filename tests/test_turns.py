@@ -224,7 +224,6 @@ def test_each_document_of_a_packed_row_has_its_own_source():
     assert slots_of("f1+g", CHATML, **packed)[0][:3] == [0, 7, 11]
 
 
-# FAILS with a mask: position ids are read if there are labels.
 @pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
 def test_documents_do_not_depend_on_labels(masked):
     packed = dict(input_ids=[CHAT + CHAT], position_ids=[[*range(7)] * 2])
@@ -471,7 +470,6 @@ def test_a_graph_cannot_learn_how_many_answers_there_are(spec):
         graph(torch.tensor([TWO]))
 
 
-# FAILS: refused, though none of these counts answers.
 @pytest.mark.parametrize("spec", ["p", "g", "all"])
 def test_a_graph_that_need_not_know_how_many_answers_there_are(spec):
     graph = compiled(wanted(spec, CHATML))
