@@ -212,7 +212,6 @@ def test_a_first_piece_without_a_header(spec):
 
 
 @pytest.mark.parametrize("marks", [{}, MARKS], ids=["no marks", "marks"])
-# FAILS with marks: what was taken for answer turns out to be prompt, and is edited alike.
 def test_all_of_it_is_edited_however_it_is_cut(marks):
     """`all` asks for nothing, not even which of its tokens are prompt."""
     model = adapted("all", **marks)
@@ -310,7 +309,6 @@ def test_generate_behind_a_loop_of_ones_own(spec):
     close(log_probs(torch.stack(kept.logits)), log_probs(torch.stack(model.generate(ids, **given).logits)))
 
 
-# FAILS: without a mask (transformers drops one of ones) every chunk is taken for the first.
 @pytest.mark.parametrize("kept", [False, True], ids=["no cache", "cache"])
 @pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
 @pytest.mark.parametrize("spec", ["f2+l2", "l3~1", "p", "g2", "all"])
@@ -337,7 +335,6 @@ def test_prompt_lookup_then_the_next_turn(spec):
     close(log_probs(torch.stack(kept.logits)), log_probs(torch.stack(model.generate(ids, **options).logits)))
 
 
-# FAILS for `g`, `all`, `f2+l2+g3`: what is masked counts as edited.
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_row_that_ended_early(spec):
     """What `generate` wrote behind a row's end is masked in the next turn: that row is as it would be alone."""
@@ -397,7 +394,7 @@ def test_without_marks_the_next_turn_is_refused_if_the_cache_does_not_fit():
             ValueError, match=rf"cache holds.*positions='{spec}'.*`response_template`".replace("+", r"\+")
         ):
             model.generate(more, past_key_values=first.past_key_values, **given)
-    for spec in ("f2", "all"):  # these do. FAILS for `all`
+    for spec in ("f2", "all"):  # these do.
         model = adapted(spec)
         first = model.generate(torch.tensor([[3, 4, 5, 6, 7, 8]]), **given)
         more = torch.cat([first.sequences, torch.tensor([[9, 10, 11]])], 1)
@@ -457,7 +454,6 @@ def test_the_base_behind_a_cache_that_an_adapter_filled():
         model(input_ids=prompt[:, 12:18], past_key_values=cache, use_cache=True)
 
 
-# FAILS: without a word.
 @pytest.mark.parametrize("now", ["base", "one of two"])
 def test_generate_behind_edits_of_an_adapter_that_is_not_active(now):
     model, prompt = adapted("f2+l2", **MARKS), torch.tensor([CHAT[:18]])
@@ -497,7 +493,6 @@ def test_each_row_has_an_adapter_of_its_own(names):
     close(log_probs(found), at_once(model, rows, adapter_names=names)[:, 12:])
 
 
-# FAILS but for the last: which rows were edited is not remembered.
 @pytest.mark.parametrize("way", ["forward", "generate"])
 @pytest.mark.parametrize(
     ("before", "now"),
@@ -593,7 +588,6 @@ def test_a_cache_cropped_among_the_last_tokens_of_a_prompt():
 
 
 @pytest.mark.parametrize("spec", SPECS)
-# FAILS: what the cache holds is not repeated with its rows.
 def test_a_cache_repeated_for_several_continuations(spec):
     """As in scoring choices: one history, encoded once, its rows then repeated."""
     model = adapted(spec, **MARKS)
