@@ -89,7 +89,8 @@ def refuse_packing(args: Any, config: LoreftConfig) -> None:
     """Refuse TRL's ways of packing that cut documents, for specs that count from a document's beginning.
 
     Raises:
-        ValueError: names the setting, the spec, and what to use.
+        ValueError: names the setting, the spec, and what to use. Cut beginnings (`keep_end`), which do no harm where
+            no row is that long, are warned of.
     """
     strategy = getattr(args, "packing_strategy", None) if getattr(args, "packing", False) else None
     groups = [group for group in config.layout if group.kind in "fp" or (group.kind == "g" and group.count)]
@@ -98,6 +99,14 @@ def refuse_packing(args: Any, config: LoreftConfig) -> None:
             f"packing_strategy={strategy!r} cuts documents, so a row starts in the middle of a document, where "
             f"{'+'.join(map(str, groups))} of positions={config.positions!r} would edit other tokens than `generate` "
             "does. Keep documents whole: packing_strategy='bfd'."
+        )
+    if getattr(args, "truncation_mode", None) == "keep_end" and getattr(args, "max_length", None) and groups:
+        warnings.warn(
+            f"LoReFT: truncation_mode='keep_end' cuts the beginning of documents longer than max_length="
+            f"{args.max_length}, and {'+'.join(map(str, groups))} of positions={config.positions!r} then edits other "
+            "tokens than `generate` does, which nothing in such a row shows. Use truncation_mode='keep_start', or "
+            "leave long rows out.",
+            stacklevel=2,
         )
 
 

@@ -601,7 +601,7 @@ def test_a_cache_repeated_for_several_continuations(spec):
 
 @pytest.mark.parametrize("spec", ["f2+l2", "p"])
 def test_rows_that_were_moved_by_hand(spec):
-    """Right, or refused. (`gN` is neither: what is remembered stays where it was; docs/prompts.md names that limit.)"""
+    """Right, or refused. `gN` is neither: what is remembered stays where it was, a limit that the docs name."""
     one, other = [1, *USER, 5, *ASSISTANT, 8, 9, 8], [1, *USER, 5, 6, 7, *ASSISTANT, 8]
     model, new = adapted(spec, **MARKS), torch.tensor([[7, *USER, 3, *ASSISTANT]] * 2)
     _, cache = in_pieces(model, [one, other], [])

@@ -418,6 +418,7 @@ def test_split_documents_are_refused(make, collate):
 
 
 @pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:LoReFT. truncation_mode='keep_end' cuts the beginning:UserWarning")
 @pytest.mark.cell("Trainers: SFT", "truncation from the left (`truncation_mode='keep_end'`)")
 @pytest.mark.parametrize("collate", [False, True], ids=["alone", "collator"])
 def test_truncation_from_the_left(make, pairs, collate):
