@@ -199,6 +199,36 @@ def test_generate_asks_as_the_training_data_did(
     assert ("does not say" in said.err) is (template is None and not flags)
 
 
+CHATS = [
+    {
+        "prompt": [{"role": "user", "content": row["prompt"]}],
+        "completion": [{"role": "assistant", "content": row["completion"].strip()}],
+    }
+    for row in ROWS
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("rows", "is_chat"), [(ROWS, False), (CHATS, True)], ids=["prompts", "chats"])
+def test_generate_asks_as_train_has_trained(rows, is_chat, tmp_path, model_id, tokenizer, capsys):
+    """What the data looked like is saved when training ends: each document one prompt and one answer, or a chat."""
+    (tmp_path / "data").mkdir()
+    data = rows_file(tmp_path / "data", rows)
+    assert main(train_arguments(tmp_path, model_id, dataset_name=data, learning_rate="0.1")) == 0
+    hint = capsys.readouterr().out
+    out = str(tmp_path / "out")
+    config = LoreftConfig.from_pretrained(out)
+    assert bool(config.response_template) is is_chat and config.response_template is not None
+    assert main(["generate", out, "a b c", "--max-new-tokens", "6"]) == 0
+    said = capsys.readouterr().out.strip()
+    chat = [{"role": "user", "content": "a b c"}]
+    given = dict(return_tensors="pt", return_dict=True)
+    raw = tokenizer("a b c", return_tensors="pt")
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, **given) if is_chat else raw
+    assert said == tokenizer.decode(answer(model_id, out, inputs), skip_special_tokens=True).strip()
+    assert f"peft-reft generate {out}" in hint and ("without a chat template" in hint) is not is_chat
+
+
 def test_generate_without_a_chat_template(adapter, model_id, tokenizer, capsys):
     tokenizer.chat_template = None
     tokenizer.save_pretrained(model_id)
