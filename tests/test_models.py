@@ -5,7 +5,7 @@ import torch
 from conftest import CAUSAL, HIDDEN, LAYERS, SEQ_CLS, VOCAB, build, randomise
 from peft import TaskType, get_peft_model
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from peft_reft import LoreftConfig
@@ -466,3 +466,34 @@ def test_one_decomposition_a_training_forward(monkeypatch, tie):
     labels[:, :6] = -100
     model.train()(input_ids=ids, labels=labels)
     assert shapes == [(LAYERS, R, HIDDEN) if tie == "layer" else (R, HIDDEN)]
+
+
+def test_each_tower_is_edited_at_its_own_positions():
+    """A model of texts and images: 7 tokens of two texts, 17 patches of three images."""
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    tokens = dict(vocab_size=64, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    config = CLIPConfig(
+        text_config=sizes | tokens, vision_config=dict(sizes, image_size=32, patch_size=8), projection_dim=16
+    )
+    targets = r".*encoder\.layers\.0"
+    model = get_peft_model(CLIPModel(config), LoreftConfig(r=2, positions="f2+l2", target_modules=targets)).eval()
+    randomise(model)
+    seen = {}
+    base = model.get_base_model()
+    for tower in (base.text_model, base.vision_model):
+        tower.encoder.layers[0].register_forward_hook(
+            lambda block, args, output: seen.setdefault(block, []).append(
+                output[0] if type(output) is tuple else output
+            )
+        )
+    inputs = dict(input_ids=torch.randint(3, 64, (2, 7)), pixel_values=torch.randn(3, 3, 32, 32))
+    with torch.no_grad():
+        model(**inputs)
+        with model.disable_adapter():
+            model(**inputs)
+        base.get_text_features(input_ids=inputs["input_ids"])
+        base.get_image_features(pixel_values=inputs["pixel_values"])
+    for tower, columns in ((base.text_model, [0, 1, 5, 6]), (base.vision_model, [0, 1, 15, 16])):
+        together, plain, alone = seen[tower.encoder.layers[0]]
+        assert (together != plain).any(-1)[0].nonzero().flatten().tolist() == columns
+        assert torch.equal(together, alone)

@@ -42,6 +42,8 @@ from .forward import (
 ATTRIBUTE = "peft_reft_attachment"
 
 _HANDLES = f"{ATTRIBUTE}_handles"
+_NAMES = f"{ATTRIBUTE}_arguments"
+"""Names of the arguments of a part's forward, in order."""
 _CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
 """Attributes that hold a module's checkpoint function: transformers' models; torch's CheckpointWrapper."""
 
@@ -137,6 +139,7 @@ def attach_parts(model: nn.Module, edited: Iterable[nn.Module]) -> None:
         reads = any(name in takes for name in ("input_ids", "inputs_embeds", "pixel_values"))
         if reads and any(id(module) in wanted for module in part.modules()):
             _hook(part, attachment, _before_part)
+            part.__dict__[_NAMES] = list(takes)[1:]
 
 
 def detach(model: nn.Module) -> None:
@@ -145,6 +148,7 @@ def detach(model: nn.Module) -> None:
         for handle in module.__dict__.pop(_HANDLES, ()):
             handle.remove()
         module.__dict__.pop(ATTRIBUTE, None)
+        module.__dict__.pop(_NAMES, None)
     for name in ("forward", "generate", "generate_batch", "prepare_inputs_for_generation"):
         wrapped = model.__dict__.get(name)
         if isinstance(wrapped, _Wrapped):
@@ -205,10 +209,9 @@ def _forward(model: nn.Module, inner: Any, *args: Any, **kwargs: Any) -> Any:
     if forward is None or forward.entered or type(forward.module) is not type(model):
         return model(*args, **kwargs)
     forward.entered = True
+    original = _original(forward.module, "forward", inner)  # of a replica, if `nn.DataParallel` runs one
     try:
-        return _original(forward.module, "forward", inner)(
-            *args, **kwargs
-        )  # of a replica, if `nn.DataParallel` runs one
+        return original(*args, **kwargs)
     except BaseException:  # Ctrl-C too, for which torch calls no hooks
         end(forward.module)
         raise
@@ -237,29 +240,32 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     return args, kwargs
 
 
+_NO_TOKENS = torch.empty(0)
+
+
 def source_tokens(given: dict[str, Any]) -> Tensor:
     """The tokens of a model's inputs; an empty tensor if it was given none."""
-    names = ("inputs_embeds", "input_ids")
-    return next((t for name in names if (t := given.get(name)) is not None), torch.empty(0))
+    for name in ("inputs_embeds", "input_ids"):
+        if given.get(name) is not None:
+            return given[name]
+    return _NO_TOKENS
 
 
 def _before_part(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """A backbone or a tower. Within a forward that was given the same tokens there is nothing to do."""
     attachment: Attachment = part.__dict__[ATTRIBUTE]
-    end(part)
-    names = list(inspect.signature(type(part).forward).parameters)[1:]
-    given = {**dict(zip(names, args)), **kwargs}
+    end(part)  # a forward that was interrupted
+    given = {**dict(zip(part.__dict__[_NAMES], args)), **kwargs}
+    tokens = source_tokens(given)
+    outer = current(attachment)
+    if outer is not None and tokens.ndim >= 2 and tuple(tokens.shape[:2]) == outer.source.shape:
+        return None
     positions = kwargs.pop(POSITIONS, None)
     subspaces = check_subspaces(kwargs.pop(SUBSPACES, None))
-    tokens = source_tokens(given)
-    forward = current(attachment)
-    if forward is not None and tokens.ndim >= 2 and tuple(tokens.shape[:2]) == tuple(forward.source.shape):
-        return args, kwargs
     training = part.training and torch.is_grad_enabled()
     recomputes = _wrap_checkpoint_functions(part) if training else False
     past, memory = _past(attachment, given)
-    source = _read(attachment, given, positions, training, past, memory)
-    forward = begin(attachment, source, part, subspaces)
+    forward = begin(attachment, _read(attachment, given, positions, training, past, memory), part, subspaces)
     forward.recomputes, forward.past, forward.memory = recomputes, past, memory
     return args, kwargs
 
