@@ -15,6 +15,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from .chat import loreft_configs, set_marks, warn_of_tools
+from .collator import DataCollatorForLoreft
 from .config import LoreftConfig
 from .looking import marked_row
 from .positions.batch import Batch
@@ -70,6 +71,7 @@ class LoReftTraining(TrainerCallback):
         for config in configs.values():
             refuse_packing(args, config)
         name = next(iter(configs))
+        hand_marks_on(kwargs.get("train_dataloader"), configs[name])
         self.watch = FirstRows(
             attachment, getattr(tokenizer, "tokenizer", tokenizer), configs[name], state.is_world_process_zero
         )
@@ -83,6 +85,16 @@ class LoReftTraining(TrainerCallback):
         if self.watch is not None and self.watch.seen and not self.watch.marked:
             set_marks(model, [], [], [*self.found, *self.unmarked])
         self.watch = None
+
+
+def hand_marks_on(dataloader: Any, config: LoreftConfig) -> None:
+    """Let a collator of ours, which may hold a config of its own, read batches by the marks that were found."""
+    collator = getattr(dataloader, "collate_fn", None)
+    while collator is not None and not isinstance(collator, DataCollatorForLoreft):
+        collator = getattr(collator, "data_collator", None)  # transformers' RemoveColumnsCollator
+    if collator is not None and collator.config.response_template is None:
+        collator.config.response_template = config.response_template
+        collator.config.instruction_template = config.instruction_template
 
 
 def refuse_packing(args: Any, config: LoreftConfig) -> None:

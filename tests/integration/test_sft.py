@@ -281,6 +281,15 @@ def test_conversations_of_one_turn(make, chat_pairs, tokenizer):
     assert run(trainer)[0] == plain[0]
 
 
+def test_a_collator_whose_config_is_not_the_adapters(make, chats):
+    """The marks that a trainer finds reach it, too: labels of several turns alone would not do."""
+    trainer = make(chats, assistant_only_loss=True)
+    own = LoreftConfig(task_type="CAUSAL_LM", r=R, positions="f2+l2")
+    trainer.data_collator = DataCollatorForLoreft(trainer.data_collator, own)
+    assert run(trainer)[0] == run(make(chats, assistant_only_loss=True))[0]
+    assert own.response_template == trainer.model.peft_config["default"].response_template != []
+
+
 @pytest.mark.cell("Trainers: SFT", "multi-turn chats (`assistant_only_loss=True`)")
 def test_chats_of_several_turns(make, chats):
     """`l` stands before every answer of the assistant, `f` at the start of the chat alone."""
