@@ -23,8 +23,7 @@ from .layer import LoreftLayer
 from .positions.resolve import IGNORED
 from .positions.sources import check_subspaces
 from .tuner.exchange import SourceRun
-from .tuner.forward import Attachment
-from .tuner.hooks import ATTRIBUTE
+from .tuner.forward import ATTRIBUTE, Attachment
 
 
 @contextmanager

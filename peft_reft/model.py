@@ -45,8 +45,8 @@ from .mixed_batches import hand_adapter_names
 from .positions.marks import Marks
 from .positions.spec import Layout, Positions
 from .positions.wanted import Wanted
-from .tuner.forward import LayerPlan, naming_rows, share_plan
-from .tuner.hooks import ATTRIBUTE, attach, attach_parts, detach
+from .tuner.forward import ATTRIBUTE, LayerPlan, naming_rows, share_plan
+from .tuner.hooks import attach, attach_parts, detach
 
 MERGE_ADVICE = "Keep the adapter beside the model; `unload()` gives the base model back without it."
 

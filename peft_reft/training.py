@@ -22,8 +22,7 @@ from .positions.batch import Batch
 from .positions.chat_template import find_marks
 from .positions.marks import Marks
 from .training_checks import TrainingChecks
-from .tuner.forward import Attachment
-from .tuner.hooks import ATTRIBUTE
+from .tuner.forward import ATTRIBUTE, Attachment
 
 logger = logging.getLogger("peft_reft")
 

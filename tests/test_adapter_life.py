@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 
 from peft_reft import LoreftConfig
-from peft_reft.tuner.hooks import ATTRIBUTE
+from peft_reft.tuner.forward import ATTRIBUTE
 
 # What PEFT says, with reason, of things that these tests do on purpose.
 pytestmark = [

@@ -7,8 +7,7 @@ from peft import get_peft_model
 from transformers import DynamicCache
 
 from peft_reft import LoreftConfig, prompt_lengths
-from peft_reft.tuner.forward import current, current_generation
-from peft_reft.tuner.hooks import ATTRIBUTE
+from peft_reft.tuner.forward import ATTRIBUTE, current, current_generation
 
 PAGED = "its forwards hold pieces of several requests and do not say where their prompts end"
 LENGTHS = [11, 3, 14, 6]

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_reft import LoreftConfig
 from peft_reft.edits import rotation
-from peft_reft.tuner.hooks import _WithForward
+from peft_reft.tuner.checkpointing import WithForward
 
 R = 4
 
@@ -435,7 +435,7 @@ def test_gradient_checkpointing_changes_no_gradient(checkpointing):
         (model(**first).loss + 2 * model(**second).loss).backward()
         gradients = [p.grad for p in model.parameters() if p.requires_grad]
         model = model.unload()
-        assert not any(isinstance(f, _WithForward) for m in model.modules() for f in vars(m).values())
+        assert not any(isinstance(f, WithForward) for m in model.modules() for f in vars(m).values())
         return gradients
 
     for plain, recomputed in zip(run(None), run(checkpointing)):

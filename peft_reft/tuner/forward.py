@@ -30,6 +30,9 @@ from ..positions.sources import Source, Unread
 from ..positions.spec import Layout
 from ..positions.wanted import Wanted
 
+ATTRIBUTE = "peft_reft_attachment"
+"""Where a model, and a part of it that is hooked, keeps its `Attachment`."""
+
 
 @dataclass(frozen=True)
 class LayerPlan:

@@ -1,0 +1,56 @@
+"""Activation checkpointing: what is run again in a backward runs within the `Forward` that it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from .forward import (
+    innermost,
+    resumed,
+)
+
+_CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
+"""Attributes that hold a module's checkpoint function: transformers' models; torch's CheckpointWrapper."""
+
+
+class WithForward:
+    """A checkpoint function that runs again, in the backward, within the `Forward` that it belongs to.
+
+    Whether hooks are run again depends on who checkpoints what (transformers up to 5.20 does, later ones do not),
+    several forwards may come before one backward (DPO), and a backward on a GPU has a thread of its own.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        forward = innermost()
+
+        def run(*inputs: Any, **named: Any) -> Any:
+            with resumed(forward):
+                return function(*inputs, **named)
+
+        return self.checkpoint(run, *args, **kwargs)
+
+
+def wrap_checkpoint_functions(model: nn.Module) -> bool:
+    """Wrap those of all modules; returns whether any part of the model is recomputed."""
+    recomputes = False
+    for module in model.modules():
+        if vars(module).get("gradient_checkpointing") or "checkpoint_fn" in vars(module):
+            recomputes = True
+        for name in _CHECKPOINT_FUNCTIONS:
+            function = vars(module).get(name)
+            if function is not None and not isinstance(function, WithForward):
+                vars(module)[name] = WithForward(function)
+    return recomputes
+
+
+def unwrap_checkpoint_functions(model: nn.Module) -> None:
+    for module in model.modules():
+        for name in _CHECKPOINT_FUNCTIONS:
+            if isinstance(function := vars(module).get(name), WithForward):
+                vars(module)[name] = function.checkpoint
