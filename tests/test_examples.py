@@ -40,6 +40,18 @@ def test_public_docstrings_have_examples():
     assert without == []
 
 
+def test_pages_list_what_there_is():
+    """README's table of files has every module and room; docs/api.md has every public name."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = page.partition("| file in `peft_reft/` |")[2].partition("\n\n")[0]
+    named = {name for line in table.splitlines()[2:] for name in re.findall("`([a-z_./]+)`", line.split("|")[1])}
+    found = {path.name for path in (ROOT / "peft_reft").glob("*.py")}
+    found |= {f"{path.parent.name}/" for path in (ROOT / "peft_reft").glob("*/__init__.py")}
+    assert named == found
+    api = re.findall(r"^::: peft_reft\.(\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(api) == sorted(peft_reft.__all__)
+
+
 @pytest.fixture
 def model_id(tmp_path, tokenizer):
     build("llama").save_pretrained(tmp_path / "model")
