@@ -13,7 +13,7 @@ from torch import nn
 from .config import LoreftConfig
 from .layer import LoreftLayer
 from .positions.batch import prompts_of
-from .positions.chat_template import find_marks
+from .positions.chat_template import Found, find_marks
 from .positions.marks import Marks, check_template
 from .tuner.forward import share_plan
 
@@ -42,19 +42,20 @@ def chat_marks(tokenizer: Any) -> dict[str, list[list[int]]]:
         raise ValueError(f"{type(tokenizer).__name__} has no chat template, so there are no headers to find.")
     if found.problem is not None:
         raise ValueError(f"The headers of the chat template cannot be found: {found.problem}")
-    if found.without_tools:
-        warn_of_tools()
+    warn_of_limits(found)
     return {"response_template": found.response_template, "instruction_template": found.instruction_template}
 
 
-def warn_of_tools() -> None:
-    """Warn that marks are right but for chats with tools."""
-    warnings.warn(
-        "LoReFT found the headers of the chat template, but they do not tell the results of tools from answers: in "
-        "chats with tools other tokens are edited than meant. Give `response_template` and `instruction_template` in "
-        "the config if your chats have tools.",
-        stacklevel=3,
-    )
+def warn_of_limits(found: Found) -> None:
+    """Warn of the chats in which marks that were found are wrong: with tools, with system messages in mid-chat."""
+    untold = ["the results of tools"] * found.without_tools + ["system messages in mid-chat"] * found.without_system
+    if untold:
+        warnings.warn(
+            f"LoReFT found the headers of the chat template, but they do not tell {' and '.join(untold)} from answers:"
+            " in chats that have them, other tokens are edited than meant. Give `response_template` and "
+            "`instruction_template` in the config if you have such chats.",
+            stacklevel=3,
+        )
 
 
 def set_marks(

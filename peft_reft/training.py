@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .chat import loreft_configs, set_marks, warn_of_tools
+from .chat import loreft_configs, set_marks, warn_of_limits
 from .collator import DataCollatorForLoreft
 from .config import LoreftConfig
 from .looking import marked_row
@@ -57,8 +57,7 @@ class LoReftTraining(TrainerCallback):
                 stacklevel=2,
             )
         else:
-            if found.without_tools:
-                warn_of_tools()
+            warn_of_limits(found)
             self.found = set_marks(model, found.response_template, found.instruction_template, unknown)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

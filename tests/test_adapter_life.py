@@ -138,7 +138,7 @@ def test_adapter_names_choose_row_by_row():
     torch.testing.assert_close(mixed[0], logits(model)[0])
     with pytest.raises(ValueError, match="nobody"):
         logits(model, adapter_names=["nobody"] * 3)
-    with pytest.raises(ValueError, match="one a row"):
+    with pytest.raises(ValueError, match="Length of `adapter_names` should be the same"):
         logits(model, adapter_names=["default"] * 2)
     alone = {}
     mask = torch.ones_like(IDS)

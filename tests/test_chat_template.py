@@ -11,11 +11,14 @@ import warnings
 from itertools import pairwise
 
 import pytest
+from peft import get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from peft_reft import LoreftConfig, chat_marks
 from peft_reft.positions.chat_template import find_marks
 from peft_reft.positions.turns import answers_of
+from peft_reft.training import LoReftTraining
 
 trl = pytest.importorskip("trl")
 TEMPLATES = pathlib.Path(trl.__file__).parent / "chat_templates"
@@ -198,6 +201,7 @@ def check(name, special):
     found = find_marks(tokenizer)
     assert found.problem is None
     assert found.without_tools == ((name, special) in WITHOUT_TOOLS)
+    assert not found.without_system
     compared = compare(tokenizer, found, tools=not found.without_tools)
     # As plain text, a generation prompt's last token can merge with what follows: no conversation begins with it.
     assert compared >= 2 or not special
@@ -279,6 +283,56 @@ def test_tools_that_are_not_told_apart_leave_the_rest():
     template = CHATML.replace("{{ m.role }}", "{{ 'assistant' if m.role == 'tool' else m.role }}")
     found = find_marks(tokenizer_with(template))
     assert found.problem is None and found.without_tools and found.response_template
+
+
+VICUNA = (
+    "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} "
+    "{% elif m.role == 'assistant' %}ASSISTANT: {{ m.content }}\n"
+    "{% elif m.role == 'system' %}{{ m.content }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+"""A system message has no header, so that in mid-chat it reads like the rest of the answer before it."""
+TOOLS, SYSTEM = "the results of tools", "system messages in mid-chat"
+LIMITED = {
+    "none": (CHATML, []),
+    "tools": (CHATML.replace("{{ m.role }}", "{{ 'assistant' if m.role == 'tool' else m.role }}"), [TOOLS]),
+    "system": (VICUNA, [SYSTEM]),
+    "both": (VICUNA.replace("m.role == 'system'", "m.role in ('system', 'tool')"), [TOOLS, SYSTEM]),
+}
+
+
+def test_a_system_message_that_is_not_told_in_mid_chat_leaves_the_rest():
+    tokenizer = tokenizer_with(VICUNA)
+    found = find_marks(tokenizer)
+    assert found.problem is None and found.without_system and not found.without_tools
+    answers, prompts = told_apart(tokenizer, found)
+    assert len(answers) == 2 and all("kilometre 17" in text and "Where" not in text for text in answers)
+    assert all("kilometre" not in text for text in prompts)
+    # The flag is true: a system message in mid-chat is taken for answer.
+    ask, answer = message("user", "Where is Oslo?"), message("assistant", "In Norway.")
+    ids = rendered(tokenizer, [ask, answer, message("system", "Be brief!"), ask, answer], {})
+    start, end = answers_of(ids, found.response_template, found.instruction_template)[0]
+    assert "Be brief!" in tokenizer.decode(ids[start:end])
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_a_warning_names_the_chats_that_are_not_told(name):
+    """From `chat_marks` and from an unchanged Trainer's callback alike, and once."""
+    template, untold = LIMITED[name]
+    tokenizer = tokenizer_with(template)
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
+    model = get_peft_model(base, LoreftConfig(task_type="CAUSAL_LM", positions="l1", r=2))
+    with warnings.catch_warnings(record=True) as by_hand:
+        warnings.simplefilter("always")
+        marks = chat_marks(tokenizer)
+    with warnings.catch_warnings(record=True) as by_trainer:
+        warnings.simplefilter("always")
+        LoReftTraining().on_init_end(None, None, None, model=model, processing_class=tokenizer)
+    assert model.peft_config["default"].response_template == marks["response_template"]
+    for caught in (by_hand, by_trainer):
+        texts = [str(warning.message) for warning in caught]
+        assert [f"do not tell {' and '.join(untold)} from answers" in text for text in texts] == [True] * bool(untold)
 
 
 # What has no marks.

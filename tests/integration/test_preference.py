@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import _SIZES, LAYERS, build, randomise
@@ -217,13 +219,15 @@ class TestWithoutLabels:
         with pytest.raises(ValueError, match="cannot tell where the prompts end"):
             trainer.train()
 
-    def test_a_prefix_trains(self, make, preferences, which, spy):
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_a_prefix_trains(self, make, preferences, which, count, spy):
         # In the last layer an edit of the first token reaches no answer.
-        config = loreft(positions="f1", layers=list(range(LAYERS - 1)))
+        config = loreft(positions=f"f{count}", layers=list(range(LAYERS - 1)))
         trainer = make(*self.CLASSES[which], preferences, peft_config=config)
-        with pytest.warns(UserWarning, match="cannot tell how long the prompts are"):
+        # Every prompt has a first token; whether it has a second, such a batch does not say.
+        with pytest.warns(UserWarning, match="cannot tell how long the prompts are") if count > 1 else nullcontext():
             assert_all_moved(trainer, 3 * (LAYERS - 1))
-        assert spy.train and {offsets for _, offsets in spy.train} == {frozenset({0})}
+        assert spy.train and {offsets for _, offsets in spy.train} == {frozenset(range(count))}
 
 
 # Reward
