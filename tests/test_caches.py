@@ -717,3 +717,13 @@ def test_a_cache_is_not_tied_to_the_model():
             found[1].append(log_probs(out.logits))
     close(torch.cat(found[0], 1), expected[0][:, :18])
     close(torch.cat(found[1], 1), expected[1][:, :16])
+
+
+def test_several_tokens_behind_an_answer_without_marks_are_told():
+    """They may be a second prompt or more of the answer; nothing says which."""
+    model = adapted("l2")
+    with torch.no_grad():
+        cache = model(input_ids=torch.tensor([CHAT[:6]]), use_cache=True).past_key_values
+        model(input_ids=torch.tensor([[9]]), past_key_values=cache)
+        with pytest.warns(UserWarning, match="for more of the answer that began at token 6"):
+            model(input_ids=torch.tensor([[3, 4, 5]]), past_key_values=cache)

@@ -14,7 +14,7 @@ from .index import group_bits
 from .memory import CacheMemory, joined_mask, part_of
 from .resolve import IGNORED, resolve
 from .spec import NO_POSITION, slots_per_answer
-from .wanted import Wanted, warn, warn_of_plain_forward
+from .wanted import WAYS_OUT, Wanted, warn, warn_of_plain_forward
 
 
 @dataclass
@@ -66,9 +66,16 @@ class Continued:
         whole = Batch(real=real, ids=ids, labels=labels, prompt_lengths=self.prompt_lengths)
         turns = whole.turns(wanted.marks)
         slots = self._whole[wanted] = resolve(wanted.layout, turns.answers())
-        unmarked = labels is None and self.prompt_lengths is None and not bool(turns.marked.any(1).all())
-        if unmarked and wanted.kinds - {"f"}:
-            warn_of_plain_forward("+".join(map(str, wanted.layout)))
+        if seq > 1 and self.prompt_lengths is None and wanted.kinds - {"f"} and not bool(turns.marked.any(1).all()):
+            spec = "+".join(map(str, wanted.layout))
+            if labels is None:
+                warn_of_plain_forward(spec)
+            else:
+                warn(
+                    f"LoReFT takes these {seq} tokens for more of the answer that began at token {self.answer_from}: "
+                    f"nothing says whether they begin another prompt, to which positions={spec!r} would refer. "
+                    + WAYS_OUT
+                )
         return part_of(slots, wanted.layout, past + seq, past, past + seq)
 
     def _without_a_memory(self, wanted: Wanted) -> Tensor | None:

@@ -33,7 +33,7 @@ class Found:
     Example:
         >>> found = find_marks(tokenizer)  # doctest: +SKIP
         >>> [tokenizer.decode(header) for header in found.response_template]  # doctest: +SKIP
-        ['<|im_start|>assistant\n', '<|im_start|>assistant']
+        ['<|im_start|>assistant\\n', '<|im_start|>assistant']
     """
 
     response_template: list[list[int]]
