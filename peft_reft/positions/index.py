@@ -114,21 +114,24 @@ def _select(by_answer: Tensor, layout: Layout, group: Group) -> Tensor:
 
 
 def _masks(slots: Tensor, seq: int, layout: Layout, groups: Layout, by: Arrangement) -> Tensor:
-    if by == "all" and groups == layout:
-        regions = [slots]
-    else:
-        by_answer = _by_answer(slots, seq, layout)
-        counted = by_answer.shape[1] * by_answer.shape[2]
-        open_groups = [group for group in layout if group.count is None]
-        regions = []
-        for group in groups:
-            if group.count is None:
-                at = counted + open_groups.index(group) * seq
-                regions.append(slots[:, at : at + seq])
-            else:
-                regions.append(_select(by_answer, layout, group).flatten(1))
+    regions = [slots] if by == "all" and groups == layout else _regions(slots, seq, layout, groups)
     stacked = torch.stack([mask_of(region, seq).flatten().unsqueeze(-1) for region in regions])
     return stacked if by == "group" else stacked.any(0)
+
+
+def _regions(slots: Tensor, seq: int, layout: Layout, groups: Layout) -> list[Tensor]:
+    """The columns of each of `groups`, (batch, n) a group; ValueError if `slots` do not fit the layout."""
+    by_answer = _by_answer(slots, seq, layout)  # (batch, K, slots per answer)
+    counted = by_answer.shape[1] * by_answer.shape[2]
+    open_groups = [group for group in layout if group.count is None]
+    regions = []
+    for group in groups:
+        if group.count is None:
+            at = counted + open_groups.index(group) * seq
+            regions.append(slots[:, at : at + seq])
+        else:
+            regions.append(_select(by_answer, layout, group).flatten(1))
+    return regions
 
 
 def group_bits(slots: Tensor, seq: int, layout: Layout) -> Tensor:
@@ -137,18 +140,9 @@ def group_bits(slots: Tensor, seq: int, layout: Layout) -> Tensor:
     `slots` that do not fit the layout (a caller's flat list of columns) set bit 61.
     """
     try:
-        by_answer = _by_answer(slots, seq, layout)
+        regions = _regions(slots, seq, layout, layout)
     except ValueError:
         return mask_of(slots, seq).long() << 61
-    counted = by_answer.shape[1] * by_answer.shape[2]
-    open_groups = [group for group in layout if group.count is None]
-    regions = []
-    for group in layout:
-        if group.count is None:
-            at = counted + open_groups.index(group) * seq
-            regions.append(slots[:, at : at + seq])
-        else:
-            regions.append(_select(by_answer, layout, group).flatten(1))
     bits = torch.zeros(slots.shape[0], seq, dtype=torch.long, device=slots.device)
     for number, region in enumerate(regions):
         bits = bits | (mask_of(region, seq).long() << number)
