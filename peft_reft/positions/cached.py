@@ -28,7 +28,6 @@ class Continued:
     past: int | None
     """Columns in the cache; None if it does not say."""
     memory: CacheMemory | None
-    training: bool = False
     prompt_lengths: tuple[int, ...] | None = None
     _whole: dict[Wanted, Tensor] = field(default_factory=dict)
     """Slots of the whole document."""

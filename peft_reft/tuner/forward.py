@@ -73,11 +73,6 @@ class Attachment:
         self.first_batch: Callable[[dict[str, Any]], None] | None = None
         """Called with the inputs of each training forward, until it is None (see `training_log`)."""
 
-    @property
-    def running(self) -> bool:
-        """Whether a forward has begun in this thread and not ended."""
-        return current(self) is not None
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "source_runs": [], "first_batch": None}
 

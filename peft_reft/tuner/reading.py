@@ -63,7 +63,6 @@ def read(
             attention_mask=given.get("attention_mask"),
             past=past,
             memory=memory,
-            training=training,
             prompt_lengths=Batch.read({}, tokens, has_answers).prompt_lengths,
         )
     generation = current_generation(attachment)
