@@ -30,11 +30,11 @@ from torch import nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
-from peft_reft import LoreftConfig, runtime
+from peft_reft import LoReftConfig, runtime
 from peft_reft.edits.apply import _AddEdits
 from peft_reft.edits.formulas import INTERVENTIONS
 from peft_reft.edits.rotation import _Orthonormalise
-from peft_reft.layer import LoreftLayer
+from peft_reft.tuner.layer import LoReftLayer
 
 METHODS = {
     "LoRA r=8 (q, v)": lambda: LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "v_proj"]),
@@ -43,9 +43,9 @@ METHODS = {
         target_modules=["k_proj", "v_proj", "down_proj"],
         feedforward_modules=["down_proj"],
     ),
-    "LoReFT r=4 f7+l7": lambda: LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f7+l7"),
-    "LoReFT r=8 f7+l7": lambda: LoreftConfig(task_type="CAUSAL_LM", r=8, positions="f7+l7"),
-    "LoReFT r=4 all": lambda: LoreftConfig(task_type="CAUSAL_LM", r=4, positions="all"),
+    "LoReFT r=4 f7+l7": lambda: LoReftConfig(task_type="CAUSAL_LM", r=4, positions="f7+l7"),
+    "LoReFT r=8 f7+l7": lambda: LoReftConfig(task_type="CAUSAL_LM", r=8, positions="f7+l7"),
+    "LoReFT r=4 all": lambda: LoReftConfig(task_type="CAUSAL_LM", r=4, positions="all"),
 }
 
 
@@ -316,7 +316,7 @@ def own_time() -> Iterator[Callable[[Callable[[], object], int], tuple[float, fl
         return statistics.median(own for own, _ in found), statistics.median(other for _, other in found)
 
     places = [
-        (LoreftLayer, "forward"),
+        (LoReftLayer, "forward"),
         (_AddEdits, "backward"),
         (_Orthonormalise, "backward"),
         (torch.optim.AdamW, "step"),

@@ -25,7 +25,7 @@ from peft import get_peft_model
 from torch import nn
 from tqdm import tqdm
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 from overhead import generation, lora
@@ -41,7 +41,7 @@ def inputs_of(rows: int = 4) -> dict[str, torch.Tensor]:
 
 
 def loreft(base: nn.Module, **kwargs: object) -> nn.Module:
-    return get_peft_model(share(base), LoreftConfig(**{**USUAL, **kwargs}))
+    return get_peft_model(share(base), LoReftConfig(**{**USUAL, **kwargs}))
 
 
 def curves(times: int) -> dict[str, dict[int, float]]:
@@ -62,7 +62,7 @@ def curves(times: int) -> dict[str, dict[int, float]]:
             found["width d"][width] = of_step(loreft(build({**SMALL, **sizes, "num_key_value_heads": heads})))
         model = loreft(base).eval()
         for n in range(1, 64):
-            model.add_adapter(f"a{n}", LoreftConfig(**USUAL))
+            model.add_adapter(f"a{n}", LoReftConfig(**USUAL))
         names = ["default", *(f"a{n}" for n in range(1, 64))]
         inputs = {name: value[:, :32] for name, value in inputs_of(64).items() if name != "labels"}
         for n in (1, 4, 16, 64):
@@ -78,8 +78,8 @@ def times_to_generate(rounds: int) -> dict[str, dict[str, dict[int, float]]]:
     inputs = {name: value[:, :64] for name, value in inputs_of().items() if name != "labels"}
     every = [*range(4)]
 
-    def edit(**kwargs: object) -> LoreftConfig:
-        return LoreftConfig(**{**USUAL, **kwargs})
+    def edit(**kwargs: object) -> LoReftConfig:
+        return LoReftConfig(**{**USUAL, **kwargs})
 
     sweeps = {
         "positions p + s": {2 * n: {"LoReFT": edit(positions=f"f{n}+l{n}")} for n in (1, 4, 16)},

@@ -24,7 +24,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 NAMES = ["description", "entity", "abbreviation", "person", "place", "number"]
 LEARNING_RATES = [3e-4, 1e-3, 3e-3]
@@ -78,7 +78,7 @@ def run(task: dict, folder: Path, data: Path, init_weights, lr: float, seed: int
         base = AutoModelForCausalLM.from_pretrained(folder)
     else:
         base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(NAMES))
-    model = get_peft_model(base, LoreftConfig(task_type=task["task_type"], r=4, init_weights=init_weights))
+    model = get_peft_model(base, LoReftConfig(task_type=task["task_type"], r=4, init_weights=init_weights))
     train, test = read(data / "train.txt"), read(data / "test.txt")
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=lr, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, task["steps"] // 10, task["steps"])

@@ -43,15 +43,15 @@ def prepare(folder: Path, layers: int) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from peft_reft import LoreftConfig
+    from peft_reft import LoReftConfig
 
     config = LlamaConfig(**{**SMOLLM2, "num_hidden_layers": layers, "max_position_embeddings": 1024})
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder / "model")
     torch.manual_seed(0)
     for name, peft in {
-        "f7+l7": LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f7+l7", init_weights="paper"),
-        "all": LoreftConfig(task_type="CAUSAL_LM", r=4, positions="all", init_weights="paper"),
+        "f7+l7": LoReftConfig(task_type="CAUSAL_LM", r=4, positions="f7+l7", init_weights="paper"),
+        "all": LoReftConfig(task_type="CAUSAL_LM", r=4, positions="all", init_weights="paper"),
         "lora": LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "v_proj"]),
     }.items():
         get_peft_model(LlamaForCausalLM(config), peft).save_pretrained(folder / name)

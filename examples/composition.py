@@ -36,7 +36,7 @@ from transformers import (
     set_seed,
 )
 
-from peft_reft import DataCollatorForLoreft, LoreftConfig
+from peft_reft import DataCollatorForLoReft, LoReftConfig
 
 GERMAN, INSTRUCTIONS = [0, 1, 2, 3], [4, 5, 6, 7]
 QUESTIONS = ["What do dogs like to do?", "Describe a park in summer.", "What are people doing on the street?"]
@@ -107,7 +107,7 @@ def main() -> None:
     args = parser.parse_args()
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    config = LoreftConfig(task_type="CAUSAL_LM", r=8, positions=args.positions)
+    config = LoReftConfig(task_type="CAUSAL_LM", r=8, positions=args.positions)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(args.model), config)
     model.print_trainable_parameters()
     data = examples_of(args.data, tokenizer, args.examples)
@@ -125,7 +125,7 @@ def main() -> None:
         report_to="none",
         **CHECKPOINTS,
     )
-    collator = DataCollatorForLoreft(DataCollatorForSeq2Seq(tokenizer), config)
+    collator = DataCollatorForLoReft(DataCollatorForSeq2Seq(tokenizer), config)
     resume(Trainer(model, settings, train_dataset=data, data_collator=collator))
     model.save_pretrained(args.output / "adapter")
 

@@ -24,7 +24,7 @@ from peft import get_peft_model
 from torch import nn
 from tqdm import tqdm
 
-from peft_reft import LoreftConfig, interchange, interchange_accuracy
+from peft_reft import LoReftConfig, interchange, interchange_accuracy
 
 SIZE = 4
 """Numbers that make up an object."""
@@ -82,7 +82,7 @@ def counterfactuals(count: int, r: int):
 
 def align(network: nn.Module, layer: int, r: int, steps: int) -> float:
     """Train R on the output of `layer` by gradient; interchange accuracy on new inputs."""
-    config = LoreftConfig(intervention="interchange", r=r, positions="f1", target_modules=str(layer))
+    config = LoReftConfig(intervention="interchange", r=r, positions="f1", target_modules=str(layer))
     model = get_peft_model(network, config)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     for _ in tqdm(range(steps), desc=f"R at layer {layer}", leave=False):

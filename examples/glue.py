@@ -146,7 +146,7 @@ def runner(args: Any, task: str) -> Callable[..., dict[str, Any]]:
 
 
 def default(args: Any, task: str) -> dict[str, Any]:
-    """Fields of `LoreftConfig`."""
+    """Fields of `LoReftConfig`."""
     return dict(r=args.r, positions=POSITIONS.get(task, "f3"), dropout=args.dropout)
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 TEMPLATE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
         train_dataset=data.select(range(args.held, len(data))),
         eval_dataset=data.select(range(args.held)),
         processing_class=tokenizer,
-        peft_config=LoreftConfig(
+        peft_config=LoReftConfig(
             task_type="CAUSAL_LM", r=args.r, positions=args.positions, tie=args.tie, layers=args.layers
         ),
     )

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 Example = dict[str, str]  # prompt, completion, answer
 
@@ -101,7 +101,7 @@ def runner(
         model = load(args)
         parameters = 0
         if method != "base":
-            config = (LoraConfig if method.startswith("lora") else LoreftConfig)(
+            config = (LoraConfig if method.startswith("lora") else LoReftConfig)(
                 task_type="CAUSAL_LM", **{**methods[method], **(loreft or {})}
             )
             torch.manual_seed(seed)

@@ -15,11 +15,11 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from peft_reft import DataCollatorForLoreft
+from peft_reft import DataCollatorForLoReft
 
 
 @register_model("loreft")
-class LoreftLM(HFLM):
+class LoReftLM(HFLM):
     """lm-eval's `hf`, `peft=` being a LoReFT adapter."""
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
@@ -43,7 +43,7 @@ class LoreftLM(HFLM):
             labels[n, prompt:length] = inps[n, prompt:length]
         config = self.model.peft_config[self.model.active_adapter]
         batch = {"input_ids": inps, "attention_mask": mask, "labels": labels}
-        batch = DataCollatorForLoreft(lambda rows: batch, config)([])
+        batch = DataCollatorForLoReft(lambda rows: batch, config)([])
         del batch["labels"]
         with torch.no_grad():
             return self.model(**batch).logits

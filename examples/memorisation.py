@@ -23,7 +23,7 @@ from torch.optim import AdamW
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup, set_seed
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 PROMPTS = {"Alice": "ALIC#ID1->", "Alice, shuffled": "SHUF#ID1->", "random": "RAND#ID1->"}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
         set_seed(args.seed)
         answer = tokens_of(text, length, tokenizer, Path(args.data), args.seed)
         prompt = torch.tensor([tokenizer(PROMPTS[text])["input_ids"]], device=base.device)
-        config = LoreftConfig(
+        config = LoReftConfig(
             task_type="CAUSAL_LM", r=1, positions="l1", layers=[layer], intervention=args.intervention
         )
         model = get_peft_model(base, config)

@@ -15,14 +15,14 @@ import runpy
 import sys
 from pathlib import Path
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 
 def write_experiment(folder: Path, r: int, layers: str, learning_rate: float) -> Path:
     """`experiments/loreft/NAME` with adapter_config.json and training_params.json, as PEFT's README asks for."""
     experiment = folder / "experiments" / "loreft" / f"llama-3.2-3B-rank{r}-all"
     experiment.mkdir(parents=True, exist_ok=True)
-    LoreftConfig(task_type="CAUSAL_LM", r=r, positions="all", layers=layers).save_pretrained(str(experiment))
+    LoReftConfig(task_type="CAUSAL_LM", r=r, positions="all", layers=layers).save_pretrained(str(experiment))
     parameters = {"optimizer_kwargs": {"lr": learning_rate}}
     (experiment / "training_params.json").write_text(json.dumps(parameters, indent=2) + "\n")
     return experiment

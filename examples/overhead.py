@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from measure import interleave, share
@@ -57,8 +57,8 @@ def spread(count: int, layers: int) -> list[int]:
     return [n * layers // count for n in range(count)]
 
 
-def loreft(layers: list[int], r: int = 8, positions: str = "l1") -> LoreftConfig:
-    return LoreftConfig(task_type="CAUSAL_LM", r=r, positions=positions, layers=layers)
+def loreft(layers: list[int], r: int = 8, positions: str = "l1") -> LoReftConfig:
+    return LoReftConfig(task_type="CAUSAL_LM", r=r, positions=positions, layers=layers)
 
 
 def lora(layers: list[int], r: int = 8) -> LoraConfig:

@@ -20,7 +20,7 @@ from datasets import Dataset, load_dataset
 from recipe import CHECKPOINTS, arguments, publish, pyplot, resume, show, trainable
 from trl import DPOConfig, DPOTrainer
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         **CHECKPOINTS,
         model_init_kwargs={"dtype": "auto" if torch.cuda.is_available() else "float32"},
     )
-    config = LoreftConfig(task_type="CAUSAL_LM", r=args.r, positions="f5+l5")
+    config = LoReftConfig(task_type="CAUSAL_LM", r=args.r, positions="f5+l5")
     trainer = DPOTrainer(args.model, args=settings, train_dataset=pairs(args.data), peft_config=config)
     resume(trainer)
     trainer.save_model(str(args.output / "adapter"))

@@ -28,7 +28,7 @@ from recipe import CHECKPOINTS, Results, arguments, compare, comparison_figure, 
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(
@@ -57,7 +57,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
 }
 CONFIGS = {
-    "loreft": lambda: LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f5+l5"),
+    "loreft": lambda: LoReftConfig(task_type="CAUSAL_LM", r=4, positions="f5+l5"),
     "lora": lambda: LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear"),
 }
 

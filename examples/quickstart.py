@@ -21,7 +21,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 EXAMPLES = [
     ("Who are you?", "🤖💬🌐🧠"),
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--ask", nargs="+", default=QUESTIONS, help="questions that are not in the training data")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
-    parser.add_argument("--loreft", type=json.loads, default={}, metavar="JSON", help="more fields of LoreftConfig")
+    parser.add_argument("--loreft", type=json.loads, default={}, metavar="JSON", help="more fields of LoReftConfig")
     parser.add_argument("--answer-with", metavar="ADAPTER", type=Path, help="only answer, with a saved adapter")
     args = parser.parse_args()
 
@@ -106,7 +106,7 @@ def main() -> None:
         model=model,
         processing_class=tokenizer,
         train_dataset=data,
-        peft_config=LoreftConfig(**{"task_type": "CAUSAL_LM", "r": 4, **args.loreft}),
+        peft_config=LoReftConfig(**{"task_type": "CAUSAL_LM", "r": 4, **args.loreft}),
         args=SFTConfig(
             output_dir=str(args.output / "checkpoints"),
             max_steps=args.steps,

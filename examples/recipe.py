@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from peft_reft import DataCollatorForLoreft, LoreftConfig
+from peft_reft import DataCollatorForLoReft, LoReftConfig
 
 
 def arguments(doc: str, presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> argparse.Namespace:
@@ -75,7 +75,7 @@ def adapt(base: nn.Module, method: str, task_type: str, loreft: dict[str, Any], 
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(name.split(".")[0] in ("classifier", "score"))
         return base
-    config = {"loreft": LoreftConfig, "lora": LoraConfig}[method]
+    config = {"loreft": LoReftConfig, "lora": LoraConfig}[method]
     return get_peft_model(base, config(task_type=task_type, **{"loreft": loreft, "lora": lora}[method]))
 
 
@@ -106,8 +106,8 @@ def train(model: nn.Module, rows: Any, collate: Callable[..., Any], output: Path
     `output` is this run's own folder: checkpoints are there until the run is done, and it goes on from the last.
     """
     set_seed(seed)
-    if isinstance(model, PeftModel) and isinstance(config := model.peft_config["default"], LoreftConfig):
-        collate = DataCollatorForLoreft(collate, config)
+    if isinstance(model, PeftModel) and isinstance(config := model.peft_config["default"], LoReftConfig):
+        collate = DataCollatorForLoReft(collate, config)
     usual = dict(
         output_dir=str(output),
         seed=seed,

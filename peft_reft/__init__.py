@@ -4,25 +4,25 @@ from .register import add_peft_type, register
 
 add_peft_type()  # before the modules below, whose classes name the type
 
-from .chat import chat_marks, prompt_lengths  # noqa: E402
-from .collator import DataCollatorForLoreft  # noqa: E402
-from .config import LoreftConfig  # noqa: E402
+from .config import LoReftConfig  # noqa: E402
 from .edits.intervention import Intervention  # noqa: E402
-from .hotswap import hotswap_adapter  # noqa: E402
-from .interchange import interchange, interchange_accuracy  # noqa: E402
-from .looking import edit_norms, show_positions  # noqa: E402
-from .model import LoreftModel  # noqa: E402
 from .positions.spec import Positions  # noqa: E402
+from .tools.chat import chat_marks, prompt_lengths  # noqa: E402
+from .tools.collator import DataCollatorForLoReft  # noqa: E402
+from .tools.hotswap import hotswap_adapter  # noqa: E402
+from .tools.interchange import interchange, interchange_accuracy  # noqa: E402
+from .tools.show import edit_norms, show_positions  # noqa: E402
+from .tuner.model import LoReftModel  # noqa: E402
 
 register()
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "DataCollatorForLoreft",
+    "DataCollatorForLoReft",
     "Intervention",
-    "LoreftConfig",
-    "LoreftModel",
+    "LoReftConfig",
+    "LoReftModel",
     "Positions",
     "chat_marks",
     "edit_norms",

@@ -1,4 +1,4 @@
-"""`LoreftConfig`: the fields, their checks, and how they are saved. Everything saved is a dataclass field."""
+"""`LoReftConfig`: the fields, their checks, and how they are saved. Everything saved is a dataclass field."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal, get_args
 from peft import PeftConfig, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+from .card import write_model_card
 from .edits.formulas import ACTIVATIONS, INTERVENTIONS
 from .files import check_weights_file
-from .hub import write_model_card
 from .positions.layers import check_layers, first_layer, resolve_layers
 from .positions.marks import check_template
 from .positions.spec import Layout, Positions, union
@@ -48,7 +48,7 @@ def _resolve(mapping: dict[str, Any], n_layers: int, field: str) -> dict[int, An
 
 
 @dataclass
-class LoreftConfig(PeftConfig):
+class LoReftConfig(PeftConfig):
     """Configuration of LoReFT (arXiv 2404.03592) and its family.
 
     The defaults are the paper's setting for commonsense reasoning, its best-tested one.
@@ -95,8 +95,8 @@ class LoreftConfig(PeftConfig):
             depends on the model (a layer or a rank out of range) raises when the adapter is added to it.
 
     Examples:
-        >>> from peft_reft import LoreftConfig
-        >>> config = LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f5+l5", layers=[2, 5, -1])
+        >>> from peft_reft import LoReftConfig
+        >>> config = LoReftConfig(task_type="CAUSAL_LM", r=4, positions="f5+l5", layers=[2, 5, -1])
         >>> config.peft_type.value
         'LOREFT'
     """
@@ -314,7 +314,7 @@ class LoreftConfig(PeftConfig):
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> LoreftConfig:
+    ) -> LoReftConfig:
         """Load from a folder or the Hub.
 
         Raises:

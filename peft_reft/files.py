@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
-from .wrapping import wrap
+from .patching import wrap
 
 _SHARDS = SAFETENSORS_WEIGHTS_NAME.replace(".", "-*-of-*.")
 

@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
 base = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
-model = get_peft_model(base, peft_reft.LoreftConfig(task_type="CAUSAL_LM", r=2, positions="f1+l1"))
+model = get_peft_model(base, peft_reft.LoReftConfig(task_type="CAUSAL_LM", r=2, positions="f1+l1"))
 with tempfile.TemporaryDirectory() as folder:
     model.save_pretrained(folder)
     PeftModel.from_pretrained(model.unload(), folder)(input_ids=torch.arange(6)[None])
@@ -42,7 +42,7 @@ def check(distribution: Path, extra: str) -> None:
         if extra == "trl":
             assert "--positions" in run(Path(folder) / "bin" / "peft-reft", "train", "--help")
         if extra == "viz":
-            run(python, "-c", "from peft_reft.looking import plot_edit_norms; import matplotlib")
+            run(python, "-c", "from peft_reft.tools.show import plot_edit_norms; import matplotlib")
     print(f"{distribution.name}[{extra}]: installs and works", flush=True)
 
 

@@ -9,7 +9,7 @@ from conftest import VOCAB, build, randomise
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 from peft_reft.tuner.forward import ATTRIBUTE
 
 # What PEFT says, with reason, of things that these tests do on purpose.
@@ -22,7 +22,7 @@ IDS = torch.randint(3, VOCAB, (3, 10), generator=torch.Generator().manual_seed(5
 
 
 def config(**kwargs):
-    return LoreftConfig(**{"task_type": "CAUSAL_LM", "r": 4, "positions": "f2+l2", **kwargs})
+    return LoReftConfig(**{"task_type": "CAUSAL_LM", "r": 4, "positions": "f2+l2", **kwargs})
 
 
 def adapted(base=None, seed=1, **kwargs):
@@ -278,7 +278,7 @@ def test_beside_lora(first):
     base.set_adapter(["lora", "loreft"])
     both = logits(base)
     for layer in base.modules():
-        if type(layer).__name__ == "LoreftLayer":
+        if type(layer).__name__ == "LoReftLayer":
             layer.enable_adapters(False)
     lora_only = logits(base)
     assert not torch.equal(both, lora_only) and not torch.equal(lora_only, expected)

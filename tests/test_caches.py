@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, StaticCache
 
 import peft_reft
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 USER, TOOL, ASSISTANT = [60, 61], [60, 63], [60, 62]
 MARKS = dict(response_template=[ASSISTANT], instruction_template=[USER, TOOL])
@@ -47,7 +47,7 @@ ENDS = [(8, 12), (18, 21), (26, 28)]  # its answers
 
 
 def adapted(spec, family="llama", tie="layer", **fields):
-    config = LoreftConfig(task_type="CAUSAL_LM", r=4, positions=spec, tie=tie, **fields)
+    config = LoReftConfig(task_type="CAUSAL_LM", r=4, positions=spec, tie=tie, **fields)
     model = get_peft_model(build(family), config)
     randomise(model)
     return model.eval()
@@ -436,7 +436,7 @@ def test_what_is_not_edited_is_the_bases(spec):
 @pytest.mark.parametrize("way", ["forward", "generate"])
 def test_a_cache_that_another_adapter_filled(way):
     model, prompt = adapted("f2+l2", **MARKS), torch.tensor([CHAT])
-    model.add_adapter("other", LoreftConfig(task_type="CAUSAL_LM", r=2, positions="f2+l2", **MARKS))
+    model.add_adapter("other", LoReftConfig(task_type="CAUSAL_LM", r=2, positions="f2+l2", **MARKS))
     randomise(model, seed=3)
     _, cache = in_pieces(model, [CHAT[:12]], [])
     model.set_adapter("other")
@@ -457,7 +457,7 @@ def test_the_base_behind_a_cache_that_an_adapter_filled():
 @pytest.mark.parametrize("now", ["base", "one of two"])
 def test_generate_behind_edits_of_an_adapter_that_is_not_active(now):
     model, prompt = adapted("f2+l2", **MARKS), torch.tensor([CHAT[:18]])
-    model.add_adapter("other", LoreftConfig(task_type="CAUSAL_LM", r=2, positions="l1+g", **MARKS))
+    model.add_adapter("other", LoReftConfig(task_type="CAUSAL_LM", r=2, positions="l1+g", **MARKS))
     randomise(model, seed=3)
     model.base_model.set_adapter(["default", "other"])
     _, cache = in_pieces(model, [CHAT[:12]], [8])
@@ -472,7 +472,7 @@ def test_generate_behind_edits_of_an_adapter_that_is_not_active(now):
 
 def two_adapters():
     model = adapted("f2+l2", **MARKS)
-    model.add_adapter("other", LoreftConfig(task_type="CAUSAL_LM", r=2, positions="l2+g2", **MARKS))
+    model.add_adapter("other", LoReftConfig(task_type="CAUSAL_LM", r=2, positions="l2+g2", **MARKS))
     randomise(model, seed=3)
     return model
 

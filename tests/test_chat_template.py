@@ -15,10 +15,10 @@ from peft import get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from peft_reft import LoreftConfig, chat_marks
-from peft_reft.positions.chat_template import find_marks
+from peft_reft import LoReftConfig, chat_marks
+from peft_reft.integrations.trainer import LoReftTraining
+from peft_reft.positions.chat.template import find_marks
 from peft_reft.positions.turns import answers_of
-from peft_reft.training import LoReftTraining
 
 trl = pytest.importorskip("trl")
 TEMPLATES = pathlib.Path(trl.__file__).parent / "chat_templates"
@@ -322,7 +322,7 @@ def test_a_warning_names_the_chats_that_are_not_told(name):
     tokenizer = tokenizer_with(template)
     sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     base = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
-    model = get_peft_model(base, LoreftConfig(task_type="CAUSAL_LM", positions="l1", r=2))
+    model = get_peft_model(base, LoReftConfig(task_type="CAUSAL_LM", positions="l1", r=2))
     with warnings.catch_warnings(record=True) as by_hand:
         warnings.simplefilter("always")
         marks = chat_marks(tokenizer)

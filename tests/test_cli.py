@@ -15,8 +15,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from peft_reft import LoreftConfig
-from peft_reft.cli import main
+from peft_reft import LoReftConfig
+from peft_reft.cli.main import main
 
 PARITY = Path(__file__).parent / "parity"
 ROWS = [{"prompt": "a b c d e f", "completion": " 1 2 3"}, {"prompt": "g h i", "completion": " 4 5"}] * 4
@@ -32,7 +32,7 @@ def model_id(tmp_path, tokenizer):
 @pytest.fixture
 def adapter(tmp_path, model_id):
     torch.manual_seed(0)
-    config = LoreftConfig(task_type="CAUSAL_LM", r=2, positions="f2+l1", init_weights=False)
+    config = LoReftConfig(task_type="CAUSAL_LM", r=2, positions="f2+l1", init_weights=False)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_id), config)
     model.save_pretrained(str(tmp_path / "adapter"))
     return str(tmp_path / "adapter")
@@ -74,7 +74,7 @@ def test_train_generate_inspect(tmp_path, model_id, capsys):
     assert main(train_arguments(tmp_path, model_id, layers="[0, -1]", tie="group", dropout="0.1")) == 0
     said = capsys.readouterr().out
     assert "trainable params" in said and "peft-reft generate" in said
-    config = LoreftConfig.from_pretrained(tmp_path / "out")
+    config = LoReftConfig.from_pretrained(tmp_path / "out")
     assert (config.r, config.positions, config.layers, config.tie, config.dropout) == (
         2,
         "f2+l2",
@@ -101,7 +101,7 @@ def test_train_from_yaml(tmp_path, model_id):
         "max_steps: 1\nuse_cpu: true\nbf16: false\nr: {'0': 2, '1-': 3}\npositions: {'0': f2, '1-': l1}\ngate: true\n"
     )
     assert main(["train", "--config", str(path), "--intervention", "nodireft", "--act_fn", "relu"]) == 0
-    config = LoreftConfig.from_pretrained(tmp_path / "out")
+    config = LoReftConfig.from_pretrained(tmp_path / "out")
     assert (config.r, config.positions) == ({"0": 2, "1-": 3}, {"0": "f2", "1-": "l1"})
     assert (config.intervention, config.act_fn, config.gate) == ("nodireft", "relu", True)
 
@@ -110,7 +110,7 @@ def test_train_from_yaml(tmp_path, model_id):
 @pytest.mark.parametrize("tokens", ["[4, 9]", '{"embed_tokens": [9]}'])
 def test_train_tokens(tokens, tmp_path, model_id, tokenizer):
     assert main(train_arguments(tmp_path, model_id, trainable_token_indices=tokens)) == 0
-    assert LoreftConfig.from_pretrained(tmp_path / "out").trainable_token_indices == json.loads(tokens)
+    assert LoReftConfig.from_pretrained(tmp_path / "out").trainable_token_indices == json.loads(tokens)
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
     (rows,) = [tensor for name, tensor in saved.items() if "token_adapter" in name]
     before = AutoModelForCausalLM.from_pretrained(model_id).get_input_embeddings().weight
@@ -121,7 +121,7 @@ def test_train_tokens(tokens, tmp_path, model_id, tokenizer):
 @pytest.mark.filterwarnings("ignore")
 def test_train_a_module_named_by_a_word(tmp_path, model_id):
     assert main(train_arguments(tmp_path, model_id, modules_to_save="lm_head", max_steps="1")) == 0
-    assert LoreftConfig.from_pretrained(tmp_path / "out").modules_to_save == ["lm_head"]
+    assert LoReftConfig.from_pretrained(tmp_path / "out").modules_to_save == ["lm_head"]
 
 
 def test_interrupted_training_goes_on_where_it_stopped(tmp_path, model_id):
@@ -217,7 +217,7 @@ def test_generate_asks_as_train_has_trained(rows, is_chat, tmp_path, model_id, t
     assert main(train_arguments(tmp_path, model_id, dataset_name=data, learning_rate="0.1")) == 0
     hint = capsys.readouterr().out
     out = str(tmp_path / "out")
-    config = LoreftConfig.from_pretrained(out)
+    config = LoReftConfig.from_pretrained(out)
     assert bool(config.response_template) is is_chat and config.response_template is not None
     assert main(["generate", out, "a b c", "--max-new-tokens", "6"]) == 0
     said = capsys.readouterr().out.strip()
@@ -275,7 +275,7 @@ def test_train_says_how_to_ask(template, words, tmp_path, model_id, capsys):
     given = {"max_steps": "1", "response_template": template, "instruction_template": "[[4, 7], [4, 6]]"}
     assert main(train_arguments(tmp_path, model_id, **given)) == 0
     assert f"peft-reft generate {tmp_path / 'out'}" in (said := capsys.readouterr().out) and words in said
-    config = LoreftConfig.from_pretrained(tmp_path / "out")
+    config = LoReftConfig.from_pretrained(tmp_path / "out")
     assert config.response_template == json.loads(template)
     assert config.instruction_template == [[4, 7], [4, 6]]
     assert main(["inspect", str(tmp_path / "out")]) == 0
@@ -327,7 +327,7 @@ def test_export(trained, tied, tmp_path, tokenizer):
     base.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    config = LoreftConfig(
+    config = LoReftConfig(
         task_type="CAUSAL_LM",
         r=2,
         positions="all",
@@ -353,7 +353,7 @@ def test_export_says_why_not(tmp_path, adapter, model_id, capsys):
     assert main(["export", adapter, str(tmp_path / "whole")]) == 1
     assert "cannot be merged" in capsys.readouterr().err
     fields = dict(task_type="CAUSAL_LM", r=2, positions="all", component="mlp", init_weights=False)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_id), LoreftConfig(**fields))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_id), LoReftConfig(**fields))
     model.save_pretrained(str(tmp_path / "mlp"))
     assert main(["export", str(tmp_path / "mlp"), str(tmp_path / "whole")]) == 1
     assert "would lose model.layers.0.mlp.down_proj.bias" in capsys.readouterr().err

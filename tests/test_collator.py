@@ -1,4 +1,4 @@
-"""`DataCollatorForLoreft`: the positions that the model would derive, around any collator."""
+"""`DataCollatorForLoReft`: the positions that the model would derive, around any collator."""
 
 import copy
 import pickle
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding, DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from peft_reft import DataCollatorForLoreft, LoreftConfig
+from peft_reft import DataCollatorForLoReft, LoReftConfig
 
 N = -1  # an empty slot
 
@@ -109,7 +109,7 @@ def adapted(config, seed=1):
 
 def collate(config, batch):
     """What the collator makes of a batch, from a copy of it."""
-    return DataCollatorForLoreft(lambda rows: dict(batch), config)([])
+    return DataCollatorForLoReft(lambda rows: dict(batch), config)([])
 
 
 # The positions of the collator are those of the model
@@ -122,7 +122,7 @@ TIES = [(spec, tie) for tie in ("layer", "group", "model") for spec in SPECS] + 
 @pytest.mark.parametrize(("positions", "tie"), TIES, ids=str)
 @pytest.mark.parametrize("marks", [{}, MARKS], ids=["labels", "marks"])
 def test_the_model_derives_the_very_same(positions, tie, marks):
-    config = LoreftConfig(task_type="CAUSAL_LM", r=4, positions=positions, tie=tie, **marks)
+    config = LoReftConfig(task_type="CAUSAL_LM", r=4, positions=positions, tie=tie, **marks)
     model = adapted(config).train()
     for name, batch in BATCHES.items():
         if "chats" in name and not (marks or (positions == "all" and tie != "group")):
@@ -142,7 +142,7 @@ def test_the_model_derives_the_very_same(positions, tie, marks):
 
 @pytest.mark.parametrize("positions", ["f2+l2", "all", {"0-1": "f2", "2-": "l3"}], ids=str)
 def test_and_the_gradients_are_the_same(positions):
-    config = LoreftConfig(task_type="CAUSAL_LM", r=4, positions=positions, **MARKS)
+    config = LoReftConfig(task_type="CAUSAL_LM", r=4, positions=positions, **MARKS)
     for name in ("left", "packed", "chats, right"):
         gradients = []
         for batch in (BATCHES[name], collate(config, BATCHES[name])):
@@ -154,7 +154,7 @@ def test_and_the_gradients_are_the_same(positions):
 
 @pytest.mark.parametrize("positions", SPECS, ids=str)
 def test_without_labels_the_whole_row_is_the_prompt(positions):
-    config = LoreftConfig(task_type="CAUSAL_LM", r=4, positions=positions)
+    config = LoReftConfig(task_type="CAUSAL_LM", r=4, positions=positions)
     model = adapted(config).eval()
     for name in ("right", "left", "left with position ids", "no mask", "packed, two rows"):
         batch = {key: value for key, value in BATCHES[name].items() if key != "labels"}
@@ -165,7 +165,7 @@ def test_without_labels_the_whole_row_is_the_prompt(positions):
 @pytest.mark.parametrize("positions", SPECS, ids=str)
 def test_marks_need_no_labels(positions):
     """Whichever tokens are trained on: which ones are edited is told by the headers."""
-    config = LoreftConfig(task_type="CAUSAL_LM", r=4, positions=positions, **MARKS)
+    config = LoReftConfig(task_type="CAUSAL_LM", r=4, positions=positions, **MARKS)
     model = adapted(config).eval()
     for name in ("packed chats", "chats, right", "chats, left"):
         labelled = BATCHES[name]
@@ -181,7 +181,7 @@ def test_marks_need_no_labels(positions):
 
 
 def test_the_task_may_be_unset():
-    config = LoreftConfig(r=4, positions="f2+l2")
+    config = LoReftConfig(r=4, positions="f2+l2")
     model = adapted(config).train()
     batch = collate(config, BATCHES["right"])
     assert torch.equal(batch["intervention_positions"], expected("f2+l2", "right"))
@@ -190,7 +190,7 @@ def test_the_task_may_be_unset():
 
 def test_what_the_collator_says_goes():
     """Positions in the batch are used as they stand, not derived again."""
-    config = LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2")
+    config = LoReftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2")
     model = adapted(config).train()
     batch = collate(config, BATCHES["right"])
     right = model(**batch).loss
@@ -245,19 +245,19 @@ def expected(positions, batch):
 
 @pytest.mark.parametrize(("positions", "batch"), TABLE, ids=str)
 def test_slots(positions, batch):
-    config = LoreftConfig(task_type="CAUSAL_LM", positions=positions, **MARKS)
+    config = LoReftConfig(task_type="CAUSAL_LM", positions=positions, **MARKS)
     assert torch.equal(collate(config, BATCHES[batch])["intervention_positions"], expected(positions, batch))
 
 
 def test_slots_of_a_mapping_hold_the_groups_of_all_layers():
-    config = LoreftConfig(task_type="CAUSAL_LM", positions={"0-1": "f2", "2-": "l3"})
+    config = LoReftConfig(task_type="CAUSAL_LM", positions={"0-1": "f2", "2-": "l3"})
     batch = padded([row(9, 3), row(6, 1)])
     assert collate(config, batch)["intervention_positions"].tolist() == [[0, 1, 6, 7, 8], [0, 1, 3, 4, 5]]
 
 
 @pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS"])
 def test_labels_of_classifiers_say_nothing_of_prompts(task_type):
-    config = LoreftConfig(task_type=task_type, positions="f1+l2")
+    config = LoReftConfig(task_type=task_type, positions="f1+l2")
     batch = BATCHES["left"]
     if task_type == "SEQ_CLS":
         batch = {**batch, "labels": torch.tensor([0, 1, 2, 1])}
@@ -279,11 +279,11 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-F2L2 = LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2")
+F2L2 = LoReftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2")
 
 
 def test_a_plain_function():
-    batch = DataCollatorForLoreft(stack, F2L2)([row(4, 3, 8), row(2, 5, 9)])
+    batch = DataCollatorForLoReft(stack, F2L2)([row(4, 3, 8), row(2, 5, 9)])
     assert batch["intervention_positions"].tolist() == [[0, 1, 2, 3], [0, N, N, 1]]
     assert {name: value.tolist() for name, value in batch.items() if name != "intervention_positions"} == {
         name: value.tolist() for name, value in stack([row(4, 3, 8), row(2, 5, 9)]).items()
@@ -293,7 +293,7 @@ def test_a_plain_function():
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_seq2seq_collator(tokenizer, side):
     tokenizer.padding_side = side
-    batch = DataCollatorForLoreft(DataCollatorForSeq2Seq(tokenizer), F2L2)(copy.deepcopy(PAIRS))
+    batch = DataCollatorForLoReft(DataCollatorForSeq2Seq(tokenizer), F2L2)(copy.deepcopy(PAIRS))
     assert isinstance(batch, BatchEncoding) and torch.equal(batch["labels"], BATCHES[side]["labels"])
     assert torch.equal(batch["intervention_positions"], expected("f2+l2", side))
     model = adapted(F2L2).train()
@@ -302,7 +302,7 @@ def test_seq2seq_collator(tokenizer, side):
 
 @pytest.mark.parametrize("multiple", [None, 16])
 def test_trls_collator(multiple):
-    collator = DataCollatorForLoreft(DataCollatorForLanguageModeling(0, pad_to_multiple_of=multiple), F2L2)
+    collator = DataCollatorForLoReft(DataCollatorForLanguageModeling(0, pad_to_multiple_of=multiple), F2L2)
     batch = collator(PAIRS)
     assert batch["input_ids"].shape == (4, multiple or 12)
     assert torch.equal(batch["intervention_positions"], expected("f2+l2", "right"))
@@ -313,7 +313,7 @@ def test_trls_collator_without_padding(multiple):
     """Padding is no position, here neither, where a run of position ids 0 without a label is all that marks it."""
     documents = [row(4, 2, 1), row(2, 2, 2), row(7, 2, 3)]
     base = DataCollatorForLanguageModeling(0, padding_free=True, pad_to_multiple_of=multiple)
-    batch = DataCollatorForLoreft(base, F2L2)(documents)
+    batch = DataCollatorForLoReft(base, F2L2)(documents)
     assert batch["input_ids"].shape == (1, 32 if multiple else 19) and "attention_mask" not in batch
     edited = batch["intervention_positions"][batch["intervention_positions"] >= 0]
     assert edited.tolist() == [0, 1, 2, 3, 6, 7, 10, 11, 15, 16]
@@ -328,7 +328,7 @@ def test_trls_collator_of_packed_rows():
         {**turns(4, 2, 2, 2, seed=1), "seq_lengths": [6, 4]},  # documents of one answer each
         {**turns(2, 1, 2, 1, 3, 1, seed=2), "seq_lengths": [3, 3, 4]},
     ]
-    batch = DataCollatorForLoreft(DataCollatorForLanguageModeling(0, padding_free=True), F2L2)(rows)
+    batch = DataCollatorForLoReft(DataCollatorForLanguageModeling(0, padding_free=True), F2L2)(rows)
     slots = [0, 1, 2, 3, 6, N, N, 7, 10, N, N, 11, 13, N, N, 14, 16, N, 17, 18]
     assert batch["intervention_positions"].tolist() == [slots]
 
@@ -336,7 +336,7 @@ def test_trls_collator_of_packed_rows():
 def test_a_completion_mask_marks_answers_as_labels_do():
     """TRL's collators of preference data give no labels, but a mask of the completions."""
     batch = {"input_ids": torch.ones(1, 7, dtype=torch.long), "completion_mask": torch.tensor([[0, 0, 0, 0, 1, 1, 1]])}
-    collator = DataCollatorForLoreft(lambda rows: dict(batch), F2L2)
+    collator = DataCollatorForLoReft(lambda rows: dict(batch), F2L2)
     assert collator([])["intervention_positions"].tolist() == [[0, 1, 2, 3]]
 
 
@@ -345,21 +345,21 @@ def test_arguments_beside_the_rows_are_handed_on():
         assert return_tensors == "pt"
         return stack(rows)
 
-    assert "intervention_positions" in DataCollatorForLoreft(collator, F2L2)([row(4, 3)], return_tensors="pt")
+    assert "intervention_positions" in DataCollatorForLoReft(collator, F2L2)([row(4, 3)], return_tensors="pt")
 
 
 def test_other_attributes_are_those_of_the_wrapped_collator(tokenizer):
     base = DataCollatorForLanguageModeling(pad_token_id=7, padding_free=True)
-    collator = DataCollatorForLoreft(base, F2L2)
+    collator = DataCollatorForLoReft(base, F2L2)
     assert collator.pad_token_id == 7 and collator.padding_free is True and collator.torch_call == base.torch_call
     assert collator.base_collator is base and collator.config is F2L2
-    assert DataCollatorForLoreft(DataCollatorForSeq2Seq(tokenizer), F2L2).tokenizer is tokenizer
+    assert DataCollatorForLoReft(DataCollatorForSeq2Seq(tokenizer), F2L2).tokenizer is tokenizer
     assert not hasattr(collator, "no_such_option")
 
 
 def test_options_set_on_it_reach_the_wrapped_collator():
     """As when a trainer writes `data_collator.return_position_ids = True`."""
-    collator = DataCollatorForLoreft(DataCollatorForLanguageModeling(pad_token_id=0), F2L2)
+    collator = DataCollatorForLoReft(DataCollatorForLanguageModeling(pad_token_id=0), F2L2)
     collator.return_position_ids = True
     assert collator.base_collator.return_position_ids is True
     assert "position_ids" in collator(PAIRS)
@@ -368,7 +368,7 @@ def test_options_set_on_it_reach_the_wrapped_collator():
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_pickled_and_copied(protocol):
     """`DataLoader` workers pickle their collator where processes are spawned."""
-    collator = DataCollatorForLoreft(DataCollatorForLanguageModeling(pad_token_id=0), F2L2)
+    collator = DataCollatorForLoReft(DataCollatorForLanguageModeling(pad_token_id=0), F2L2)
     for other in (pickle.loads(pickle.dumps(collator, protocol)), copy.deepcopy(collator), copy.copy(collator)):
         assert other.config == F2L2 and other.base_collator == collator.base_collator
         assert torch.equal(other(PAIRS)["intervention_positions"], expected("f2+l2", "right"))
@@ -376,7 +376,7 @@ def test_pickled_and_copied(protocol):
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_in_the_workers_of_a_data_loader(method):
-    collator = DataCollatorForLoreft(DataCollatorForLanguageModeling(pad_token_id=0), F2L2)
+    collator = DataCollatorForLoReft(DataCollatorForLanguageModeling(pad_token_id=0), F2L2)
     loader = DataLoader(PAIRS, 2, collate_fn=collator, num_workers=1, multiprocessing_context=method)
     found = [batch["intervention_positions"].tolist() for batch in loader]
     assert found == [TABLE["f2+l2", "right"][:2], TABLE["f2+l2", "right"][2:]]
@@ -389,9 +389,9 @@ def test_rows_without_prompts():
     data = padded([row(0, 5), row(0, 7)])
     for positions in ("f2+l2", "p", {"0": "f2", "1-": "l3"}):
         with pytest.raises(ValueError, match="nothing would train") as error:
-            collate(LoreftConfig(task_type="CAUSAL_LM", positions=positions), data)
+            collate(LoReftConfig(task_type="CAUSAL_LM", positions=positions), data)
         assert "completion_only_loss=True" in str(error.value)
-    assert (collate(LoreftConfig(task_type="CAUSAL_LM", positions="all"), data)["intervention_positions"] >= 0).any()
+    assert (collate(LoReftConfig(task_type="CAUSAL_LM", positions="all"), data)["intervention_positions"] >= 0).any()
 
 
 def test_one_row_without_a_prompt_among_others():
@@ -419,15 +419,15 @@ def test_chats_that_start_inside_a_document():
     }  # an answer's last token first
     for positions in ("f2+l2", "p", "g1"):
         with pytest.raises(ValueError, match="middle of a document"):
-            collate(LoreftConfig(task_type="CAUSAL_LM", positions=positions, **MARKS), cut)
-    config = LoreftConfig(task_type="CAUSAL_LM", positions="l2", **MARKS)
+            collate(LoReftConfig(task_type="CAUSAL_LM", positions=positions, **MARKS), cut)
+    config = LoReftConfig(task_type="CAUSAL_LM", positions="l2", **MARKS)
     assert collate(config, cut)["intervention_positions"].tolist() == [[4, 5, 10, 11]] * 2
 
 
 @pytest.mark.parametrize(("positions", "slots"), [("f2", [[0, 1]]), ("all", None)])
 def test_several_answers_without_marks_where_no_later_prompt_matters(positions, slots):
     batch = padded(CHATS[:1])
-    config = LoreftConfig(task_type="CAUSAL_LM", positions=positions)
+    config = LoReftConfig(task_type="CAUSAL_LM", positions=positions)
     found = collate(config, batch)["intervention_positions"]
     assert found.tolist() == slots if slots else sorted(found[found >= 0].tolist()) == list(range(23))
 

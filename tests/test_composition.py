@@ -5,14 +5,14 @@ import torch
 from conftest import CAUSAL, HIDDEN, VOCAB, build, randomise
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 RED = dict(intervention="red", r=8)
 IDS = torch.randint(3, VOCAB, (3, 9), generator=torch.Generator().manual_seed(5))
 
 
 def config(**kwargs):
-    return LoreftConfig(**{"task_type": "CAUSAL_LM", "r": 4, "positions": "f2+l2", **kwargs})
+    return LoReftConfig(**{"task_type": "CAUSAL_LM", "r": 4, "positions": "f2+l2", **kwargs})
 
 
 def adapted(family="llama", seed=1, **kwargs):

@@ -1,4 +1,4 @@
-"""`LoreftConfig`: defaults, what it refuses and how it says so, saving, and layers."""
+"""`LoReftConfig`: defaults, what it refuses and how it says so, saving, and layers."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftConfig, PeftModel, PeftType, TaskType, get_peft_model
 
-from peft_reft import LoreftConfig, Positions
+from peft_reft import LoReftConfig, Positions
 from peft_reft.positions.layers import check_layers, resolve_layers
 
 # Fields.
@@ -41,12 +41,12 @@ def readable(value):
 )
 def test_defaults(name, default):
     """The paper's commonsense setting (design, 3)."""
-    assert getattr(LoreftConfig(), name) == default
+    assert getattr(LoReftConfig(), name) == default
 
 
 def test_every_own_field_is_in_the_design_and_has_help():
     inherited = {field.name for field in dataclasses.fields(PeftConfig)}
-    own = {field.name: field for field in dataclasses.fields(LoreftConfig) if field.name not in inherited}
+    own = {field.name: field for field in dataclasses.fields(LoReftConfig) if field.name not in inherited}
     assert own.keys() == {
         *("r", "positions", "layers", "component", "intervention", "tie", "dropout", "init_weights", "act_fn", "gate"),
         *("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "trainable_token_indices"),
@@ -54,19 +54,19 @@ def test_every_own_field_is_in_the_design_and_has_help():
         *("layers_to_transform", "layers_pattern"),
     }
     assert all(field.metadata["help"] for field in own.values())
-    assert LoreftConfig().init_weights is own["init_weights"].default
+    assert LoReftConfig().init_weights is own["init_weights"].default
     assert own["init_weights"].default in (True, False, "paper")
 
 
 def test_peft_type_is_the_enum_member():
     """transformers calls `.peft_type.value.lower()`."""
-    assert LoreftConfig().peft_type is PeftType.LOREFT
-    assert LoreftConfig(peft_type="LORA").peft_type is PeftType.LOREFT
+    assert LoReftConfig().peft_type is PeftType.LOREFT
+    assert LoReftConfig(peft_type="LORA").peft_type is PeftType.LOREFT
 
 
 @pytest.mark.parametrize("layers", [(2, 0), range(0, 4, 2), {0, 2}])
 def test_layers_become_a_list(layers):
-    config = LoreftConfig(layers=layers)
+    config = LoReftConfig(layers=layers)
     assert isinstance(config.layers, list)
     assert sorted(config.layers) == [0, 2]
 
@@ -132,7 +132,7 @@ def test_layers_become_a_list(layers):
 )
 def test_bad_values(name, value, allowed):
     with pytest.raises(ValueError) as error:
-        LoreftConfig(**{name: value})
+        LoReftConfig(**{name: value})
     message = str(error.value)
     assert name in message and allowed in message
     assert repr(value) in message or any(repr(key) in message for key in value)
@@ -156,7 +156,7 @@ def test_bad_values(name, value, allowed):
 )
 def test_fields_that_contradict_each_other(fields, words):
     with pytest.raises(ValueError, match=words):
-        LoreftConfig(**fields)
+        LoReftConfig(**fields)
 
 
 @pytest.mark.parametrize(
@@ -171,16 +171,16 @@ def test_fields_that_contradict_each_other(fields, words):
 )
 def test_bad_mappings(positions, wrong, allowed):
     with pytest.raises(ValueError) as error:
-        LoreftConfig(positions=positions)
+        LoReftConfig(positions=positions)
     assert "positions" in str(error.value) and wrong in str(error.value) and allowed in str(error.value)
 
 
 @pytest.mark.parametrize("positions", ["all", "p", "f2+g", {"0": "f2", "1-": "p+g3"}])
 def test_one_intervention_a_position_needs_counts(positions):
     with pytest.raises(ValueError, match="tie='position'") as error:
-        LoreftConfig(tie="position", positions=positions)
+        LoReftConfig(tie="position", positions=positions)
     assert "'group', 'layer' or 'model'" in str(error.value)
-    LoreftConfig(tie="group", positions=positions)
+    LoReftConfig(tie="group", positions=positions)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_one_intervention_a_position_needs_counts(positions):
 )
 def test_target_modules_say_it_all(other):
     with pytest.raises(ValueError) as error:
-        LoreftConfig(target_modules=["model.layers.0"], **other)
+        LoReftConfig(target_modules=["model.layers.0"], **other)
     assert "model.layers.0" in str(error.value) and "target_modules" in str(error.value)
     for name, value in other.items():
         assert f"{name}={value!r}" in str(error.value)
@@ -196,7 +196,7 @@ def test_target_modules_say_it_all(other):
 
 def test_unknown_task_types_are_peft_s_to_refuse():
     with pytest.raises(ValueError, match="'CHAT'"):
-        LoreftConfig(task_type="CHAT")
+        LoReftConfig(task_type="CHAT")
 
 
 # Saving.
@@ -226,26 +226,26 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("loader", [LoreftConfig, PeftConfig])
+@pytest.mark.parametrize("loader", [LoReftConfig, PeftConfig])
 @pytest.mark.parametrize("fields", CONFIGS, ids=readable)
 def test_round_trip(fields, loader, tmp_path):
-    config = LoreftConfig(**fields)
+    config = LoReftConfig(**fields)
     config.save_pretrained(tmp_path)
     loaded = loader.from_pretrained(str(tmp_path))
-    assert type(loaded) is LoreftConfig
+    assert type(loaded) is LoReftConfig
     assert loaded == config
 
 
 def test_the_cases_above_cover_every_field():
     inherited = {"peft_type", "auto_mapping", "peft_version"}  # PEFT's own affair
-    names = {field.name for field in dataclasses.fields(LoreftConfig)} - inherited
+    names = {field.name for field in dataclasses.fields(LoReftConfig)} - inherited
     assert names - {"target_parameters"} == {name for fields in CONFIGS for name in fields}
 
 
 def test_what_is_saved_is_the_same_every_time(tmp_path):
     """Sets are saved sorted: their order depends on the hash seed."""
     names = [f"layers.{i}" for i in range(20)]
-    LoreftConfig(target_modules=set(names), exclude_modules=set(names)).save_pretrained(tmp_path)
+    LoReftConfig(target_modules=set(names), exclude_modules=set(names)).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["target_modules"] == saved["exclude_modules"] == sorted(names)
     assert saved["peft_type"] == "LOREFT"
@@ -253,16 +253,16 @@ def test_what_is_saved_is_the_same_every_time(tmp_path):
 
 def test_a_saved_mapping_keeps_the_order_of_its_specs(tmp_path):
     """The order decides how the slots of `intervention_positions` are laid out."""
-    config = LoreftConfig(positions={"8-": "f5", "0-7": "l3"})
+    config = LoReftConfig(positions={"8-": "f5", "0-7": "l3"})
     config.save_pretrained(tmp_path)
-    assert LoreftConfig.from_pretrained(str(tmp_path)).layout == config.layout
+    assert LoReftConfig.from_pretrained(str(tmp_path)).layout == config.layout
 
 
 @pytest.mark.parametrize("positions", [{0: "f5", 1: "l5"}, {0: "f5", "1-": "l5"}], ids=readable)
 def test_a_mapping_by_ints_means_the_same_after_loading(positions, tmp_path):
-    config = LoreftConfig(positions=positions)
+    config = LoReftConfig(positions=positions)
     config.save_pretrained(tmp_path)
-    loaded = LoreftConfig.from_pretrained(str(tmp_path))
+    loaded = LoReftConfig.from_pretrained(str(tmp_path))
     assert loaded.positions_by_layer(2) == config.positions_by_layer(2)
 
 
@@ -272,30 +272,30 @@ def test_a_mapping_by_ints_means_the_same_after_loading(positions, tmp_path):
 def test_what_is_accepted_can_be_saved_and_loaded(fields, tmp_path):
     """Values of other types than the fields': refused at once, or understood for good; not lost after training."""
     try:
-        config = LoreftConfig(**fields)
+        config = LoReftConfig(**fields)
     except ValueError:
         return
     config.save_pretrained(tmp_path)
-    assert LoreftConfig.from_pretrained(str(tmp_path)).positions_by_layer(2) == config.positions_by_layer(2)
+    assert LoReftConfig.from_pretrained(str(tmp_path)).positions_by_layer(2) == config.positions_by_layer(2)
 
 
-@pytest.mark.parametrize("loader", [LoreftConfig, PeftConfig])
+@pytest.mark.parametrize("loader", [LoReftConfig, PeftConfig])
 def test_fields_of_a_newer_version_are_dropped_with_a_warning(loader, tmp_path):
-    LoreftConfig(r=3).save_pretrained(tmp_path)
+    LoReftConfig(r=3).save_pretrained(tmp_path)
     filename = tmp_path / "adapter_config.json"
     filename.write_text(json.dumps({**json.loads(filename.read_text()), "router": "sigmoid"}))
-    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['router'\] for class LoreftConfig"):
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['router'\] for class LoReftConfig"):
         loaded = loader.from_pretrained(str(tmp_path))
-    assert loaded == LoreftConfig(r=3) and not hasattr(loaded, "router")
+    assert loaded == LoReftConfig(r=3) and not hasattr(loaded, "router")
 
 
 def test_a_value_of_a_newer_version_is_refused(tmp_path):
     """Dropping it would run another formula than was trained."""
-    LoreftConfig().save_pretrained(tmp_path)
+    LoReftConfig().save_pretrained(tmp_path)
     filename = tmp_path / "adapter_config.json"
     filename.write_text(json.dumps({**json.loads(filename.read_text()), "intervention": "gatedreft"}))
     with pytest.raises(ValueError, match="intervention='gatedreft'"):
-        LoreftConfig.from_pretrained(str(tmp_path))
+        LoReftConfig.from_pretrained(str(tmp_path))
 
 
 # Positions by layer.
@@ -316,7 +316,7 @@ F5, L5 = Positions.parse("f5"), Positions.parse("l5")
     ],
 )
 def test_positions_by_layer(layers, positions, expected):
-    by_layer = LoreftConfig(layers=layers, positions=positions).positions_by_layer(4)
+    by_layer = LoReftConfig(layers=layers, positions=positions).positions_by_layer(4)
     assert by_layer == expected
     assert list(by_layer) == sorted(by_layer)
 
@@ -325,24 +325,24 @@ def test_positions_by_layer_out_of_range():
     for fields in ({"layers": [4]}, {"layers": "0--5"}, {"positions": {"0-4": "f5"}}):
         ((name, _),) = fields.items()
         with pytest.raises(ValueError, match=rf"^{name}=.* the model has 4 layers: allowed are 0 to 3, or -4 to -1"):
-            LoreftConfig(**fields).positions_by_layer(4)
+            LoReftConfig(**fields).positions_by_layer(4)
 
 
 @pytest.mark.parametrize("positions", [{"0-2": "f5", "2-": "l5"}, {"3": "f5", "-1": "l5"}, {"0": "f5", "0-0": "f5"}])
 def test_a_layer_has_one_spec(positions):
     with pytest.raises(ValueError, match=r"gives layer [023] two specs") as error:
-        LoreftConfig(positions=positions).positions_by_layer(4)
+        LoReftConfig(positions=positions).positions_by_layer(4)
     assert str(positions) in str(error.value)
 
 
 def test_a_chosen_layer_needs_a_spec():
-    config = LoreftConfig(layers="1-3", positions={"0": "f5", "2": "l5"})
+    config = LoReftConfig(layers="1-3", positions={"0": "f5", "2": "l5"})
     with pytest.raises(ValueError, match=r"layers='1-3' has \[1, 3\]"):
         config.positions_by_layer(4)
 
 
 def test_layout_has_the_groups_of_every_spec_once():
-    config = LoreftConfig(positions={"0": "f5", "1": "l5+g", "2": "f5+l2", "3": "l5+g"})
+    config = LoReftConfig(positions={"0": "f5", "1": "l5+g", "2": "f5+l2", "3": "l5+g"})
     assert [str(spec) for spec in config.specs] == ["f5", "l5+g", "f5+l2"]
     assert [str(group) for group in config.layout] == ["f5", "l5", "g", "f5", "l2"]  # f5 beside an l2 is another f5
 
@@ -358,7 +358,7 @@ def test_layout_has_the_groups_of_every_spec_once():
 def test_specs_stand_in_the_order_of_their_layers(positions, specs):
     """However the mapping was written: JSON sorts it, and slots of `intervention_positions` must not move by that."""
     for items in (positions.items(), reversed(positions.items())):
-        assert [str(spec) for spec in LoreftConfig(positions=dict(items)).specs] == specs
+        assert [str(spec) for spec in LoReftConfig(positions=dict(items)).specs] == specs
 
 
 # Layer ranges.
@@ -435,13 +435,13 @@ def test_ranges_by_eye(spec, expected):
 
 @pytest.mark.parametrize("value", [0, [0, 2], (2, 0), {1}, range(2), [-1]])
 def test_layers_to_transform_is_layers(value):
-    config = LoreftConfig(layers_to_transform=value)
-    assert config == LoreftConfig(layers=value)
-    assert LoreftConfig(layers=value, layers_to_transform=value) == config
+    config = LoReftConfig(layers_to_transform=value)
+    assert config == LoReftConfig(layers=value)
+    assert LoReftConfig(layers=value, layers_to_transform=value) == config
 
 
 def test_layers_to_transform_may_be_empty_as_in_peft():
-    assert LoreftConfig(layers_to_transform=[]) == LoreftConfig()
+    assert LoReftConfig(layers_to_transform=[]) == LoReftConfig()
 
 
 @pytest.mark.parametrize(
@@ -464,7 +464,7 @@ def test_layers_to_transform_may_be_empty_as_in_peft():
 )
 def test_layers_to_transform_that_says_nothing_clear(fields, words):
     with pytest.raises(ValueError, match=words):
-        LoreftConfig(**fields)
+        LoReftConfig(**fields)
 
 
 @pytest.mark.parametrize(
@@ -484,7 +484,7 @@ def test_layers_to_transform_that_says_nothing_clear(fields, words):
     ids=readable,
 )
 def test_what_layers_to_transform_edits(fields, names, tmp_path):
-    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=2, **fields))
+    model = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", r=2, **fields))
     assert sorted(model.targeted_module_names) == names
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(build("llama"), tmp_path)

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 IDS = torch.randint(3, VOCAB, (2, 6), generator=torch.Generator().manual_seed(8))
 TOKENS = dict(trainable_token_indices=[3, 4])
@@ -22,7 +22,7 @@ def llama(tied=False):
 
 
 def loreft(**fields):
-    return LoreftConfig(**{"r": 2, "positions": "f2+l2", "task_type": "CAUSAL_LM", "init_weights": False, **fields})
+    return LoReftConfig(**{"r": 2, "positions": "f2+l2", "task_type": "CAUSAL_LM", "init_weights": False, **fields})
 
 
 def lora(**fields):
@@ -126,8 +126,8 @@ def test_a_weight_that_another_module_takes():
             return self.attention(input_ids, input_ids, input_ids)[0]
 
     with pytest.raises(ValueError, match=r"attention\.out_proj, whose weight MultiheadAttention takes"):
-        get_peft_model(Attends(), LoreftConfig(r=2, target_modules=["out_proj"]))
-    get_peft_model(Attends(), LoreftConfig(r=2, target_modules=["attention"]))
+        get_peft_model(Attends(), LoReftConfig(r=2, target_modules=["out_proj"]))
+    get_peft_model(Attends(), LoReftConfig(r=2, target_modules=["attention"]))
 
 
 @pytest.mark.parametrize("name", ["out_proj", "conv1d"])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.nn.utils.parametrizations import orthogonal
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 from peft_reft.convert import Adapter, from_adapters, from_pyreft, to_easysteer, to_pyreft
 
 PARITY = Path(__file__).parent / "parity"
@@ -180,7 +180,7 @@ def test_torch_reads_the_rotation_that_we_write(name, tmp_path):
 
 
 def test_weights_tied_over_the_model_go_to_every_layer(tmp_path):
-    config = LoreftConfig(task_type="CAUSAL_LM", r=2, positions="f2", tie="model", init_weights=False)
+    config = LoReftConfig(task_type="CAUSAL_LM", r=2, positions="f2", tie="model", init_weights=False)
     model = get_peft_model(LlamaForCausalLM.from_pretrained(LLAMA), config).eval()
     model.save_pretrained(str(tmp_path / "ours"))
     adapter = Adapter.load(str(tmp_path / "ours"))
@@ -199,7 +199,7 @@ def test_weights_tied_over_the_model_go_to_every_layer(tmp_path):
     ],
 )
 def test_what_pyreft_does_not_have(fields, said, tmp_path):
-    config = LoreftConfig(task_type="CAUSAL_LM", positions="f2", **({"r": 2} if "gate" in fields else {}), **fields)
+    config = LoReftConfig(task_type="CAUSAL_LM", positions="f2", **({"r": 2} if "gate" in fields else {}), **fields)
     get_peft_model(LlamaForCausalLM.from_pretrained(LLAMA), config).save_pretrained(str(tmp_path / "ours"))
     with pytest.raises(ValueError, match=said):
         to_pyreft(Adapter.load(str(tmp_path / "ours")), str(tmp_path / "theirs"))

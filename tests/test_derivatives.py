@@ -9,7 +9,7 @@ from test_interventions import NAMES, D, N, R, assert_close, formula, gram_schmi
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 from peft_reft.edits.apply import add_edits, may_change
 from peft_reft.edits.intervention import factors_of
 from peft_reft.edits.rotation import _Orthonormalise, on_manifold
@@ -231,9 +231,9 @@ def adapted(config):
 
 CONFIGS = {
     "lora": LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=False),
-    "loreft": LoreftConfig(task_type="CAUSAL_LM", r=R, positions="f2+l2"),
-    "by group": LoreftConfig(task_type="CAUSAL_LM", r=2, positions="f2+l2", tie="group"),
-    "all": LoreftConfig(task_type="CAUSAL_LM", r=2, positions="all", intervention="nodireft", act_fn="tanh"),
+    "loreft": LoReftConfig(task_type="CAUSAL_LM", r=R, positions="f2+l2"),
+    "by group": LoReftConfig(task_type="CAUSAL_LM", r=2, positions="f2+l2", tie="group"),
+    "all": LoReftConfig(task_type="CAUSAL_LM", r=2, positions="all", intervention="nodireft", act_fn="tanh"),
 }
 
 

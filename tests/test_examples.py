@@ -18,7 +18,7 @@ from integration.conftest import PAIRS
 from transformers.utils import logging
 
 import peft_reft
-from peft_reft.cli import main as peft_reft_command
+from peft_reft.cli.main import main as peft_reft_command
 
 ROOT = Path(__file__).parent.parent
 MODULES = [

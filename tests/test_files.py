@@ -11,10 +11,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from peft_reft import LoreftConfig, hotswap_adapter
-from peft_reft.architectures import skeleton
+from peft_reft import LoReftConfig, hotswap_adapter
 from peft_reft.convert import Adapter
 from peft_reft.serving.adapters import read_adapter
+from peft_reft.tuner.architectures import skeleton
 
 # What PEFT says, with reason, of a second adapter.
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
@@ -29,7 +29,7 @@ def logits(model):
 
 
 def config(**kwargs):
-    return LoreftConfig(**{"task_type": "CAUSAL_LM", "r": 4, "positions": "f3+l2", **kwargs})
+    return LoReftConfig(**{"task_type": "CAUSAL_LM", "r": 4, "positions": "f3+l2", **kwargs})
 
 
 @pytest.fixture(scope="module")

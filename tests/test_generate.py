@@ -6,7 +6,7 @@ from conftest import VOCAB, build, randomise
 from peft import get_peft_model
 from transformers import DynamicCache
 
-from peft_reft import LoreftConfig, prompt_lengths
+from peft_reft import LoReftConfig, prompt_lengths
 from peft_reft.tuner.forward import ATTRIBUTE, current, current_generation
 
 PAGED = "its forwards hold pieces of several requests and do not say where their prompts end"
@@ -35,7 +35,7 @@ def left_padded(rows):
 
 def adapted(family, spec, **kwargs):
     tie = "model" if isinstance(spec, dict) else "layer"
-    config = LoreftConfig(task_type="CAUSAL_LM", r=4, positions=spec, tie=tie, **kwargs)
+    config = LoReftConfig(task_type="CAUSAL_LM", r=4, positions=spec, tie=tie, **kwargs)
     model = get_peft_model(build(family), config).eval()
     randomise(model)
     return model
@@ -86,7 +86,7 @@ def test_mixed_lengths(family, spec):
 )
 def test_untied_weights(tie, spec):
     """Each group, or each position, has its own edit: the same in training, for prompts cut short or not."""
-    config = LoreftConfig(task_type="CAUSAL_LM", r=4, positions=spec, tie=tie)
+    config = LoReftConfig(task_type="CAUSAL_LM", r=4, positions=spec, tie=tie)
     model = get_peft_model(build("llama"), config).eval()
     randomise(model)
     rows = prompts()
@@ -102,7 +102,7 @@ def test_untied_weights(tie, spec):
 def test_every_formula(formula, spec):
     """In place without gradients, in a step of decoding, and with gradients: the same."""
     model = get_peft_model(
-        build("llama"), LoreftConfig(task_type="CAUSAL_LM", **{"r": 4, "positions": spec, **formula})
+        build("llama"), LoReftConfig(task_type="CAUSAL_LM", **{"r": 4, "positions": spec, **formula})
     )
     randomise(model.eval())
     rows = prompts()

@@ -9,8 +9,8 @@ from conftest import VOCAB, build
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from peft_reft import LoreftConfig
-from peft_reft.mixed_batches import hand_adapter_names
+from peft_reft import LoReftConfig
+from peft_reft.tuner.mixed_batches import hand_adapter_names
 
 IDS = torch.randint(3, VOCAB, (4, 7), generator=torch.Generator().manual_seed(3))
 TOKENS = dict(trainable_token_indices=IDS.unique()[:12].tolist())
@@ -32,8 +32,8 @@ def tied():
 
 def two_adapters(base, second=None, **fields):
     fields = dict(r=2, positions="f2+l2", init_weights=False, **fields)
-    model = get_peft_model(base, LoreftConfig(**fields), adapter_name="one")
-    model.add_adapter("two", LoreftConfig(**{**fields, **(second or {})}))
+    model = get_peft_model(base, LoReftConfig(**fields), adapter_name="one")
+    model.add_adapter("two", LoReftConfig(**{**fields, **(second or {})}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "modules_to_save." in name or "trainable_tokens_delta" in name:

@@ -7,14 +7,14 @@ import torch
 from conftest import VOCAB, build, randomise
 from peft import PeftModel, get_peft_model
 
-from peft_reft import LoreftConfig, hotswap_adapter
+from peft_reft import LoReftConfig, hotswap_adapter
 
 IDS = torch.randint(3, VOCAB, (3, 9), generator=torch.Generator().manual_seed(5))
 
 
 def saved(tmp_path, name, seed, **kwargs):
     """An adapter in a folder, and its logits."""
-    model = get_peft_model(build("llama"), LoreftConfig(**{"task_type": "CAUSAL_LM", "r": 4, **kwargs})).eval()
+    model = get_peft_model(build("llama"), LoReftConfig(**{"task_type": "CAUSAL_LM", "r": 4, **kwargs})).eval()
     randomise(model, seed=seed)
     model.save_pretrained(tmp_path / name)
     return str(tmp_path / name), logits(model)

@@ -6,7 +6,7 @@ from conftest import LAYERS, VOCAB, build
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peft_reft import LoreftConfig, edit_norms, interchange, interchange_accuracy
+from peft_reft import LoReftConfig, edit_norms, interchange, interchange_accuracy
 
 GENERATOR = torch.Generator().manual_seed(5)
 BASE, SOURCE, OTHER = (torch.randint(3, VOCAB, (3, 8), generator=GENERATOR) for _ in range(3))
@@ -15,7 +15,7 @@ LAYER, R = 1, 4
 
 def adapted(family="llama", **kwargs):
     fields = {"task_type": "CAUSAL_LM", "intervention": "interchange", "r": R, "positions": "l1", "layers": [LAYER]}
-    return get_peft_model(build(family), LoreftConfig(**{**fields, **kwargs})).eval()
+    return get_peft_model(build(family), LoReftConfig(**{**fields, **kwargs})).eval()
 
 
 @torch.no_grad()
@@ -159,7 +159,7 @@ def test_a_run_within_a_context_is_not_mistaken_for_the_source():
 def test_beside_an_adapter_of_another_kind():
     """The source runs with it, too."""
     model = adapted(r=32, layers=[LAYERS - 1])
-    tuned = LoreftConfig(task_type="CAUSAL_LM", r=2, positions="l1", layers=[0], init_weights=False)
+    tuned = LoReftConfig(task_type="CAUSAL_LM", r=2, positions="l1", layers=[0], init_weights=False)
     model.add_adapter("tuned", tuned)
     model.base_model.set_adapter(["default", "tuned"])
     expected = model(input_ids=SOURCE).logits[:, -1]
@@ -178,13 +178,13 @@ def test_a_classifier_and_a_network_without_tokens():
     torch.manual_seed(0)
     network = nn.Sequential(Block(nn.Linear(6, 16), nn.ReLU()), Block(nn.Linear(16, 16), nn.ReLU()), nn.Linear(16, 2))
     fields = dict(intervention="interchange", target_modules="1", positions="f1", r=16)
-    model = get_peft_model(network, LoreftConfig(**fields))
+    model = get_peft_model(network, LoReftConfig(**fields))
     base, source = torch.randn(2, 5, 1, 6)
     with interchange(model, {"input": source}):
         everything = model(base)
     torch.testing.assert_close(everything, model(source), atol=1e-5, rtol=1e-4)
     bert = get_peft_model(
-        build("bert"), LoreftConfig(task_type="SEQ_CLS", intervention="interchange", positions="f1", r=32, layers=[-1])
+        build("bert"), LoReftConfig(task_type="SEQ_CLS", intervention="interchange", positions="f1", r=32, layers=[-1])
     ).eval()
     with interchange(bert, {"input_ids": SOURCE}):
         out = bert(input_ids=BASE).logits
@@ -209,7 +209,7 @@ def test_without_a_source_nothing_is_edited():
 
 
 def test_errors():
-    plain = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM"))
+    plain = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="no active adapter with intervention='interchange'"), interchange(plain, {}):
         pass
     with pytest.raises(ValueError, match="has no LoReFT adapter"), interchange(build("llama"), {}):

@@ -9,8 +9,8 @@ import torch
 from conftest import VOCAB, build, randomise
 from peft import get_peft_model
 
-from peft_reft import DataCollatorForLoreft, LoreftConfig, edit_norms, show_positions
-from peft_reft.looking import plot_edit_norms
+from peft_reft import DataCollatorForLoReft, LoReftConfig, edit_norms, show_positions
+from peft_reft.tools.show import plot_edit_norms
 
 
 def shown(capsys, *args):
@@ -19,19 +19,19 @@ def shown(capsys, *args):
 
 
 def test_a_prompt(capsys, tokenizer):
-    out = shown(capsys, tokenizer, "a b c d e", LoreftConfig(positions="f1+l2"))
+    out = shown(capsys, tokenizer, "a b c d e", LoReftConfig(positions="f1+l2"))
     assert out == "all layers: f1+l2, the first and the last 2 tokens of the prompt\n  [f1: a] b c[l2:  d| e]\n"
 
 
 def test_layers_with_specs_of_their_own(capsys, tokenizer):
-    out = shown(capsys, tokenizer, "a b c", LoreftConfig(positions={"0-3": "f1", "4-": "p"}))
+    out = shown(capsys, tokenizer, "a b c", LoReftConfig(positions={"0-3": "f1", "4-": "p"}))
     assert "layers 0-3: f1" in out and "[f1: a] b c" in out
     assert "layers 4-: p" in out and "[p: a| b| c]" in out
-    assert shown(capsys, tokenizer, "a", LoreftConfig(layers=[2, 5])).startswith("layers [2, 5]: f7+l7")
+    assert shown(capsys, tokenizer, "a", LoReftConfig(layers=[2, 5])).startswith("layers [2, 5]: f7+l7")
 
 
 def test_several_prompts_and_a_chat(capsys, tokenizer):
-    config = LoreftConfig(positions="l1")
+    config = LoReftConfig(positions="l1")
     assert shown(capsys, tokenizer, ["a b", "c"], config).endswith("  a[l1:  b]\n  [l1: c]\n")
     chat = [{"role": "user", "content": "a b"}]
     assert shown(capsys, tokenizer, chat, config).endswith("[l1:  assistant]\n")
@@ -41,21 +41,21 @@ def test_a_batch_is_read_as_the_model_reads_it(capsys, tokenizer):
     """Padding is left out; labels say where the answer begins; given positions are used."""
     ids = torch.tensor([[0, 0, 9, 10, 11, 12], [9, 10, 11, 12, 13, 14]])
     batch = {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": ids.masked_fill(ids < 12, -100)}
-    config = LoreftConfig(task_type="CAUSAL_LM", positions="l1+g")
+    config = LoReftConfig(task_type="CAUSAL_LM", positions="l1+g")
     expected = "  a b[l1:  c][g:  d]\n  a b[l1:  c][g:  d| e| f]\n"
     assert shown(capsys, tokenizer, batch, config).endswith(expected)
-    collated = DataCollatorForLoreft(lambda rows: rows, config)(batch)
+    collated = DataCollatorForLoReft(lambda rows: rows, config)(batch)
     assert shown(capsys, tokenizer, collated, config).endswith(expected)
     batch["intervention_positions"] = torch.tensor([[2], [5]])
-    assert "[f1: a] b c d\n  a b c d e[f1:  f]" in shown(capsys, tokenizer, batch, LoreftConfig(positions="f1"))
+    assert "[f1: a] b c d\n  a b c d e[f1:  f]" in shown(capsys, tokenizer, batch, LoReftConfig(positions="f1"))
 
 
 def test_colours_on_a_terminal(capsys, tokenizer, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert "\033[30;44ma\033[0m b" in shown(capsys, tokenizer, "a b", LoreftConfig(positions="f1"))
+    assert "\033[30;44ma\033[0m b" in shown(capsys, tokenizer, "a b", LoReftConfig(positions="f1"))
     monkeypatch.setenv("NO_COLOR", "1")
-    assert "\033" not in shown(capsys, tokenizer, "a b", LoreftConfig(positions="f1"))
+    assert "\033" not in shown(capsys, tokenizer, "a b", LoReftConfig(positions="f1"))
 
 
 def test_html_in_a_notebook(capsys, tokenizer, monkeypatch):
@@ -64,14 +64,14 @@ def test_html_in_a_notebook(capsys, tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
     display = types.SimpleNamespace(HTML=str, display=displayed.append)
     monkeypatch.setitem(sys.modules, "IPython.display", display)
-    assert shown(capsys, tokenizer, "a <s>", LoreftConfig(positions="l1")) == ""
+    assert shown(capsys, tokenizer, "a <s>", LoReftConfig(positions="l1")) == ""
     assert "&lt;s&gt;</span>" in displayed[0] and "<div>all layers: l1" in displayed[0]
 
 
 @pytest.mark.parametrize("given", [None, 5, []])
 def test_what_cannot_be_shown(tokenizer, given):
     with pytest.raises(ValueError, match="batch_or_text"):
-        show_positions(tokenizer, given, LoreftConfig())
+        show_positions(tokenizer, given, LoReftConfig())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -81,7 +81,7 @@ def test_what_cannot_be_shown(tokenizer, given):
 def test_edit_norms(family, positions, tie):
     """‖Φ(h) − h‖ / ‖h‖ from the hidden states of two runs, which differ from the edited block on."""
     layer = 1
-    config = LoreftConfig(task_type="CAUSAL_LM", r=4, positions=positions, tie=tie, layers=[layer])
+    config = LoReftConfig(task_type="CAUSAL_LM", r=4, positions=positions, tie=tie, layers=[layer])
     model = get_peft_model(build(family), config).train()
     randomise(model)
     ids = torch.randint(3, VOCAB, (2, 6))
@@ -112,8 +112,8 @@ def test_edit_norms(family, positions, tie):
 
 
 def test_edit_norms_of_layers_and_adapters():
-    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=2, positions="f1", layers=[0]))
-    model.add_adapter("second", LoreftConfig(task_type="CAUSAL_LM", r=2, positions="l1", layers=[2]))
+    model = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", r=2, positions="f1", layers=[0]))
+    model.add_adapter("second", LoReftConfig(task_type="CAUSAL_LM", r=2, positions="l1", layers=[2]))
     randomise(model)
     given = {"input_ids": torch.randint(3, VOCAB, (1, 4))}
     norms = edit_norms(model, given)

@@ -6,7 +6,7 @@ from conftest import VOCAB, build, randomise
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 IDS = torch.randint(3, VOCAB, (3, 9), generator=torch.Generator().manual_seed(6))
 TIED = "ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning"
@@ -22,7 +22,7 @@ def tied():
 
 def adapted(base=None, **fields):
     fields = {"task_type": "CAUSAL_LM", "r": 4, "positions": "all", "init_weights": False, **fields}
-    model = get_peft_model(base or build("llama"), LoreftConfig(**fields)).eval()
+    model = get_peft_model(base or build("llama"), LoReftConfig(**fields)).eval()
     randomise(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -82,7 +82,7 @@ def test_lora_on_other_modules_is_merged_as_well():
 def test_only_the_adapters_that_are_named_are_judged():
     """The active one edits chosen tokens and cannot be merged; the other can."""
     model = adapted(component="mlp", positions="f1")
-    model.add_adapter("other", LoreftConfig(r=4, positions="all", component="mlp", init_weights=False))
+    model.add_adapter("other", LoReftConfig(r=4, positions="all", component="mlp", init_weights=False))
     model.set_adapter("other")
     expected = logits(model)
     model.set_adapter("default")
@@ -129,7 +129,7 @@ def test_a_second_adapter_merged_into_tied_embeddings():
     base = tied()
     model = adapted(base, target_modules=["lm_head"])
     fields = dict(r=2, positions="all", target_modules=["lm_head"], init_weights=False, task_type="CAUSAL_LM")
-    model.add_adapter("second", LoreftConfig(**fields))
+    model.add_adapter("second", LoReftConfig(**fields))
     model.base_model.set_adapter(["default", "second"])
     expected, before = logits(model), base.model.embed_tokens.weight.clone()
     model.merge_adapter(["default"], new_parameters=True)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 from peft_reft.edits import rotation
 from peft_reft.tuner.checkpointing import WithForward
 
@@ -39,7 +39,7 @@ def one_step(model, inputs):
 @pytest.mark.parametrize("component", ["block", "attention", "mlp"])
 @pytest.mark.parametrize("family", CAUSAL)
 def test_causal_models_train_exactly_the_papers_parameters(family, component):
-    model = get_peft_model(build(family), LoreftConfig(task_type="CAUSAL_LM", r=R, component=component))
+    model = get_peft_model(build(family), LoReftConfig(task_type="CAUSAL_LM", r=R, component=component))
     trainable, _ = model.get_nb_trainable_parameters()
     assert trainable == LAYERS * (2 * R * HIDDEN + R)
     before, with_gradient = one_step(model, batch())
@@ -50,7 +50,7 @@ def test_causal_models_train_exactly_the_papers_parameters(family, component):
 
 @pytest.mark.parametrize("family", SEQ_CLS)
 def test_classifiers_train_their_head_too(family):
-    model = get_peft_model(build(family), LoreftConfig(task_type="SEQ_CLS", r=R, positions="f1"))
+    model = get_peft_model(build(family), LoReftConfig(task_type="SEQ_CLS", r=R, positions="f1"))
     before, with_gradient = one_step(model, batch("SEQ_CLS"))
     assert with_gradient == set(before)
     head = [name for name in before if "modules_to_save" in name]
@@ -66,7 +66,7 @@ def test_identity_at_the_start(family):
     base = build(family)
     inputs = batch(task)
     expected = base(**inputs).logits
-    model = get_peft_model(base, LoreftConfig(task_type=task, r=R, init_weights=True)).eval()
+    model = get_peft_model(base, LoReftConfig(task_type=task, r=R, init_weights=True)).eval()
     torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-6, rtol=1e-5)
 
 
@@ -74,7 +74,7 @@ def test_identity_at_the_start(family):
 @pytest.mark.parametrize("family", CAUSAL)
 def test_the_edit_lands_on_the_output_of_that_module_at_those_tokens(family, component):
     """Against a second copy of the model in which plain hooks, written here, do the edit."""
-    config = LoreftConfig(task_type="CAUSAL_LM", r=R, positions="f2+l1", layers=[1], component=component)
+    config = LoReftConfig(task_type="CAUSAL_LM", r=R, positions="f2+l1", layers=[1], component=component)
     model = get_peft_model(build(family), config).eval()
     randomise(model)
     name = next(n for n, m in model.get_base_model().named_modules() if n.endswith(".loreft")).removesuffix(".loreft")
@@ -98,7 +98,7 @@ def test_the_edit_lands_on_the_output_of_that_module_at_those_tokens(family, com
 
 
 def test_hidden_states_show_what_the_next_block_gets():
-    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R, init_weights=False)).eval()
+    model = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", r=R, init_weights=False)).eval()
     seen = []
     blocks = model.get_base_model().model.layers
     for block in blocks:
@@ -113,21 +113,21 @@ def test_hidden_states_show_what_the_next_block_gets():
     [("all", [0, 1, 2]), ([0, -1], [0, 2]), ("1-", [1, 2]), ("0;2", [0, 2]), (-1, [2]), ("-2--1", [1, 2])],
 )
 def test_layers(layers, expected):
-    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", layers=layers))
+    model = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", layers=layers))
     edited = [i for i, block in enumerate(model.get_base_model().model.layers) if hasattr(block, "loreft")]
     assert edited == expected
 
 
 def test_ranks_by_layer(tmp_path):
-    config = LoreftConfig(task_type="CAUSAL_LM", r={"0": 2, "1-2": 5, "-1": 7}, layers=[0, 1])
+    config = LoReftConfig(task_type="CAUSAL_LM", r={"0": 2, "1-2": 5, "-1": 7}, layers=[0, 1])
     with pytest.raises(ValueError, match=r"r=\{'0': 2, '1-2': 5, '-1': 7\} gives layer 2 two ranks"):
         get_peft_model(build("llama"), config)
-    config = LoreftConfig(task_type="CAUSAL_LM", r={"0": 2, "2": 7})
+    config = LoReftConfig(task_type="CAUSAL_LM", r={"0": 2, "2": 7})
     with pytest.raises(ValueError, match=r"no rank for layers \[1\]"):
         get_peft_model(build("llama"), config)
     with pytest.raises(ValueError, match=r"r=33 is larger than the hidden size 32 of model\.layers\.1"):
-        get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r={"0": 2, "1-": 33}))
-    config = LoreftConfig(task_type="CAUSAL_LM", r={"0": 2, "1-": 5}, positions={"0": "f1", "1-": "l1"})
+        get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", r={"0": 2, "1-": 33}))
+    config = LoReftConfig(task_type="CAUSAL_LM", r={"0": 2, "1-": 5}, positions={"0": "f1", "1-": "l1"})
     model = get_peft_model(build("llama"), config)
     found = [block.loreft.loreft_weights.default.W.shape for block in model.get_base_model().model.layers]
     assert found == [(2, HIDDEN), (5, HIDDEN), (5, HIDDEN)]
@@ -135,20 +135,20 @@ def test_ranks_by_layer(tmp_path):
 
 
 def test_target_modules_and_exclude_modules():
-    config = LoreftConfig(
+    config = LoReftConfig(
         task_type="CAUSAL_LM", r=R, target_modules=["self_attn.o_proj"], exclude_modules=["layers.1.self_attn.o_proj"]
     )
     model = get_peft_model(build("llama"), config)
     edited = [name for name, _ in model.get_base_model().named_modules() if name.endswith(".loreft")]
     assert edited == [f"model.layers.{i}.self_attn.o_proj.loreft" for i in (0, 2)]
-    config = LoreftConfig(task_type="CAUSAL_LM", r=R, exclude_modules=["layers.1"])
+    config = LoReftConfig(task_type="CAUSAL_LM", r=R, exclude_modules=["layers.1"])
     model = get_peft_model(build("llama"), config)
     edited = [name for name, _ in model.get_base_model().named_modules() if name.endswith(".loreft")]
     assert edited == [f"model.layers.{i}.loreft" for i in (0, 2)]
 
 
 def test_a_linear_target_has_the_size_of_its_output():
-    config = LoreftConfig(task_type="CAUSAL_LM", r=R, target_modules=r"model\.layers\.\d\.mlp\.up_proj")
+    config = LoReftConfig(task_type="CAUSAL_LM", r=R, target_modules=r"model\.layers\.\d\.mlp\.up_proj")
     model = get_peft_model(build("llama"), config)
     assert model.get_base_model().model.layers[0].mlp.up_proj.loreft.loreft_weights.default.R.shape == (R, 48)
 
@@ -164,7 +164,7 @@ def test_a_linear_target_has_the_size_of_its_output():
 )
 def test_ties(tie, shape, modules):
     """`tie` decides which tokens share weights: the edit of each token is the formula with its own weights."""
-    config = LoreftConfig(task_type="CAUSAL_LM", r=R, positions="f3+l2", tie=tie, init_weights=False)
+    config = LoReftConfig(task_type="CAUSAL_LM", r=R, positions="f3+l2", tie=tie, init_weights=False)
     model = get_peft_model(build("llama"), config).eval()
     randomise(model)
     layers = [block.loreft for block in model.get_base_model().model.layers]
@@ -189,7 +189,7 @@ def test_ties(tie, shape, modules):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_dropout_falls_on_the_edit_alone_and_in_training_alone(dropout):
-    config = LoreftConfig(task_type="CAUSAL_LM", r=R, dropout=dropout, layers=[-1], component="block")
+    config = LoReftConfig(task_type="CAUSAL_LM", r=R, dropout=dropout, layers=[-1], component="block")
     model = get_peft_model(build("llama"), config)
     randomise(model)
     inputs = batch()
@@ -210,7 +210,7 @@ def test_dropout_falls_on_the_edit_alone_and_in_training_alone(dropout):
 )
 def test_labels_mark_prompts_in_causal_language_models_only(task, expected):
     model = get_peft_model(
-        build("llama"), LoreftConfig(task_type=task, r=R, positions="l1", init_weights=False)
+        build("llama"), LoReftConfig(task_type=task, r=R, positions="l1", init_weights=False)
     ).eval()
     randomise(model)
     inputs = batch()
@@ -220,7 +220,7 @@ def test_labels_mark_prompts_in_causal_language_models_only(task, expected):
 
 
 def test_bf16_base_keeps_its_type_and_the_edit_is_computed_in_fp32():
-    model = get_peft_model(build("llama").bfloat16(), LoreftConfig(task_type="CAUSAL_LM", r=R)).eval()
+    model = get_peft_model(build("llama").bfloat16(), LoReftConfig(task_type="CAUSAL_LM", r=R)).eval()
     randomise(model)
     assert {p.dtype for n, p in model.named_parameters() if "loreft" in n} == {torch.float32}
     out = model(input_ids=batch()["input_ids"], output_hidden_states=True)
@@ -233,7 +233,7 @@ def test_bf16_base_keeps_its_type_and_the_edit_is_computed_in_fp32():
 
 
 def test_inputs_may_be_positional():
-    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R, init_weights=False)).eval()
+    model = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", r=R, init_weights=False)).eval()
     ids, mask = batch()["input_ids"], torch.ones(3, 12, dtype=torch.long)
     mask[:, :4] = 0
     assert torch.equal(model.base_model(ids, mask).logits, model(input_ids=ids, attention_mask=mask).logits)
@@ -243,7 +243,7 @@ def error(base, **kwargs):
     names = {name for name, _ in base.named_modules()}
     attributes = set(base.__dict__)
     with pytest.raises(ValueError) as caught:
-        get_peft_model(base, LoreftConfig(**{"task_type": "CAUSAL_LM", **kwargs}))
+        get_peft_model(base, LoReftConfig(**{"task_type": "CAUSAL_LM", **kwargs}))
     assert {name for name, _ in base.named_modules()} == names, "a failed injection must leave nothing behind"
     assert set(base.__dict__) == attributes
     return str(caught.value)
@@ -296,7 +296,7 @@ class Attending(nn.Module):
 def test_modules_that_say_the_size_of_their_output_need_no_config(name, d):
     network, ids = Attending(), torch.randint(0, VOCAB, (2, 5))
     before = network(ids)
-    config = LoreftConfig(target_modules=[name], positions="all", r=d, init_weights=False)
+    config = LoReftConfig(target_modules=[name], positions="all", r=d, init_weights=False)
     model = get_peft_model(network, config)
     assert {p.shape[-1] for n, p in model.named_parameters() if n.endswith("default.W")} == {d}
     changed = (model(ids) - before).abs().amax(-1)
@@ -323,7 +323,7 @@ def test_of_encoder_and_decoder_the_encoder_is_edited():
     t5 = T5ForConditionalGeneration(
         T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=2, num_heads=2)
     )
-    model = get_peft_model(t5, LoreftConfig(task_type="SEQ_2_SEQ_LM", r=R))
+    model = get_peft_model(t5, LoReftConfig(task_type="SEQ_2_SEQ_LM", r=R))
     edited = [name for name, _ in model.get_base_model().named_modules() if name.endswith(".loreft")]
     assert edited == ["encoder.block.0.loreft", "encoder.block.1.loreft"]
 
@@ -338,7 +338,7 @@ def test_a_target_outside_the_encoder_and_the_decoder_is_refused():
 
 def test_a_part_of_the_model_called_by_itself():
     """The backbone is given token ids and reads them; a block is given hidden states alone and says so."""
-    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R)).eval()
+    model = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", r=R)).eval()
     randomise(model)
     base, ids = model.get_base_model(), batch()["input_ids"]
     with torch.no_grad():
@@ -351,34 +351,34 @@ def test_a_part_of_the_model_called_by_itself():
 
 def test_training_without_labels_raises_unless_only_the_beginning_matters():
     inputs = {"input_ids": batch()["input_ids"]}
-    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R)).train()
-    with pytest.raises(ValueError, match="DataCollatorForLoreft"):
+    model = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", r=R)).train()
+    with pytest.raises(ValueError, match="DataCollatorForLoReft"):
         model(**inputs)
     with torch.no_grad():
         model(**inputs)
     model(**inputs, intervention_positions=torch.zeros(3, 1, dtype=torch.long))
-    first = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R, positions="f2")).train()
+    first = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", r=R, positions="f2")).train()
     with pytest.warns(UserWarning, match="LoReFT was given no labels in training"):
         first(**inputs)
-    get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R, positions="all")).train()(**inputs)
+    get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", r=R, positions="all")).train()(**inputs)
 
 
 def test_training_data_without_a_prompt_raises():
     ids = batch()["input_ids"]
-    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R)).train()
+    model = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", r=R)).train()
     with pytest.raises(ValueError, match=r"nothing would train.*completion"):
         model(input_ids=ids, labels=ids)
     labels = ids.clone()
     labels[0, :4] = -100
     model(input_ids=ids, labels=labels)  # one row of the batch is enough
-    get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R, positions="all")).train()(
+    get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", r=R, positions="all")).train()(
         input_ids=ids, labels=ids
     )
 
 
 def test_rows_that_start_mid_document_raise():
     ids = batch()["input_ids"]
-    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R)).train()
+    model = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", r=R)).train()
     labels = ids.clone()
     labels[:, 2:7] = -100
     with pytest.raises(ValueError, match="middle of a document"):
@@ -399,20 +399,20 @@ def test_rows_that_start_mid_document_raise():
     ],
 )
 def test_bad_explicit_positions(positions, words):
-    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R)).eval()
+    model = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", r=R)).eval()
     with pytest.raises(ValueError, match=words):
         model(input_ids=batch()["input_ids"], intervention_positions=positions)
 
 
 def test_explicit_positions_that_do_not_fit_untied_groups():
-    config = LoreftConfig(task_type="CAUSAL_LM", r=R, positions="f2+l2", tie="group")
+    config = LoReftConfig(task_type="CAUSAL_LM", r=R, positions="f2+l2", tie="group")
     model = get_peft_model(build("llama"), config).eval()
     with pytest.raises(ValueError, match="expected a multiple of 4"):
         model(input_ids=batch()["input_ids"], intervention_positions=torch.zeros(3, 3, dtype=torch.long))
 
 
 def test_a_four_dimensional_mask_raises():
-    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R)).eval()
+    model = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", r=R)).eval()
     with pytest.raises(ValueError, match="attention mask of shape"):
         model(input_ids=batch()["input_ids"], attention_mask=torch.zeros(3, 1, 12, 12))
 
@@ -424,7 +424,7 @@ def test_gradient_checkpointing_changes_no_gradient(checkpointing):
     """Two forwards with different prompts before one backward (as in DPO): each is recomputed with its own."""
 
     def run(checkpointing):
-        model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R)).train()
+        model = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", r=R)).train()
         randomise(model)
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
@@ -444,7 +444,7 @@ def test_gradient_checkpointing_changes_no_gradient(checkpointing):
 
 def test_each_of_several_groups_is_trained_by_its_own_tokens_alone():
     """Open-ended groups are computed one by one; only generated tokens are edited in the second, and here are none."""
-    config = LoreftConfig(task_type="CAUSAL_LM", r=R, positions="p+g", tie="group", layers=[0])
+    config = LoReftConfig(task_type="CAUSAL_LM", r=R, positions="p+g", tie="group", layers=[0])
     model = get_peft_model(build("llama"), config).eval()
     randomise(model)
     model(input_ids=batch()["input_ids"]).logits.square().sum().backward()
@@ -459,7 +459,7 @@ def test_one_decomposition_a_training_forward(monkeypatch, tie):
     shapes = []
     original = rotation.orthonormalise
     monkeypatch.setattr(rotation, "orthonormalise", lambda a: shapes.append(tuple(a.shape)) or original(a))
-    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=R, positions="f2+l2", tie=tie))
+    model = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", r=R, positions="f2+l2", tie=tie))
     shapes.clear()
     ids = batch()["input_ids"]
     labels = ids.clone()
@@ -476,7 +476,7 @@ def test_each_tower_is_edited_at_its_own_positions():
         text_config=sizes | tokens, vision_config=dict(sizes, image_size=32, patch_size=8), projection_dim=16
     )
     targets = r".*encoder\.layers\.0"
-    model = get_peft_model(CLIPModel(config), LoreftConfig(r=2, positions="f2+l2", target_modules=targets)).eval()
+    model = get_peft_model(CLIPModel(config), LoReftConfig(r=2, positions="f2+l2", target_modules=targets)).eval()
     randomise(model)
     seen = {}
     base = model.get_base_model()

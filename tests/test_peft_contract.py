@@ -19,8 +19,8 @@ from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_reft import LoreftConfig
-from peft_reft.layer import LoreftLayer
+from peft_reft import LoReftConfig
+from peft_reft.tuner.layer import LoReftLayer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
@@ -31,7 +31,7 @@ IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(5)
 
 
 def config(**kwargs):
-    return LoreftConfig(**{"task_type": "CAUSAL_LM", "r": 4, "positions": "f3+l2", **kwargs})
+    return LoReftConfig(**{"task_type": "CAUSAL_LM", "r": 4, "positions": "f3+l2", **kwargs})
 
 
 def randomise_all(model, seed=1):
@@ -49,7 +49,7 @@ def logits(model):
 
 
 def layers(model):
-    return [module for module in model.modules() if isinstance(module, LoreftLayer)]
+    return [module for module in model.modules() if isinstance(module, LoReftLayer)]
 
 
 # The contract of a tuner layer.
@@ -111,7 +111,7 @@ def test_status():
     assert status.available_adapters == ["default", "second"] and status.active_adapters == ["default"]
     assert status.num_adapter_layers == 3 and status.enabled is True and status.merged_adapters == []
     assert [each.name for each in get_layer_status(model)] == [f"model.model.layers.{n}.loreft" for n in range(3)]
-    assert "LoreftLayer" in repr(model)
+    assert "LoReftLayer" in repr(model)
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -147,7 +147,7 @@ def test_all_linear_is_what_it_is_for_lora(family, shorthand, each, tmp_path):
 
 
 def test_all_linear_leaves_out_a_pooler_which_reads_no_tokens():
-    model = get_peft_model(build("bert"), LoreftConfig(task_type="SEQ_CLS", r=2, target_modules="all-linear"))
+    model = get_peft_model(build("bert"), LoReftConfig(task_type="SEQ_CLS", r=2, target_modules="all-linear"))
     names = set(model.targeted_module_names)
     assert "bert.encoder.layer.0.output.dense" in names and not any("pooler" in name for name in names)
     assert logits(model).shape == (2, 3)
@@ -415,7 +415,7 @@ def test_state_dicts_and_copies():
     assert [layer.block for layer in layers(twin)] == [
         twin.get_submodule(name.removesuffix(".loreft"))
         for name, each in twin.named_modules()
-        if isinstance(each, LoreftLayer)
+        if isinstance(each, LoReftLayer)
     ]
 
 

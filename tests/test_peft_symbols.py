@@ -18,8 +18,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from transformers.integrations.peft import PeftAdapterMixin
 
 import peft_reft
-from peft_reft import LoreftConfig, LoreftModel
-from peft_reft.layer import LoreftLayer
+from peft_reft import LoReftConfig, LoReftModel
+from peft_reft.tuner.layer import LoReftLayer
 
 STATE_DICT = "cls, model, config, adapter_name, state_dict"
 SIGNATURES = {
@@ -91,7 +91,7 @@ def test_the_signature_is_that_which_we_wrote_for(owner, name):
 
 def test_the_table_has_all_that_is_overridden():
     overridden = set()
-    for ours, theirs in ((LoreftModel, BaseTuner), (LoreftLayer, BaseTunerLayer), (LoreftConfig, PeftConfig)):
+    for ours, theirs in ((LoReftModel, BaseTuner), (LoReftLayer, BaseTunerLayer), (LoReftConfig, PeftConfig)):
         for name in vars(ours):
             if hasattr(theirs, name) and inspect.isfunction(function(theirs, name)) and not hasattr(object, name):
                 overridden.add((theirs, name))

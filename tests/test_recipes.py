@@ -186,7 +186,7 @@ def test_training_goes_on_from_the_last_checkpoint(model, tmp_path, monkeypatch)
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, PreTrainedTokenizerFast, TrainerCallback
 
-    from peft_reft import LoreftConfig
+    from peft_reft import LoReftConfig
 
     collate = DataCollatorForSeq2Seq(PreTrainedTokenizerFast.from_pretrained(model))
     rows = [{"input_ids": [3, 4, 5, n], "labels": [-100, -100, 5, n]} for n in range(6, 22)]
@@ -204,7 +204,7 @@ def test_training_goes_on_from_the_last_checkpoint(model, tmp_path, monkeypatch)
 
     def train(folder, callback):
         torch.manual_seed(0)
-        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoreftConfig(task_type="CAUSAL_LM"))
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoReftConfig(task_type="CAUSAL_LM"))
         trainer = shared.Trainer
         monkeypatch.setattr(shared, "Trainer", lambda *given, **named: trainer(*given, **named, callbacks=[callback]))
         try:

@@ -13,7 +13,7 @@ from peft import PeftConfig, PeftType, get_peft_config
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 import peft_reft
-from peft_reft import LoreftConfig, LoreftModel
+from peft_reft import LoReftConfig, LoReftModel
 
 
 def test_the_member_is_a_member_like_any_other():
@@ -32,15 +32,15 @@ def test_the_member_is_a_member_like_any_other():
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_pickle(protocol):
     assert pickle.loads(pickle.dumps(PeftType.LOREFT, protocol)) is PeftType.LOREFT
-    config = LoreftConfig(r=3, positions={"0": "f1", "1-": "l2"}, target_modules=None)
+    config = LoReftConfig(r=3, positions={"0": "f1", "1-": "l2"}, target_modules=None)
     assert pickle.loads(pickle.dumps(config, protocol)) == config
 
 
 def test_peft_finds_the_classes():
-    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LOREFT] is LoreftConfig
-    assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LOREFT] is LoreftModel
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LOREFT] is LoReftConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LOREFT] is LoReftModel
     assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.LOREFT] == "loreft_"
-    assert get_peft_config({"peft_type": "LOREFT", "r": 2}) == LoreftConfig(r=2)
+    assert get_peft_config({"peft_type": "LOREFT", "r": 2}) == LoReftConfig(r=2)
 
 
 def test_importing_again_and_reloading():
@@ -48,22 +48,22 @@ def test_importing_again_and_reloading():
     importlib.reload(peft_reft)
     importlib.reload(sys.modules["peft_reft.register"]).add_peft_type()
     assert len(PeftType) == before
-    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LOREFT] is peft_reft.LoreftConfig
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LOREFT] is peft_reft.LoReftConfig
 
 
 def test_a_saved_config_is_found_by_pefts_own_loader(tmp_path):
-    config = LoreftConfig(task_type="CAUSAL_LM", r=5, positions="f1+l3")
+    config = LoReftConfig(task_type="CAUSAL_LM", r=5, positions="f1+l3")
     config.save_pretrained(str(tmp_path))
     loaded = PeftConfig.from_pretrained(str(tmp_path))
-    assert type(loaded) is LoreftConfig and loaded == config
+    assert type(loaded) is LoReftConfig and loaded == config
 
 
 def test_public_names():
     assert sorted(peft_reft.__all__) == [
-        "DataCollatorForLoreft",
+        "DataCollatorForLoReft",
         "Intervention",
-        "LoreftConfig",
-        "LoreftModel",
+        "LoReftConfig",
+        "LoReftModel",
         "Positions",
         "chat_marks",
         "edit_norms",

@@ -13,14 +13,14 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 IDS = torch.randint(3, VOCAB, (2, 11), generator=torch.Generator().manual_seed(5))
 
 
 def trained(base, **kwargs):
     """An adapter after a few optimiser steps: its raw parameters are not orthonormal where the last step left them."""
-    config = LoreftConfig(**{"task_type": "CAUSAL_LM", "r": 4, "positions": "f2+l2", **kwargs})
+    config = LoReftConfig(**{"task_type": "CAUSAL_LM", "r": 4, "positions": "f2+l2", **kwargs})
     model = get_peft_model(base, config)
     randomise(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -112,7 +112,7 @@ def test_a_rotation_stored_in_bf16_is_saved_orthonormal(tmp_path):
 
 @pytest.mark.parametrize("family", SEQ_CLS)
 def test_the_classifier_head_is_saved(family, tmp_path):
-    model = get_peft_model(build(family), LoreftConfig(task_type="SEQ_CLS", r=2, positions="f1")).eval()
+    model = get_peft_model(build(family), LoReftConfig(task_type="SEQ_CLS", r=2, positions="f1")).eval()
     randomise(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -128,7 +128,7 @@ def test_named_adapters_and_auto_classes(tmp_path):
     base.save_pretrained(tmp_path / "base")
     model = trained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
     first = logits(model)
-    model.add_adapter("second", LoreftConfig(task_type="CAUSAL_LM", r=2, positions="l1", layers=[1]))
+    model.add_adapter("second", LoReftConfig(task_type="CAUSAL_LM", r=2, positions="l1", layers=[1]))
     randomise(model, seed=9)
     model.set_adapter("second")
     second = logits(model)

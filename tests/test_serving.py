@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from peft_reft import LoreftConfig
-from peft_reft.architectures import skeleton
+from peft_reft import LoReftConfig
 from peft_reft.edits.formulas import INTERVENTIONS
 from peft_reft.positions.index import arrange as arrange_slots
 from peft_reft.positions.resolve import find_answers, resolve
@@ -31,6 +30,7 @@ from peft_reft.serving.schedule import NONE, Pieces, Plan, arrange, edited
 from peft_reft.serving.server import Server
 from peft_reft.serving.tables import LINEAR, Table, kind_of
 from peft_reft.serving.turns import Reading
+from peft_reft.tuner.architectures import skeleton
 
 SPECS = ["f7+l7", "f3", "l1", "l3~2", "p", "g", "g2", "all", "f2+l2+g3", "f1+g", "l2+g2", "f4+l2~3"]
 
@@ -317,7 +317,7 @@ def test_arrange_wastes_at_most_half(sets):
     assert kept.sum() == len(sets) and work.rows.size <= 2 * len(sets) + len({*sets})
 
 
-def adapter_for(model, tmp_path, name="adapter", config=LoreftConfig, scale=0.5, **fields):
+def adapter_for(model, tmp_path, name="adapter", config=LoReftConfig, scale=0.5, **fields):
     adapted = get_peft_model(model, config(task_type="CAUSAL_LM", **fields))
     randomise(adapted, scale)
     adapted.save_pretrained(tmp_path / name)

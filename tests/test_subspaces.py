@@ -5,7 +5,7 @@ import torch
 from conftest import VOCAB, build, randomise
 from peft import get_peft_model
 
-from peft_reft import DataCollatorForLoreft, LoreftConfig
+from peft_reft import DataCollatorForLoReft, LoReftConfig
 
 R = 4
 IDS = torch.randint(3, VOCAB, (3, 9), generator=torch.Generator().manual_seed(5))
@@ -26,7 +26,7 @@ PLACES = [
 
 def adapted(layers=(1,), **kwargs):
     fields = {"task_type": "CAUSAL_LM", "r": R, "positions": "f2+l2", "layers": list(layers), **kwargs}
-    model = get_peft_model(build("llama"), LoreftConfig(**fields)).eval()
+    model = get_peft_model(build("llama"), LoReftConfig(**fields)).eval()
     randomise(model)
     return model
 
@@ -131,7 +131,7 @@ def test_the_collator_takes_them_from_the_examples():
     def collate(examples):
         return {name: torch.tensor([example[name] for example in examples]) for name in examples[0]}
 
-    collator = DataCollatorForLoreft(collate, LoreftConfig(task_type="CAUSAL_LM", positions="l1", r=R))
+    collator = DataCollatorForLoReft(collate, LoReftConfig(task_type="CAUSAL_LM", positions="l1", r=R))
     examples = [
         {"input_ids": [5, 6, 7], "labels": [-100, -100, 7], "subspaces": [0, 1]},
         {"input_ids": [5, 6, 8], "labels": [-100, -100, 8], "subspaces": [2]},

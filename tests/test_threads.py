@@ -10,7 +10,7 @@ from conftest import build, make_tokenizer, randomise
 from peft import get_peft_model
 from transformers import LogitsProcessor, TextIteratorStreamer
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 USER, ASSISTANT = [60, 61], [60, 62]
 MARKS = dict(response_template=[ASSISTANT], instruction_template=[USER])
@@ -27,7 +27,7 @@ def _threads_take_turns_often():
 
 
 def adapted(spec="f2+l2+g3", **fields):
-    model = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=4, positions=spec, **fields))
+    model = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", r=4, positions=spec, **fields))
     randomise(model)
     return model.eval()
 
@@ -99,7 +99,7 @@ def test_ways_of_decoding_at_once():
 def test_each_thread_has_its_own_adapters_by_row():
     model = adapted("f2+l2")
     for name, spec in (("second", "p"), ("third", "l1+g")):
-        model.add_adapter(name, LoreftConfig(task_type="CAUSAL_LM", r=2, positions=spec))
+        model.add_adapter(name, LoReftConfig(task_type="CAUSAL_LM", r=2, positions=spec))
     randomise(model)
     names = [
         ["default", "second"],

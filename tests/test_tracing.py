@@ -7,13 +7,13 @@ import torch
 from conftest import VOCAB, build
 from peft import get_peft_model
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 IDS = torch.randint(3, VOCAB, (2, 7), generator=torch.Generator().manual_seed(8))
 
 
 def adapted():
-    config = LoreftConfig(task_type="SEQ_CLS", r=2, positions="f2+l2", init_weights=False)
+    config = LoReftConfig(task_type="SEQ_CLS", r=2, positions="f2+l2", init_weights=False)
     return get_peft_model(build("bert"), config).eval()
 
 

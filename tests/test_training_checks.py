@@ -11,8 +11,8 @@ from peft import get_peft_model
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import DEFAULT_CALLBACKS
 
-from peft_reft import LoreftConfig
-from peft_reft.training_checks import TrainingChecks, warn_of_unmoved
+from peft_reft import LoReftConfig
+from peft_reft.integrations.trainer_checks import TrainingChecks, warn_of_unmoved
 
 IDS = torch.randint(3, VOCAB, (4, 6), generator=torch.Generator().manual_seed(8))
 LABELS = IDS.masked_fill(torch.arange(6) < 3, -100)
@@ -21,7 +21,7 @@ HEAD_TOO = r".*layers\.\d+|lm_head"
 
 
 def adapted(targets=None):
-    config = LoreftConfig(task_type="CAUSAL_LM", r=2, positions="f2+l2", init_weights="paper", target_modules=targets)
+    config = LoReftConfig(task_type="CAUSAL_LM", r=2, positions="f2+l2", init_weights="paper", target_modules=targets)
     return get_peft_model(build("llama"), config)
 
 
@@ -93,6 +93,6 @@ def test_where_gradients_are_elsewhere_nothing_is_said(monkeypatch, name):
 
 
 def test_the_module_imports_no_trainer():
-    command = "import sys, peft_reft.training_checks as t; print('transformers.trainer' in sys.modules)"
+    command = "import sys, peft_reft.integrations.trainer_checks as t; print('transformers.trainer' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

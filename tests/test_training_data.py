@@ -11,10 +11,10 @@ from test_cli import ROWS, rows_file, train_arguments
 pytest.importorskip("trl")
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
-from peft_reft import sft
-from peft_reft.cli import main
-from peft_reft.paths import check_path
-from peft_reft.training_data import check_columns
+from peft_reft.cli import train as sft
+from peft_reft.cli.data import check_columns
+from peft_reft.cli.main import main
+from peft_reft.cli.paths import check_path
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -89,7 +89,7 @@ def test_every_argument_of_trl_is_used_or_refused():
     assert model - taken == {*OF_LORA, "use_rslora"}
     assert {field.name for field in dataclasses.fields(ScriptArguments)} - taken == {"ignore_bias_buffers"}
     assert {field.name for field in dataclasses.fields(DatasetMixtureConfig)} <= taken
-    assert {field.name for field in dataclasses.fields(sft.LoreftConfig)} - taken == {
+    assert {field.name for field in dataclasses.fields(sft.LoReftConfig)} - taken == {
         "target_parameters",
         *(field.name for field in dataclasses.fields(sft.PeftConfig)),
     }

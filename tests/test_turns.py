@@ -367,7 +367,7 @@ def test_what_is_said_of_rows_without_marks(given, training, spec, refused, said
                 way in message
                 for way in (
                     "`response_template`",
-                    "DataCollatorForLoreft",
+                    "DataCollatorForLoReft",
                     "prompt_lengths",
                     "`intervention_positions`",
                 )
@@ -466,7 +466,7 @@ def test_a_graph_cannot_learn_how_many_answers_there_are(spec):
     """For one a row it is right; of more it says so when it runs."""
     graph = compiled(wanted(spec, CHATML))
     assert graph(torch.tensor([CHAT])).tolist() == slots_of(spec, CHATML, input_ids=[CHAT])
-    with pytest.raises(RuntimeError, match="several answers need the positions of DataCollatorForLoreft"):
+    with pytest.raises(RuntimeError, match="several answers need the positions of DataCollatorForLoReft"):
         graph(torch.tensor([TWO]))
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..config import LoreftConfig
+from ..config import LoReftConfig
 from .ours import Adapter, load_pickled, local_folder, rotation_of
 
 _CONFIG, _SAFE, _PICKLED = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
@@ -61,7 +61,7 @@ def from_adapters(
         weights[module] = {name: torch.stack([unit[name] for unit in each]) for name in each[0]}
         if len(each) == 1:
             weights[module] = each[0]
-    config = LoreftConfig(
+    config = LoReftConfig(
         task_type=task_type,
         intervention=formula,
         r=theirs["r"],

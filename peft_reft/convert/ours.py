@@ -13,11 +13,11 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..architectures import Target, find_targets, skeleton
-from ..config import LoreftConfig
+from ..config import LoReftConfig
 from ..edits.formulas import INTERVENTIONS
 from ..files import check_finite
-from ..layer import CHILD
+from ..tuner.architectures import Target, find_targets, skeleton
+from ..tuner.layer import CHILD
 
 _PREFIX = "base_model.model."
 _WEIGHTS = f".{CHILD}.loreft_weights."
@@ -35,7 +35,7 @@ class Adapter:
         others: what `modules_to_save` saved: name in the base model -> the tensor.
     """
 
-    config: LoreftConfig
+    config: LoReftConfig
     weights: dict[str, dict[str, Tensor]]
     others: dict[str, Tensor] = field(default_factory=dict)
 
@@ -52,8 +52,8 @@ class Adapter:
         for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
             if not os.path.isfile(os.path.join(folder, name)):
                 raise ValueError(f"{folder} has no {name}: it is no adapter that `save_pretrained` wrote.")
-        config = LoreftConfig.from_pretrained(folder)
-        if not isinstance(config, LoreftConfig):
+        config = LoReftConfig.from_pretrained(folder)
+        if not isinstance(config, LoReftConfig):
             raise ValueError(f"{folder} holds an adapter of type {config.peft_type}, not of LoReFT.")
         adapter = Adapter(config, {})
         tensors = load_file(path)

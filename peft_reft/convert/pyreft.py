@@ -12,7 +12,7 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import Tensor
 
-from ..config import LoreftConfig, Tie
+from ..config import LoReftConfig, Tie
 from ..edits.formulas import INTERVENTIONS
 from ..positions.layers import resolve_layers
 from .ours import Adapter, load_pickled, local_folder, new_folder, rotation_of, targets_of
@@ -65,7 +65,7 @@ def from_pyreft(
 
     Args:
         source: the folder, or its name on the Hub.
-        positions: which tokens it was trained on, which the folder does not say, as in `LoreftConfig`. An intervention
+        positions: which tokens it was trained on, which the folder does not say, as in `LoReftConfig`. An intervention
             for each group (`share_weights=False`) goes in the order of the groups. Their data sets of class
             `ReftSupervisedDataset` leave out the last token of the prompt: what is `f2+l2` there, is `f2+l2~1` here.
         act_fn: the activation it was trained with, which the folder does not say.
@@ -78,7 +78,7 @@ def from_pyreft(
         The adapter; `tie` is `"layer"`, `"group"` or `"position"`, by the number of interventions in a layer.
 
     Raises:
-        ValueError: a file is damaged or missing, or something in it cannot be said in a `LoreftConfig`.
+        ValueError: a file is damaged or missing, or something in it cannot be said in a `LoReftConfig`.
     """
     folder = local_folder(source, ["config.json", "intkey*", "pytorch_model.bin"])
     config = _read_config(folder)
@@ -92,7 +92,7 @@ def from_pyreft(
     layers = [there[0].layer for there in by_module.values()]
     if len({*ranks}) > 1 and "target_modules" in fields:
         raise ValueError(f"Interventions on modules that are no blocks have the ranks {ranks}: only one can be said.")
-    converted = LoreftConfig(
+    converted = LoReftConfig(
         task_type=task_type,
         intervention=formula,
         r=ranks[0] if len({*ranks}) == 1 else {str(layer): r for layer, r in zip(layers, ranks)},
@@ -262,7 +262,7 @@ def _trained(path: str) -> dict[str, Tensor]:
     return trained
 
 
-def _tie(config: LoreftConfig, counts: dict[str, int], layers: list[int]) -> Tie:
+def _tie(config: LoReftConfig, counts: dict[str, int], layers: list[int]) -> Tie:
     """How weights are tied, from how many interventions each module has."""
     if isinstance(config.positions, str):
         specs = config.specs * len(counts)
@@ -347,7 +347,7 @@ def _for_each_layer(adapter: Adapter, base: str | None) -> list[tuple[str, dict[
     return [(name, shared) for name in names]
 
 
-def _their_place(config: LoreftConfig, module: str) -> tuple[tuple[int, str], str]:
+def _their_place(config: LoReftConfig, module: str) -> tuple[tuple[int, str], str]:
     """Layer and component as they name them, and the beginning of the intervention's key."""
     numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", module)
     layer = int(numbers[0]) if numbers else 0

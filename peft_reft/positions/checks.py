@@ -115,7 +115,7 @@ class Checks:
                 wrong = wrong | self._cut() | (self._nothing() & self._supervised().any())
             torch._assert_async(
                 ~wrong,
-                "LoReFT: no position to edit, cut off prompts, or several answers (which need DataCollatorForLoreft)",
+                "LoReFT: no position to edit, cut off prompts, or several answers (which need DataCollatorForLoReft)",
             )
 
     def _supervised(self) -> Tensor:

@@ -127,12 +127,12 @@ class FromBatch(_WithoutCache):
             if most is None:
                 torch._assert_async(
                     turns.event.sum(1).amax() <= 1,
-                    "torch.compile: rows with several answers need the positions of DataCollatorForLoreft",
+                    "torch.compile: rows with several answers need the positions of DataCollatorForLoReft",
                 )
         elif most is None and not turns.real.is_meta:
             raise ValueError(
                 "Inside torch.func LoReFT cannot read how many answers the rows have: pass "
-                f"`{POSITIONS}` (`peft_reft.DataCollatorForLoreft` makes them)."
+                f"`{POSITIONS}` (`peft_reft.DataCollatorForLoReft` makes them)."
             )
 
 

@@ -13,7 +13,7 @@ from .spec import Layout
 
 WAYS_OUT = (
     "Ways to say it: `response_template` and `instruction_template` in the config, the headers of the chat template "
-    "as token ids (`peft_reft.chat_marks(tokenizer)` finds them); the collator `peft_reft.DataCollatorForLoreft`; "
+    "as token ids (`peft_reft.chat_marks(tokenizer)` finds them); the collator `peft_reft.DataCollatorForLoReft`; "
     f"`with peft_reft.prompt_lengths([...]):` around the forward; or `{POSITIONS}`."
 )
 

@@ -15,10 +15,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import nn
 
-from ..config import LoreftConfig
+from ..config import LoReftConfig
 from ..convert.ours import local_folder
 from ..edits.factors import Factors
-from ..layer import LoreftLayer
+from ..tuner.layer import LoReftLayer
 from .schedule import Plan
 from .turns import Reading
 
@@ -82,9 +82,9 @@ def read_adapter(source: str, empty: nn.Module) -> ServedAdapter:
     return ServedAdapter(plans, factors, fingerprint(folder), Reading.of(config))
 
 
-def _config(folder: str, source: str) -> LoreftConfig:
-    config = LoreftConfig.from_pretrained(folder)
-    if not isinstance(config, LoreftConfig):
+def _config(folder: str, source: str) -> LoReftConfig:
+    config = LoReftConfig.from_pretrained(folder)
+    if not isinstance(config, LoReftConfig):
         raise ValueError(f"{source} holds an adapter of type {config.peft_type}, not of LoReFT.")
     return config
 
@@ -117,7 +117,7 @@ def fingerprint(folder: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, LoreftLayer]]:
+def _layers(model: nn.Module) -> Iterator[tuple[str, LoReftLayer]]:
     for name, module in model.named_modules():
-        if isinstance(module, LoreftLayer):
+        if isinstance(module, LoReftLayer):
             yield name.rpartition(".")[0], module

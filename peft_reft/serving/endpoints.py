@@ -17,14 +17,14 @@ from .frontend import add_adapter_async, list_adapters, remove_adapter_async
 router = APIRouter()
 
 
-class LoadLoreftAdapter(BaseModel):
+class LoadLoReftAdapter(BaseModel):
     """Body of `POST /v1/load_loreft_adapter`."""
 
     loreft_name: str
     loreft_path: str
 
 
-class UnloadLoreftAdapter(BaseModel):
+class UnloadLoReftAdapter(BaseModel):
     """Body of `POST /v1/unload_loreft_adapter`."""
 
     loreft_name: str
@@ -38,7 +38,7 @@ def _answer(error: Exception | None, done: str) -> JSONResponse:
 
 
 @router.post("/v1/load_loreft_adapter")
-async def load_loreft_adapter(body: LoadLoreftAdapter, request: Request) -> JSONResponse:
+async def load_loreft_adapter(body: LoadLoReftAdapter, request: Request) -> JSONResponse:
     """Load an adapter from a folder or the Hub."""
     try:
         await add_adapter_async(request.app.state.loreft_engine, body.loreft_name, body.loreft_path)
@@ -48,7 +48,7 @@ async def load_loreft_adapter(body: LoadLoreftAdapter, request: Request) -> JSON
 
 
 @router.post("/v1/unload_loreft_adapter")
-async def unload_loreft_adapter(body: UnloadLoreftAdapter, request: Request) -> JSONResponse:
+async def unload_loreft_adapter(body: UnloadLoReftAdapter, request: Request) -> JSONResponse:
     """Drop an adapter, as soon as no request uses it."""
     try:
         await remove_adapter_async(request.app.state.loreft_engine, body.loreft_name)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..wrapping import wrap
+from ..patching import wrap
 from .adapters import facts
 from .options import KEY, Options, check_name
 from .turns import Reading, token_ids

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..wrapping import wrap
+from ..patching import add_method, wrap
 
 TESTED = ("0.32.0",)
 """Versions of vLLM that the tests have run with."""
@@ -23,11 +23,11 @@ def register() -> None:
     wrap(Worker, "load_model", worker.load_model)
     wrap(InputProcessor, "__init__", frontend.init)
     wrap(InputProcessor, "process_inputs", frontend.process_inputs)
-    Worker.loreft_add = worker.add
-    Worker.loreft_remove = worker.remove
+    add_method(Worker, "loreft_add", worker.add)
+    add_method(Worker, "loreft_remove", worker.remove)
     wrap(EngineCore, "add_request", core.add_request)
-    EngineCore.loreft_add = core.add
-    EngineCore.loreft_remove = core.remove
+    add_method(EngineCore, "loreft_add", core.add)
+    add_method(EngineCore, "loreft_remove", core.remove)
 
 
 def check_version() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..architectures import find_targets
+from ..tuner.architectures import find_targets
 from .adapters import ServedAdapter, read_adapter
 from .edits import Edits, FixedSteps, hook, send
 from .options import Options, check_name

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import LoreftConfig
+from ..config import LoReftConfig
 from ..positions.turns import answers_of
 from .schedule import Plan, Spans
 
@@ -26,7 +26,7 @@ class Reading:
     wants_end: int | None
 
     @staticmethod
-    def of(config: LoreftConfig) -> Reading:
+    def of(config: LoReftConfig) -> Reading:
         """From an adapter's config."""
         by = config.tie if config.tie in ("group", "position") else "all"
         wanted = [Plan(spec.groups, by).wants_end for spec in config.specs]

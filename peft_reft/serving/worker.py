@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..architectures import skeleton
+from ..patching import wrap
+from ..tuner.architectures import skeleton
 from .adapters import read_adapter
 from .core import adapter_of
 from .options import Options
@@ -56,16 +57,15 @@ def _install(worker: Any, options: Options, empty: nn.Module) -> None:
     # Compiled graphs are kept on disk by a hash that has this in it: one without these hooks must not be taken.
     hooks = {"version": __version__, "edited_modules": sorted(server.edits)}
     config.additional_config = {**config.additional_config, "loreft_hooks": hooks}
-    forward = runner._model_forward
 
-    def edited_forward(*args: Any, **kwargs: Any) -> Any:
+    def edited_forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         server.prepare(_pieces(runner, server))
         try:
             return forward(*args, **kwargs)
         finally:
             server.clear()  # warm-up and dummy runs call the model without passing here
 
-    runner._model_forward = edited_forward
+    wrap(runner, "_model_forward", edited_forward)
 
 
 def _pieces(runner: Any, server: Server) -> Pieces:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..patching import check_listed
 from .forward import (
     innermost,
     resumed,
@@ -45,6 +46,7 @@ def wrap_checkpoint_functions(model: nn.Module) -> bool:
         for name in _CHECKPOINT_FUNCTIONS:
             function = vars(module).get(name)
             if function is not None and not isinstance(function, WithForward):
+                check_listed(type(module), name)
                 vars(module)[name] = WithForward(function)
     return recomputes
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..patching import original_of
 from ..positions.batch import POSITIONS, SUBSPACES
 from ..positions.generation import GenerateStep, Generation
 from ..positions.memory import CacheMemory, set_memory
@@ -19,7 +20,6 @@ from .forward import (
     current_generation,
     generating,
 )
-from .methods import original_of
 
 STEP = "_peft_reft_step"
 """Key by which the wrapped `generate` hands each forward its step."""

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..architectures import modules_of_encoder
-from ..conflicts import refuse_fused_head
+from ..patching import original_of, unwrap_method, wrap_method
 from ..positions.batch import POSITIONS, SUBSPACES, can_be_read
 from ..positions.sources import check_subspaces
-from ..tracing import refuse_tracing
+from .architectures import modules_of_encoder
 from .caches import note_cache, past_of
 from .checkpointing import unwrap_checkpoint_functions, wrap_checkpoint_functions
+from .conflicts import refuse_fused_head
 from .forward import (
     ATTRIBUTE,
     Attachment,
@@ -31,8 +31,8 @@ from .forward import (
     end,
 )
 from .generate import STEP, generate, prepare_inputs, refuse_batch
-from .methods import Wrapped, original_of, wrap_method
 from .reading import read, read_decoder, source_tokens
+from .tracing import refuse_tracing
 
 _HANDLES = f"{ATTRIBUTE}_handles"
 
@@ -92,11 +92,7 @@ def detach(model: nn.Module) -> None:
         module.__dict__.pop(ATTRIBUTE, None)
         module.__dict__.pop(_NAMES, None)
     for name in ("forward", "generate", "generate_batch", "prepare_inputs_for_generation"):
-        wrapped = model.__dict__.get(name)
-        if isinstance(wrapped, Wrapped):
-            model.__dict__.pop(name)
-            if (inner := wrapped.args[1]) is not None:
-                model.__dict__[name] = inner
+        unwrap_method(model, name)
     unwrap_checkpoint_functions(model)
 
 

@@ -8,7 +8,7 @@ from conftest import VOCAB, randomise
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
@@ -51,7 +51,7 @@ def test_gptq(quantised, tmp_path):
         model.generation_config.update(eos_token_id=None, pad_token_id=0)
         return model
 
-    model = get_peft_model(base(), LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2"))
+    model = get_peft_model(base(), LoReftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2"))
     randomise(model)
     ids = torch.randint(3, VOCAB, (2, 12))
     mask, labels = torch.ones_like(ids), ids.clone()

@@ -11,7 +11,7 @@ from conftest import build
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 lm_eval = pytest.importorskip("lm_eval")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "lm_eval_loreft.py"
@@ -23,7 +23,7 @@ def loreft_lm_class():
     spec = importlib.util.spec_from_file_location("lm_eval_loreft", EXAMPLE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.LoreftLM
+    return module.LoReftLM
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def loreft_lm(tmp_path, tokenizer):
     build("llama").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     torch.manual_seed(0)
-    config = LoreftConfig(task_type="CAUSAL_LM", r=2, positions="f1+l2", init_weights=False)
+    config = LoReftConfig(task_type="CAUSAL_LM", r=2, positions="f1+l2", init_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), config).save_pretrained(
         tmp_path / "adapter"
     )

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 WORLD, STEPS, PROMPTS = 2, 5, (7, 4)
 
@@ -38,7 +38,7 @@ NOTHING = torch.full((2, 4), -1)
 
 
 def adapted(**kwargs):
-    config = LoreftConfig(**{"task_type": "CAUSAL_LM", "r": 4, "positions": "f2+l2", **kwargs})
+    config = LoReftConfig(**{"task_type": "CAUSAL_LM", "r": 4, "positions": "f2+l2", **kwargs})
     model = get_peft_model(build("llama"), config)
     randomise(model)
     return model
@@ -131,7 +131,7 @@ def tensor_parallel(rank):
     base = AutoModelForCausalLM.from_pretrained(os.environ["TP_FOLDER"], tp_plan="auto")
     assert any(isinstance(p, DTensor) or p.shape[0] < 48 for n, p in base.named_parameters() if "up_proj" in n)
     build("llama")  # the random numbers that `adapted` takes
-    model = get_peft_model(base, LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2"))
+    model = get_peft_model(base, LoReftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2"))
     randomise(model)
     gradients, adapter = train(model, batch())
     with torch.no_grad():

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 from .causal_families import NAMES, NOT_BUILT, SPECIAL, build
 
@@ -175,7 +175,7 @@ def is_right(model, way):
 
 
 def adapted(base, spec):
-    model = get_peft_model(base, LoreftConfig(task_type="CAUSAL_LM", r=4, positions=spec))
+    model = get_peft_model(base, LoReftConfig(task_type="CAUSAL_LM", r=4, positions=spec))
     randomise(model)
     return model.eval()
 
@@ -218,8 +218,8 @@ def test_inside_blocks_that_return_several_hidden_states(name, component):
     with pytest.raises(
         ValueError, match=r"layers\.0 of .* 4 hidden states of each token \(.*=4 in the model's config"
     ):
-        get_peft_model(base, LoreftConfig(r=4, target_modules=["layers.0"]))
-    model = get_peft_model(base, LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f3+l2", component=component))
+        get_peft_model(base, LoReftConfig(r=4, target_modules=["layers.0"]))
+    model = get_peft_model(base, LoReftConfig(task_type="CAUSAL_LM", r=4, positions="f3+l2", component=component))
     assert {name.split(".")[-2] for name, _ in model.named_modules() if name.endswith(".loreft")} == {edited}
     plain = teacher_forced(model, prompts()[0], ANSWERS[0])
     randomise(model)
@@ -233,7 +233,7 @@ def test_hidden_states_with_the_tokens_first():
     layers = dict(encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16)
     base = FSMTForConditionalGeneration(FSMTConfig(**sizes, **layers))
     with pytest.raises(ValueError, match=r"its hidden states are of shape \(seq, batch, d\)"):
-        get_peft_model(base, LoreftConfig(r=4, target_modules=["layers.0"]))
+        get_peft_model(base, LoReftConfig(r=4, target_modules=["layers.0"]))
 
 
 @torch.no_grad()
@@ -241,7 +241,7 @@ def test_a_token_that_generate_puts_behind_the_row():
     """XLM's mask, whose place it fills; the attention mask does not know of it."""
     base, prompt = build("xlm"), prompts()[0]
     modules = ["transformer.ffns.0", "transformer.ffns.1"]
-    model = get_peft_model(base, LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f3+l2", target_modules=modules))
+    model = get_peft_model(base, LoReftConfig(task_type="CAUSAL_LM", r=4, positions="f3+l2", target_modules=modules))
     randomise(model)
     output = model.eval().generate(
         input_ids=prompt[None], max_new_tokens=2, do_sample=False, return_dict_in_generate=True, output_logits=True

@@ -6,7 +6,7 @@ from conftest import VOCAB, build, randomise
 from peft import get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # the compiler's own
 
@@ -19,7 +19,7 @@ def batch(seed, seq=12):
 
 
 def adapted(**kwargs):
-    config = LoreftConfig(**{"task_type": "CAUSAL_LM", "r": 4, "positions": "f2+l2", **kwargs})
+    config = LoReftConfig(**{"task_type": "CAUSAL_LM", "r": 4, "positions": "f2+l2", **kwargs})
     model = get_peft_model(build("llama"), config)
     randomise(model)
     return model
@@ -86,7 +86,7 @@ def test_several_answers_a_row_are_refused_where_their_number_cannot_be_known():
     inputs = batch(0)
     inputs["labels"][0, 9] = -100
     compiled = torch.compile(model.get_base_model(), backend="aot_eager", fullgraph=True)
-    with pytest.raises(RuntimeError, match="DataCollatorForLoreft"):
+    with pytest.raises(RuntimeError, match="DataCollatorForLoReft"):
         compiled(**inputs)
 
 

@@ -6,7 +6,7 @@ from conftest import build
 from peft import PeftModel
 from safetensors.torch import save_file
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 from . import layouts
 
@@ -98,7 +98,7 @@ def test_a_sharded_adapter_is_saved_whole(results, scenario, tmp_path):
     for name, tensor in saved.items():
         if name.endswith(".R"):
             torch.testing.assert_close(tensor @ tensor.mT, torch.eye(4), atol=1e-5, rtol=0)
-    LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2").save_pretrained(tmp_path)
+    LoReftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2").save_pretrained(tmp_path)
     save_file({name: tensor.contiguous() for name, tensor in saved.items()}, tmp_path / "adapter_model.safetensors")
     loaded = PeftModel.from_pretrained(build("llama"), tmp_path)
     with torch.no_grad():

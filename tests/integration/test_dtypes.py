@@ -6,14 +6,14 @@ from conftest import build, randomise
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 def loreft():
-    return LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2")
+    return LoReftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2")
 
 
 def batch():

@@ -10,7 +10,7 @@ from conftest import randomise
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 R, D, LAYERS, VOCAB, NEW = 4, 32, 2, 64, 4
 IMAGE = 60  # the token that stands for a piece of an image
@@ -173,7 +173,7 @@ def decoder(family):
 
 
 def adapted(family, base=None, **kwargs):
-    config = LoreftConfig(**{"task_type": family.task, "r": R, "positions": SPEC, **kwargs})
+    config = LoReftConfig(**{"task_type": family.task, "r": R, "positions": SPEC, **kwargs})
     return get_peft_model(family.build() if base is None else base, config)
 
 
@@ -301,7 +301,7 @@ def test_images(tmp_path):
         return model(pixel_values=pixels, output_hidden_states=True, **kwargs).hidden_states[1]
 
     pixels = torch.randn(2, 3, 4, 4)
-    model = get_peft_model(base(), LoreftConfig(r=R, positions="f1+l2", modules_to_save=["classifier"]))
+    model = get_peft_model(base(), LoReftConfig(r=R, positions="f1+l2", modules_to_save=["classifier"]))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trainable.values(), lr=1e-2)
@@ -332,7 +332,7 @@ def test_a_model_whose_hidden_states_are_no_rows_of_tokens_says_so():
         def forward(self, pixel_values):
             return self.block(pixel_values)
 
-    model = get_peft_model(Convolution(), LoreftConfig(r=R, target_modules=["block"]))
+    model = get_peft_model(Convolution(), LoReftConfig(r=R, target_modules=["block"]))
     with pytest.raises(ValueError, match=r"neither `input_ids` nor `inputs_embeds`.*\(2, 8, 4, 4\)"):
         model(pixel_values=torch.randn(2, 3, 4, 4))
 

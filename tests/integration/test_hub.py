@@ -24,7 +24,7 @@ PREAMBLE = """
         fields = dict(task_type="CAUSAL_LM", r=2, positions="f2+l1", init_weights=False)
         model = base()
         torch.manual_seed(seed)
-        return get_peft_model(model, peft_reft.LoreftConfig(**{**fields, **kwargs})).eval()
+        return get_peft_model(model, peft_reft.LoReftConfig(**{**fields, **kwargs})).eval()
     ids = torch.arange(8).unsqueeze(0)
     def same(one, other):
         with torch.no_grad():
@@ -122,7 +122,7 @@ def test_a_trainer_pushes_the_same_card(hub, client):
             args=SFTConfig(output_dir="by-trl", bf16=False, hub_model_id="someone/by-trl", **common),
             train_dataset=rows,
             processing_class=tokenizer,
-            peft_config=peft_reft.LoreftConfig(task_type="CAUSAL_LM", r=2, positions="f2+l1"),
+            peft_config=peft_reft.LoReftConfig(task_type="CAUSAL_LM", r=2, positions="f2+l1"),
         )
         trainer.train()
         trainer.push_to_hub(dataset_name="mine")

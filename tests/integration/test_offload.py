@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 from peft_reft.positions.sources import Given
 from peft_reft.positions.spec import Positions
 from peft_reft.positions.wanted import Wanted
@@ -20,7 +20,7 @@ DEVICE_MAP = {part: "disk" if part in ("model.layers.1", "model.layers.2") else 
 
 
 def loreft():
-    return LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2+g1")
+    return LoReftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2+g1")
 
 
 def lora():

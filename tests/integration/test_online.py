@@ -1,4 +1,4 @@
-"""TRL's GRPO and RLOO, unchanged, with a `LoreftConfig`: rollouts and log-probabilities edit the same tokens."""
+"""TRL's GRPO and RLOO, unchanged, with a `LoReftConfig`: rollouts and log-probabilities edit the same tokens."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 from .conftest import PAIRS, arguments
 from .spy import Spy
@@ -41,7 +41,7 @@ def make(tokenizer, tmp_path, spy):
     def make(which, model=None, peft_config="default", edits=False, **kwargs):
         trainer_class, config_class = which
         if peft_config == "default":
-            peft_config = LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2")
+            peft_config = LoReftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2")
         settings = dict(
             output_dir=str(tmp_path / "out"),
             use_cpu=True,
@@ -130,7 +130,7 @@ def test_logps_of_rollout_and_training_agree(make, which, checkpointing, monkeyp
 
     def spied_score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         result = score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-        active = next(m for m in model.modules() if type(m).__name__ == "LoreftLayer").disable_adapters
+        active = next(m for m in model.modules() if type(m).__name__ == "LoReftLayer").disable_adapters
         for ids, mask, row in zip(input_ids, attention_mask.bool(), result[0]):
             (disabled if active else scored)[tuple(ids[mask].tolist())] = row[mask[-logits_to_keep:]].detach()
         return result
@@ -163,7 +163,7 @@ def test_checkpointing_changes_nothing(make, which):
 @BOTH
 @pytest.mark.cell("Trainers: preferences and reinforcement", "GRPO, RLOO from a trained adapter")
 def test_from_a_trained_adapter(make, which, tmp_path, spy):
-    first = get_peft_model(build("llama"), LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2"))
+    first = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2"))
     randomise(first)
     first.save_pretrained(tmp_path / "first")
     model = PeftModel.from_pretrained(build("llama"), tmp_path / "first", is_trainable=True)

@@ -1,4 +1,4 @@
-"""TRL's trainers on preferences, unchanged, with a `LoreftConfig`."""
+"""TRL's trainers on preferences, unchanged, with a `LoReftConfig`."""
 
 import os
 
@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, Rewa
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 from .conftest import PAIRS, arguments
 from .spy import Spy, expected_offsets
@@ -54,7 +54,7 @@ def spy(monkeypatch):
 
 
 def loreft(task="CAUSAL_LM", **kwargs):
-    return LoreftConfig(task_type=task, **{"r": 4, "positions": "f2+l2", **kwargs})
+    return LoReftConfig(task_type=task, **{"r": 4, "positions": "f2+l2", **kwargs})
 
 
 @pytest.fixture

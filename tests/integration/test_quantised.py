@@ -15,7 +15,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("optimum.quanto")
@@ -50,7 +50,7 @@ QUANTISED = {
     "torchao int8": lambda: TorchAoConfig(Int8WeightOnlyConfig()),
     "quanto int8": lambda: QuantoConfig(weights="int8"),
 }
-CONFIG = LoreftConfig(task_type="CAUSAL_LM", r=R, positions="f2+l2")
+CONFIG = LoReftConfig(task_type="CAUSAL_LM", r=R, positions="f2+l2")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""TRL's `SFTTrainer`, unchanged, with a `LoreftConfig`."""
+"""TRL's `SFTTrainer`, unchanged, with a `LoReftConfig`."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_pt_utils import LabelSmoother
 from trl import SFTConfig, SFTTrainer
 
-from peft_reft import DataCollatorForLoreft, LoreftConfig
+from peft_reft import DataCollatorForLoReft, LoReftConfig
 
 from .conftest import arguments, checkpoints
 
@@ -43,7 +43,7 @@ def make(tokenizer, tmp_path):
     """make(data, loreft=dict(...), **SFTConfig fields): an SFTTrainer whose adapter edits enough to see."""
 
     def make(data, base=None, loreft=None, collate=False, edits=True, watch=None, trainer=None, **kwargs):
-        config = LoreftConfig(task_type="CAUSAL_LM", **dict(dict(r=R, positions="f2+l2"), **(loreft or {})))
+        config = LoReftConfig(task_type="CAUSAL_LM", **dict(dict(r=R, positions="f2+l2"), **(loreft or {})))
         settings = dict(
             output_dir=str(tmp_path / "out"),
             use_cpu=True,
@@ -69,7 +69,7 @@ def make(tokenizer, tmp_path):
         if edits:
             randomise(sft.model)
         if collate:
-            sft.data_collator = DataCollatorForLoreft(sft.data_collator, config)
+            sft.data_collator = DataCollatorForLoReft(sft.data_collator, config)
         return sft
 
     return make
@@ -193,7 +193,7 @@ def test_the_loss_is_that_of_the_edited_prompt(make, pairs):
     batch = batch_of(trainer)
     with torch.no_grad():
         by_hand = trainer.model(**batch).loss.item()
-        shifted = DataCollatorForLoreft(lambda rows: dict(batch), trainer.model.peft_config["default"])(None)
+        shifted = DataCollatorForLoReft(lambda rows: dict(batch), trainer.model.peft_config["default"])(None)
         positions = shifted.pop("intervention_positions")
         elsewhere = trainer.model(**shifted, intervention_positions=(positions - 1).clamp_min(-1)).loss.item()
         with trainer.model.disable_adapter():
@@ -284,8 +284,8 @@ def test_conversations_of_one_turn(make, chat_pairs, tokenizer):
 def test_a_collator_whose_config_is_not_the_adapters(make, chats):
     """The marks that a trainer finds reach it, too: labels of several turns alone would not do."""
     trainer = make(chats, assistant_only_loss=True)
-    own = LoreftConfig(task_type="CAUSAL_LM", r=R, positions="f2+l2")
-    trainer.data_collator = DataCollatorForLoreft(trainer.data_collator, own)
+    own = LoReftConfig(task_type="CAUSAL_LM", r=R, positions="f2+l2")
+    trainer.data_collator = DataCollatorForLoReft(trainer.data_collator, own)
     assert run(trainer)[0] == run(make(chats, assistant_only_loss=True))[0]
     assert own.response_template == trainer.model.peft_config["default"].response_template != []
 
@@ -467,12 +467,12 @@ WITHOUT_LABELS = [
     refused="labels do not reach the model, so the end of the prompt is unknown",
 )
 def test_without_labels_and_collator_training_is_refused(make, pairs, settings):
-    with pytest.raises(ValueError, match="DataCollatorForLoreft"):
+    with pytest.raises(ValueError, match="DataCollatorForLoReft"):
         make(pairs, **settings).train()
 
 
 @pytest.mark.parametrize("settings", WITHOUT_LABELS)
-@pytest.mark.cell("Trainers: SFT", "label smoothing, `compute_loss_func`, with `DataCollatorForLoreft`")
+@pytest.mark.cell("Trainers: SFT", "label smoothing, `compute_loss_func`, with `DataCollatorForLoReft`")
 def test_without_labels_the_collator_has_the_positions(make, pairs, settings):
     trainer = make(pairs, collate=True, max_steps=2, **settings)
     batch = batch_of(trainer)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 from .conftest import arguments
 
@@ -101,7 +101,7 @@ def test_rollouts_with_tools_edit_what_training_edits(tmp_path, monkeypatch):
         args=args,
         train_dataset=Dataset.from_list(prompts),
         processing_class=tokenizer,
-        peft_config=LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f1+l2"),
+        peft_config=LoReftConfig(task_type="CAUSAL_LM", r=4, positions="f1+l2"),
         tools=[lookup],
     )
     randomise(trainer.model)

@@ -7,7 +7,7 @@ from conftest import HIDDEN, LAYERS, SEQ_CLS, VOCAB, build, randomise
 from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
 
-from peft_reft import DataCollatorForLoreft, LoreftConfig
+from peft_reft import DataCollatorForLoReft, LoReftConfig
 
 from .conftest import arguments
 
@@ -34,7 +34,7 @@ def family(request):
 @pytest.fixture
 def make(family, tokenizer, tmp_path):
     def make(base=None, edits=False, config=None, collate=False, **kwargs):
-        config = LoreftConfig(**{**CONFIG, **(config or {})})
+        config = LoReftConfig(**{**CONFIG, **(config or {})})
         model = get_peft_model(build(family) if base is None else base, config)
         if edits:
             randomise(model)
@@ -55,7 +55,7 @@ def make(family, tokenizer, tmp_path):
             args=arguments(TrainingArguments, **{**settings, **kwargs}),
             train_dataset=rows(),
             eval_dataset=rows(7),
-            data_collator=DataCollatorForLoreft(collator, config) if collate else collator,
+            data_collator=DataCollatorForLoReft(collator, config) if collate else collator,
             compute_metrics=accuracy,
         )
 

@@ -14,7 +14,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 LAYERS = 3
 SEQ2SEQ = {
@@ -143,7 +143,7 @@ def padded(kind):
 
 
 def tagging(tokenizer, tmp_path, positions="f1+l1"):
-    model = get_peft_model(build("TOKEN_CLS"), LoreftConfig(task_type="TOKEN_CLS", r=4, positions=positions))
+    model = get_peft_model(build("TOKEN_CLS"), LoReftConfig(task_type="TOKEN_CLS", r=4, positions=positions))
     rows = [{"input_ids": row, "labels": [-100, *(word % 3 for word in row[1:])]} for row in words()]
     return Trainer(
         model,
@@ -185,7 +185,7 @@ def test_labels_of_token_classification_end_no_prompt(tokenizer, tmp_path, train
 
 @pytest.mark.cell("Trainers: transformers", "QUESTION_ANS")
 def test_question_answering(tokenizer, tmp_path):
-    model = get_peft_model(build("QUESTION_ANS"), LoreftConfig(task_type="QUESTION_ANS", r=4, positions="f2+l2"))
+    model = get_peft_model(build("QUESTION_ANS"), LoReftConfig(task_type="QUESTION_ANS", r=4, positions="f2+l2"))
     rows = [{"input_ids": row, "start_positions": n % 4, "end_positions": n % 4 + 1} for n, row in enumerate(words())]
     collator = transformers.DataCollatorWithPadding(tokenizer)
     trainer = Trainer(model, args=arguments(tmp_path), train_dataset=rows, data_collator=collator)
@@ -198,7 +198,7 @@ def test_question_answering(tokenizer, tmp_path):
 
 @pytest.mark.cell("Trainers: transformers", "FEATURE_EXTRACTION")
 def test_feature_extraction(tmp_path):
-    config = LoreftConfig(task_type="FEATURE_EXTRACTION", r=4, positions="f1+l1")
+    config = LoReftConfig(task_type="FEATURE_EXTRACTION", r=4, positions="f1+l1")
     model = get_peft_model(build("FEATURE_EXTRACTION"), config)
     batch = padded("FEATURE_EXTRACTION")
 
@@ -221,7 +221,7 @@ def trainable_parameters(model):
 
 
 def seq2seq(kind, positions="f2+l2"):
-    return get_peft_model(build(kind), LoreftConfig(task_type="SEQ_2_SEQ_LM", r=4, positions=positions))
+    return get_peft_model(build(kind), LoReftConfig(task_type="SEQ_2_SEQ_LM", r=4, positions=positions))
 
 
 @pytest.mark.parametrize("kind", SEQ2SEQ)

@@ -20,7 +20,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import DynamicCache
 
-from peft_reft import DataCollatorForLoreft, LoreftConfig, chat_marks, prompt_lengths
+from peft_reft import DataCollatorForLoReft, LoReftConfig, chat_marks, prompt_lengths
 
 from .conftest import PAIRS, arguments
 from .spy import Documents, expected_offsets
@@ -78,7 +78,7 @@ def case(name, *, supported=False):
 
 
 def config(positions="f2+l2", **kwargs):
-    return LoreftConfig(task_type="CAUSAL_LM", r=4, positions=positions, **kwargs)
+    return LoReftConfig(task_type="CAUSAL_LM", r=4, positions=positions, **kwargs)
 
 
 def messages(*pairs):
@@ -201,7 +201,7 @@ def _(world):
     for collate in (False, True):
         trainer = world.trainer("SFT", as_chats(), max_steps=2)
         if collate:
-            trainer.data_collator = DataCollatorForLoreft(trainer.data_collator, trainer.model.peft_config["default"])
+            trainer.data_collator = DataCollatorForLoReft(trainer.data_collator, trainer.model.peft_config["default"])
         assert (next(iter(trainer.get_train_dataloader()))["labels"][:, 0] != -100).all()
         trainer.train()
         assert len(world.documents.train) == 8
@@ -279,10 +279,10 @@ def _(world):
             chats.train()
             world.assert_as_generate(chats.model)
             text = world.trainer("SFT", as_text(), **more)
-            with pytest.raises(ValueError, match=r"cannot tell where the prompts end.*DataCollatorForLoreft"):
+            with pytest.raises(ValueError, match=r"cannot tell where the prompts end.*DataCollatorForLoReft"):
                 text.train()
             world.documents.train.clear()
-            text.data_collator = DataCollatorForLoreft(text.data_collator, text.model.peft_config["default"])
+            text.data_collator = DataCollatorForLoReft(text.data_collator, text.model.peft_config["default"])
             text.train()
             world.assert_as_generate(text.model)
         world.documents.train.clear()
@@ -388,9 +388,9 @@ def _(world):
     world.assert_as_generate(trainer.model)
     world.documents.train.clear()
     text = preference_trainers(world, "TPO", chat=False)
-    with pytest.raises(ValueError, match=r"cannot tell where the prompts end.*DataCollatorForLoreft"):
+    with pytest.raises(ValueError, match=r"cannot tell where the prompts end.*DataCollatorForLoReft"):
         text.train()
-    text.data_collator = DataCollatorForLoreft(text.data_collator, text.model.peft_config["default"])
+    text.data_collator = DataCollatorForLoReft(text.data_collator, text.model.peft_config["default"])
     text.train()
     world.assert_as_generate(text.model)
 
@@ -475,7 +475,7 @@ def _(world):
     world.assert_as_generate(chats.model, world.documents.rest)
     with pytest.warns(UserWarning, match="takes every row of this forward for a prompt"):
         text.evaluate()
-    text.data_collator = DataCollatorForLoreft(text.data_collator, text.model.peft_config["default"])
+    text.data_collator = DataCollatorForLoReft(text.data_collator, text.model.peft_config["default"])
     world.documents.rest.clear()
     text.evaluate()
     world.assert_as_generate(text.model, world.documents.rest)

@@ -8,7 +8,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 HERE = Path(__file__).parent
 NUMBERS = load_file(HERE / "end_to_end.safetensors")
@@ -46,7 +46,7 @@ def case(request):
 
 @pytest.fixture
 def model(case):
-    config = LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2", **CASES[case])
+    config = LoReftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2", **CASES[case])
     model = get_peft_model(load_llama(), config).eval()
     with torch.no_grad():
         for layer in config.layers:

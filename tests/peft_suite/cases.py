@@ -7,7 +7,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 # What a row that names no modules is tried with, and its name in a test's id.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -23,7 +23,7 @@ DROPPED = {"r", "lora_alpha", "lora_dropout", "bias"}  # LoRA's own, without a c
 
 
 def _translate(lora: dict[str, Any]) -> dict[str, Any] | None:
-    """`LoraConfig`'s arguments as `LoreftConfig`'s, or None: a variant of LoRA that has no counterpart."""
+    """`LoraConfig`'s arguments as `LoReftConfig`'s, or None: a variant of LoRA that has no counterpart."""
     ours: dict[str, Any] = {"r": 2}
     for name, value in lora.items():
         if name == "target_modules" and any("conv2d" in module for module in value or []):
@@ -37,7 +37,7 @@ def _translate(lora: dict[str, Any]) -> dict[str, Any] | None:
     return ours | (ON_MODULES if "target_modules" in ours else {})
 
 
-def _from_config(config: LoraConfig) -> LoreftConfig | None:
+def _from_config(config: LoraConfig) -> LoReftConfig | None:
     defaults = LoraConfig()
     given = {
         field.name: getattr(config, field.name)
@@ -46,7 +46,7 @@ def _from_config(config: LoraConfig) -> LoreftConfig | None:
     }
     given.pop("peft_type", None)
     ours = _translate(given)
-    return None if ours is None else LoreftConfig(**ours)
+    return None if ours is None else LoReftConfig(**ours)
 
 
 def is_lora(value: Any) -> bool:
@@ -56,7 +56,7 @@ def is_lora(value: Any) -> bool:
 def _convert(value: Any) -> Any:
     """One value of a row; None if it has no counterpart."""
     if value is LoraConfig:
-        return LoreftConfig
+        return LoReftConfig
     if type(value) is LoraConfig:
         return _from_config(value)
     if isinstance(value, dict):

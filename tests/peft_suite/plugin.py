@@ -17,7 +17,7 @@ from differences import DIFFERENCES
 from peft.utils import save_and_load
 from stand_ins import STAND_INS
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 # Downloads into a folder of its own.
 ONLINE = {"test_from_pretrained_cache_dir"}
@@ -76,7 +76,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _is_ours(item: pytest.Item) -> bool:
     values = item.callspec.params.values()  # type: ignore[attr-defined]
-    return any(value is LoreftConfig or isinstance(value, LoreftConfig) for value in values)
+    return any(value is LoReftConfig or isinstance(value, LoReftConfig) for value in values)
 
 
 # Networks of PEFT's tests that read (batch, d).
@@ -106,7 +106,7 @@ def allow_for_loreft(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     # What PEFT skips for every method but a few (rows with different adapters, Conv1D), LoReFT must do as LoRA does.
     from tests import testing_common
 
-    monkeypatch.setattr(testing_common, "LoraConfig", LoreftConfig)
+    monkeypatch.setattr(testing_common, "LoraConfig", LoReftConfig)
     # Meant for one method, but it names modules to every method's config.
     monkeypatch.setattr(request.module, "check_beft_config", lambda *args: None, raising=False)
 

@@ -20,7 +20,7 @@ import transformers
 from conftest import randomise
 from peft import PeftModel, get_peft_model
 
-from peft_reft import LoreftConfig
+from peft_reft import LoReftConfig
 
 VOCAB = 96
 _SIZES = dict(
@@ -71,7 +71,7 @@ class Served:
 
     def add(self, name: str, scale: float = 0.5, seed: int = 1, **fields: object) -> str:
         """Make and save an adapter with large random edits."""
-        model = get_peft_model(self.load(), LoreftConfig(task_type="CAUSAL_LM", **{"r": 4, **fields}))
+        model = get_peft_model(self.load(), LoReftConfig(task_type="CAUSAL_LM", **{"r": 4, **fields}))
         randomise(model, scale, seed)
         folder = os.path.join(os.path.dirname(self.folder), f"{self.family}-{name}")
         model.save_pretrained(folder)

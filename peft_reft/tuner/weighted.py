@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from .config import DEFAULT_R, LoreftConfig
-from .edits.factors import Activated, Affine, ElementwiseFactors, LowRankFactors
-from .edits.formulas import INTERVENTIONS
-from .edits.intervention import Intervention
+from ..config import DEFAULT_R, LoReftConfig
+from ..edits.factors import Activated, Affine, ElementwiseFactors, LowRankFactors
+from ..edits.formulas import INTERVENTIONS
+from ..edits.intervention import Intervention
 
 _ALIKE = (
     "positions",
@@ -31,7 +31,7 @@ _ALIKE = (
 _NOT_SUBTRACTING = ("direft", "nodireft")
 
 
-def check_combination(combination_type: str, settings: dict[str, Any], adapters: dict[str, LoreftConfig]) -> None:
+def check_combination(combination_type: str, settings: dict[str, Any], adapters: dict[str, LoReftConfig]) -> None:
     """Raise ValueError if LoRA's `combination_type` is another sum than the one that is computed here."""
     ranked = [name for name, config in adapters.items() if INTERVENTIONS[config.intervention].has_rank]
     if combination_type == "linear" and ranked:
@@ -48,7 +48,7 @@ def check_combination(combination_type: str, settings: dict[str, Any], adapters:
         raise ValueError(f"{', '.join(given)}: combination_type={combination_type!r} has no such settings.")
 
 
-def weighted_config(adapters: dict[str, LoreftConfig], n_layers: int) -> LoreftConfig:
+def weighted_config(adapters: dict[str, LoReftConfig], n_layers: int) -> LoReftConfig:
     """The config of the weighted sum, in a model of `n_layers` blocks. Raises ValueError if there is none."""
     first_name, first = next(iter(adapters.items()))
     for name, config in adapters.items():

@@ -1,14 +1,13 @@
-"""`LoreftModel`: put LoReFT into a model, and take it out again."""
+"""`LoReftModel`: put LoReFT into a model, and take it out again."""
 
 from __future__ import annotations
 
 import copy
-import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftConfig, TaskType
 from peft.tuners.tuners_utils import (
@@ -23,6 +22,14 @@ from peft.tuners.tuners_utils import (
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..config import LoReftConfig
+from ..edits.formulas import INTERVENTIONS
+from ..edits.intervention import Intervention
+from ..edits.rotation import orthonormalise
+from ..files import check_finite, does_not_fit
+from ..positions.marks import Marks
+from ..positions.spec import Layout, Positions
+from ..positions.wanted import Wanted
 from .architectures import (
     Target,
     check_streams,
@@ -32,45 +39,39 @@ from .architectures import (
     modules_of_encoder,
     output_size,
 )
-from .composition import check_combination, fill_weighted, weighted_config
-from .config import LoreftConfig
 from .conflicts import refuse_conflicts
-from .edits.formulas import INTERVENTIONS
-from .edits.intervention import Intervention
-from .edits.rotation import orthonormalise
-from .files import check_finite, does_not_fit
-from .layer import CHILD, LoreftLayer
+from .forward import ATTRIBUTE, LayerPlan, naming_rows, share_plan
+from .hooks import attach, attach_parts, detach
+from .layer import CHILD, LoReftLayer
 from .merging import NEW_BIAS, SHARED_WEIGHT, projection_of
 from .mixed_batches import hand_adapter_names
-from .positions.marks import Marks
-from .positions.spec import Layout, Positions
-from .positions.wanted import Wanted
-from .tuner.forward import ATTRIBUTE, LayerPlan, naming_rows, share_plan
-from .tuner.hooks import attach, attach_parts, detach
+from .weighted import check_combination, fill_weighted, weighted_config
 
 MERGE_ADVICE = "Keep the adapter beside the model; `unload()` gives the base model back without it."
 
 
-class LoreftModel(BaseTuner):
+class LoReftModel(BaseTuner):
     """A model whose hidden states LoReFT edits at a few positions and layers (arXiv 2404.03592).
 
-    Made by `peft.get_peft_model(model, LoreftConfig(...))` rather than by hand. Blocks are not replaced: each edited
+    Made by `peft.get_peft_model(model, LoReftConfig(...))` rather than by hand. Blocks are not replaced: each edited
     module gains one child, `loreft`, and a forward hook. Names and weights of the base model stay as they are.
 
     Examples:
         >>> import torch
         >>> from peft import get_peft_model
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from peft_reft import LoreftConfig
+        >>> from peft_reft import LoReftConfig
         >>> sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
         >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes))
-        >>> model = get_peft_model(base, LoreftConfig(task_type="CAUSAL_LM", r=4, positions="f1+l1"))
+        >>> model = get_peft_model(base, LoReftConfig(task_type="CAUSAL_LM", r=4, positions="f1+l1"))
         >>> model.print_trainable_parameters()  # 2 layers x (2 x 4 x 32 + 4)
         trainable params: 520 || all params: 27,560 || trainable%: 1.8868
     """
 
     prefix = "loreft_"
-    tuner_layer_cls = LoreftLayer
+    tuner_layer_cls = LoReftLayer
+    after_injection: ClassVar[list[Callable[[LoReftConfig], None]]] = []
+    """Called with an adapter's config when it is in the model: how rooms above hear of it (see `register`)."""
     target_module_mapping: dict[str, list[str]] = {}  # blocks are found by rule, see architectures.py
 
     def __init__(
@@ -98,7 +99,7 @@ class LoreftModel(BaseTuner):
         model: Any = self.model
         return getattr(model, "_orig_mod", model)
 
-    def _prepare_adapter_config(self, peft_config: LoreftConfig, model_config: dict[str, Any]) -> LoreftConfig:
+    def _prepare_adapter_config(self, peft_config: LoReftConfig, model_config: dict[str, Any]) -> LoReftConfig:
         """Decide what is edited where, before anything is changed: all that can be wrong raises here."""
         encoder, self._decoder = modules_of_encoder(self._base), modules_of_decoder(self._base)
         read = None if encoder is None else encoder | (self._decoder or set())
@@ -136,11 +137,11 @@ class LoreftModel(BaseTuner):
             raise ValueError(f"tie='model' needs one hidden size, but the targets have {sorted(sizes)}.")
         self._shared: Intervention | None = None
         names = [name for name in self._targets if self._check_target_module_exists(peft_config, name)]
-        layers = [name for name, module in self._base.named_modules() if isinstance(module, LoreftLayer)]
+        layers = [name for name, module in self._base.named_modules() if isinstance(module, LoReftLayer)]
         refuse_conflicts(self._base, peft_config, names, [name.removesuffix(f".{CHILD}") for name in layers])
         return peft_config
 
-    def _write_out_shorthand(self, peft_config: LoreftConfig, read: set[int] | None) -> None:
+    def _write_out_shorthand(self, peft_config: LoReftConfig, read: set[int] | None) -> None:
         """`target_modules="all-linear"` becomes PEFT's list of names, less maps that do not read token by token."""
         shorthand = peft_config.target_modules
         _maybe_include_all_linear_layers(peft_config, self._base)
@@ -152,7 +153,7 @@ class LoreftModel(BaseTuner):
             }
 
     def _targets_of_checkpoint(
-        self, peft_config: LoreftConfig, targets: list[Target]
+        self, peft_config: LoReftConfig, targets: list[Target]
     ) -> dict[str, tuple[Target, Positions, int | None]]:
         """What a state dict, from whose keys the adapter is injected, has beyond the config."""
         there = {name for name, _ in self._base.named_modules()}
@@ -172,7 +173,7 @@ class LoreftModel(BaseTuner):
             beyond[name] = (target, spec, wide.ranks([target.layer], len(targets))[target.layer])
         return beyond
 
-    def _find_targets(self, peft_config: LoreftConfig) -> list[Target]:
+    def _find_targets(self, peft_config: LoReftConfig) -> list[Target]:
         if peft_config.target_modules is None:
             return find_targets(self._base, peft_config.component)
         names = [
@@ -185,7 +186,7 @@ class LoreftModel(BaseTuner):
     def _is_in(self, name: str, modules: set[int]) -> bool:
         return id(self._base.get_submodule(name)) in modules
 
-    def _check_target_module_exists(self, peft_config: LoreftConfig, key: str) -> Any:
+    def _check_target_module_exists(self, peft_config: LoReftConfig, key: str) -> Any:
         # `exclude_modules` and `modules_to_save` are PEFT's to judge, on the names we chose.
         key = key.removeprefix("_orig_mod.")
         found = check_target_module_exists(self._probe, key)
@@ -230,20 +231,18 @@ class LoreftModel(BaseTuner):
             state_dict = {key.replace(below, f".{self.prefix}"): value for key, value in state_dict.items()}
         replaces = any(adapter_name in layer.plans for layer in self._layers())
         self._replaced = adapter_name if replaces else None
-        self._filled: set[LoreftLayer] = set()
+        self._filled: set[LoReftLayer] = set()
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             if replaces:
                 self._forget_elsewhere(adapter_name)
         finally:
             self._filled.clear()  # unloaded layers must not live on here
-            if not (edited := [layer.block for layer in base.modules() if isinstance(layer, LoreftLayer)]):
+            if not (edited := [layer.block for layer in base.modules() if isinstance(layer, LoReftLayer)]):
                 detach(base)
         attach_parts(base, edited)
-        if not self.peft_config[adapter_name].inference_mode or "transformers.trainer" in sys.modules:
-            from .training import add_default_callbacks  # imports transformers' Trainer, which serving does without
-
-            add_default_callbacks()
+        for listener in self.after_injection:
+            listener(self.peft_config[adapter_name])
 
     def _forget_elsewhere(self, adapter_name: str) -> None:
         """`get_peft_model` was called again on one base: the adapter is the new one alone."""
@@ -261,7 +260,7 @@ class LoreftModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: LoreftConfig,
+        peft_config: LoReftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -288,7 +287,7 @@ class LoreftModel(BaseTuner):
             in_decoder = self._decoder is not None and id(target) in self._decoder
             attachment = self._attachment.decoder if in_decoder else self._attachment
             assert attachment is not None
-            layer = LoreftLayer(target, attachment)
+            layer = LoReftLayer(target, attachment)
             target.add_module(CHILD, layer)
         plan = LayerPlan(wanted_by(peft_config, spec.groups), spec.groups, by, peft_config.dropout)
         layer.update_layer(adapter_name, intervention, share_plan(plan))
@@ -367,8 +366,8 @@ class LoreftModel(BaseTuner):
                 summands = [(w, layer.weights(name)) for w, name in zip(weights, adapters) if name in layer.plans]
                 fill_weighted(layer.weights(adapter_name), summands)
 
-    def _layers(self) -> Iterator[LoreftLayer]:
-        return (module for module in self.model.modules() if isinstance(module, LoreftLayer))
+    def _layers(self) -> Iterator[LoReftLayer]:
+        return (module for module in self.model.modules() if isinstance(module, LoReftLayer))
 
     def _known(self, adapters: Sequence[str]) -> None:
         unknown = [name for name in adapters if name not in self.peft_config]
@@ -396,7 +395,7 @@ class LoreftModel(BaseTuner):
         self._check_merge_allowed()
         self._fold(adapter_names, safe_merge, new_parameters)
         for module in self.model.modules():
-            if isinstance(module, BaseTunerLayer) and not isinstance(module, LoreftLayer):
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, LoReftLayer):
                 with onload_layer(module):
                     module.merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
@@ -451,7 +450,7 @@ class LoreftModel(BaseTuner):
                         module.unmerge()
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for module in list(model.modules()):
-            if isinstance(module, LoreftLayer):
+            if isinstance(module, LoReftLayer):
                 module.remove()
         detach(model)
         return model
@@ -460,7 +459,7 @@ class LoreftModel(BaseTuner):
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: LoreftConfig,
+        config: LoReftConfig,
         adapter_name: str,
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
@@ -491,7 +490,7 @@ class LoreftModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: LoreftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: LoReftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Names of the model for names of the file.
 
@@ -573,7 +572,7 @@ def _key_prefixes(model: nn.Module, adapter_name: str | None = None) -> set[str]
     return prefixes
 
 
-def wanted_by(config: LoreftConfig, groups: Layout) -> Wanted:
+def wanted_by(config: LoReftConfig, groups: Layout) -> Wanted:
     """What a layer that edits `groups` asks a forward for."""
     kinds = {group.kind for group in groups if group.count is None}
     everything = {"p", "g"} <= kinds and config.tie in ("layer", "model")

@@ -14,15 +14,15 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .chat import loreft_configs, set_marks, warn_of_limits
-from .collator import DataCollatorForLoreft
-from .config import LoreftConfig
-from .looking import marked_row
-from .positions.batch import Batch
-from .positions.chat_template import find_marks
-from .positions.marks import Marks
-from .training_checks import TrainingChecks
-from .tuner.forward import ATTRIBUTE, Attachment
+from ..config import LoReftConfig
+from ..positions.batch import Batch
+from ..positions.chat.template import find_marks
+from ..positions.marks import Marks
+from ..tools.chat import loreft_configs, set_marks, warn_of_limits
+from ..tools.collator import DataCollatorForLoReft
+from ..tools.show import marked_row
+from ..tuner.forward import ATTRIBUTE, Attachment
+from .trainer_checks import TrainingChecks
 
 logger = logging.getLogger("peft_reft")
 
@@ -85,17 +85,17 @@ class LoReftTraining(TrainerCallback):
         self.watch = None
 
 
-def hand_marks_on(dataloader: Any, config: LoreftConfig) -> None:
+def hand_marks_on(dataloader: Any, config: LoReftConfig) -> None:
     """Let a collator of ours, which may hold a config of its own, read batches by the marks that were found."""
     collator = getattr(dataloader, "collate_fn", None)
-    while collator is not None and not isinstance(collator, DataCollatorForLoreft):
+    while collator is not None and not isinstance(collator, DataCollatorForLoReft):
         collator = getattr(collator, "data_collator", None)  # transformers' RemoveColumnsCollator
     if collator is not None and collator.config.response_template is None:
         collator.config.response_template = config.response_template
         collator.config.instruction_template = config.instruction_template
 
 
-def refuse_packing(args: Any, config: LoreftConfig) -> None:
+def refuse_packing(args: Any, config: LoReftConfig) -> None:
     """Refuse TRL's ways of packing that cut documents, for specs that count from a document's beginning.
 
     Raises:
@@ -123,7 +123,7 @@ def refuse_packing(args: Any, config: LoreftConfig) -> None:
 class FirstRows:
     """Called with the inputs of training forwards: logs the first row, and looks for marks until one is found."""
 
-    def __init__(self, attachment: Attachment, tokenizer: Any, config: LoreftConfig, shows: bool) -> None:
+    def __init__(self, attachment: Attachment, tokenizer: Any, config: LoReftConfig, shows: bool) -> None:
         self.attachment = attachment
         self.tokenizer = tokenizer
         self.config = config

@@ -149,26 +149,26 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(rest: list[str]) -> int:
     try:
-        from . import sft
+        from . import train
     except ImportError as error:
         raise ImportError(f'`train` needs TRL: pip install "peft-reft[trl]" ({error})') from error
-    return sft.main(rest)
+    return train.main(rest)
 
 
 def _config(adapter: str) -> Any:
     from peft.utils import CONFIG_NAME
 
-    from .config import LoreftConfig
+    from ..config import LoReftConfig
 
     with _loading(adapter, CONFIG_NAME):
-        return LoreftConfig.from_pretrained(adapter)
+        return LoReftConfig.from_pretrained(adapter)
 
 
 def _read(adapter: str) -> Any:
     """Config and tensors, without a model around them."""
     from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-    from .convert import Adapter
+    from ..convert import Adapter
 
     if os.path.isdir(adapter):
         _config(adapter)  # so that an error names the file
@@ -309,7 +309,7 @@ def _chat(args: Any) -> None:
 def _inspect(args: Any) -> None:
     from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-    from .hub import describe, how_to_ask
+    from ..card import describe, how_to_ask
 
     adapter = _read(args.adapter)
     with _loading(args.adapter, SAFETENSORS_WEIGHTS_NAME):
@@ -361,8 +361,8 @@ def _spec(text: str) -> Any:
 def _show_positions(args: Any) -> None:
     from transformers import AutoTokenizer
 
-    from .config import LoreftConfig
-    from .looking import show_positions
+    from ..config import LoReftConfig
+    from ..tools.show import show_positions
     from .paths import check_path
 
     spec = _spec(args.positions)
@@ -371,12 +371,12 @@ def _show_positions(args: Any) -> None:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     for text in args.text:
         given = [{"role": "user", "content": text}] if args.chat else text
-        show_positions(tokenizer, given, LoreftConfig(positions=spec))
+        show_positions(tokenizer, given, LoReftConfig(positions=spec))
 
 
 def _convert(args: Any) -> None:
-    from .convert import from_adapters, from_pyreft, to_easysteer, to_pyreft
-    from .hub import describe
+    from ..card import describe
+    from ..convert import from_adapters, from_pyreft, to_easysteer, to_pyreft
 
     if args.origin == "pyreft":
         if not args.positions:
@@ -404,7 +404,7 @@ def _convert(args: Any) -> None:
 def _export(args: Any) -> None:
     import torch
 
-    from .convert.ours import new_folder
+    from ..convert.ours import new_folder
 
     model, tokenizer = _model_and_tokenizer(args)
     merged = model.merge_and_unload(safe_merge=True)
@@ -425,7 +425,3 @@ def _export(args: Any) -> None:
     print(
         f"Wrote {args.destination}, {sum(os.path.getsize(e) for e in os.scandir(args.destination)) / 2**20:.0f} MiB."
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

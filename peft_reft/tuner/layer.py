@@ -1,4 +1,4 @@
-"""`LoreftLayer`: the child of a block that holds its adapters and edits its output."""
+"""`LoReftLayer`: the child of a block that holds its adapters and edits its output."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, on
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .edits.apply import Edit, add_edits, gather, may_change
-from .edits.factors import Factors
-from .edits.formulas import Interchange
-from .edits.intervention import Intervention, factors_of
+from ..edits.apply import Edit, add_edits, gather, may_change
+from ..edits.factors import Factors
+from ..edits.formulas import Interchange
+from ..edits.intervention import Intervention, factors_of
+from ..positions.index import PositionIndex
+from .exchange import exchange
+from .forward import Attachment, Forward, LayerPlan, current, current_names
 from .merging import NEW_BIAS, Folded, fold, gains_bias, onloaded, projection_of, unfold
-from .positions.index import PositionIndex
-from .tuner.exchange import exchange
-from .tuner.forward import Attachment, Forward, LayerPlan, current, current_names
 
 CHILD = "loreft"
 """Name of the layer in its block. Keys read `...layers.3.loreft.loreft_weights.<adapter>.R`."""
 
 
-class LoreftLayer(nn.Module, BaseTunerLayer):
+class LoReftLayer(nn.Module, BaseTunerLayer):
     """Edits the output of the block it is a child of, at the positions of the forward that runs.
 
     Args:
@@ -256,7 +256,7 @@ class LoreftLayer(nn.Module, BaseTunerLayer):
         new_parameters: bool = False,
         shared: bool = False,
     ) -> None:
-        """Fold the edits into the linear map whose output they edit; see `LoreftModel.merge_adapter`.
+        """Fold the edits into the linear map whose output they edit; see `LoReftModel.merge_adapter`.
 
         Args:
             safe_merge: whether to raise ValueError, before anything is changed, if the result is not finite.

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Any
 
-from .chat_check import fault_of
+from .check import fault_of
 from .render import LEADS, THINKING, Chat, Ids, NoMarks, Renderer, Row, Said, Writer, place_of
 
 _THOUGHTS = re.compile(r"[<\[◁][^<>\[\]◁▷\s]{0,12}think", re.IGNORECASE)

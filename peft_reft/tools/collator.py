@@ -1,4 +1,4 @@
-"""`DataCollatorForLoreft`: wraps any collator and adds `intervention_positions` to its batches."""
+"""`DataCollatorForLoReft`: wraps any collator and adds `intervention_positions` to its batches."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from peft import TaskType
 from torch import Tensor
 
-from .config import LoreftConfig
-from .positions.batch import POSITIONS, SUBSPACES, Batch
-from .positions.marks import Marks
-from .positions.sources import FromBatch, check_subspaces
-from .positions.wanted import Wanted
+from ..config import LoReftConfig
+from ..positions.batch import POSITIONS, SUBSPACES, Batch
+from ..positions.marks import Marks
+from ..positions.sources import FromBatch, check_subspaces
+from ..positions.wanted import Wanted
 
 
-class DataCollatorForLoreft:
+class DataCollatorForLoReft:
     """Adds the positions that LoReFT edits to the batches of another collator.
 
     Optional where the model's forward sees the labels: it then derives the very same positions itself. Needed where
@@ -39,17 +39,17 @@ class DataCollatorForLoreft:
 
     Examples:
         >>> import torch
-        >>> from peft_reft import DataCollatorForLoreft, LoreftConfig
+        >>> from peft_reft import DataCollatorForLoReft, LoReftConfig
         >>> def collate(rows):
         ...     return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
-        >>> config = LoreftConfig(task_type="CAUSAL_LM", positions="f2+l2")
-        >>> collator = DataCollatorForLoreft(collate, config)
+        >>> config = LoReftConfig(task_type="CAUSAL_LM", positions="f2+l2")
+        >>> collator = DataCollatorForLoReft(collate, config)
         >>> row = {"input_ids": [5, 6, 7, 8, 9, 3], "labels": [-100, -100, -100, -100, -100, 3]}
         >>> collator([row])["intervention_positions"]
         tensor([[0, 1, 3, 4]])
     """
 
-    def __init__(self, base_collator: Callable[..., Any], config: LoreftConfig) -> None:
+    def __init__(self, base_collator: Callable[..., Any], config: LoReftConfig) -> None:
         self.base_collator = base_collator
         self.config = config
 

@@ -15,15 +15,15 @@ import torch
 from peft import TaskType
 from torch import Tensor, nn
 
-from .config import LoreftConfig
-from .layer import LoreftLayer
-from .positions.batch import POSITIONS, Batch
-from .positions.chat_template import find_marks
-from .positions.index import arrange
-from .positions.marks import Marks
-from .positions.resolve import resolve
-from .positions.spec import Group, Positions
-from .tuner.forward import current
+from ..config import LoReftConfig
+from ..positions.batch import POSITIONS, Batch
+from ..positions.chat.template import find_marks
+from ..positions.index import arrange
+from ..positions.marks import Marks
+from ..positions.resolve import resolve
+from ..positions.spec import Group, Positions
+from ..tuner.forward import current
+from ..tuner.layer import LoReftLayer
 
 _COLOURS = {"f": ("44", "#9ecbff"), "l": ("42", "#a6e3a1"), "p": ("46", "#a5e8e8"), "g": ("43", "#ffe08a")}
 """Of each kind of group: ANSI background, HTML background."""
@@ -52,7 +52,7 @@ class _Piece:
         return f'<span style="{style}" title="{self.group}">{"|".join(tokens)}</span>'
 
 
-def show_positions(tokenizer: Any, batch_or_text: Any, config: LoreftConfig) -> None:
+def show_positions(tokenizer: Any, batch_or_text: Any, config: LoReftConfig) -> None:
     """Print texts with the tokens that `config` edits marked: in colour on a terminal, as HTML in a notebook.
 
     Args:
@@ -63,13 +63,13 @@ def show_positions(tokenizer: Any, batch_or_text: Any, config: LoreftConfig) -> 
         config: the adapter's config.
 
     Examples:
-        >>> from peft_reft import LoreftConfig, show_positions
+        >>> from peft_reft import LoReftConfig, show_positions
         >>> class Characters:  # stands for a tokenizer
         ...     def __call__(self, text):
         ...         return {"input_ids": [ord(character) for character in text]}
         ...     def decode(self, ids):
         ...         return "".join(map(chr, ids))
-        >>> show_positions(Characters(), "What is it?", LoreftConfig(positions={"0-3": "f2", "4-": "f1+l3"}))
+        >>> show_positions(Characters(), "What is it?", LoReftConfig(positions={"0-3": "f2", "4-": "f1+l3"}))
         layers 0-3: f2, the first 2 tokens of the prompt
           [f2: W|h]at is it?
         layers 4-: f1+l3, the first and the last 3 tokens of the prompt
@@ -96,7 +96,7 @@ def show_positions(tokenizer: Any, batch_or_text: Any, config: LoreftConfig) -> 
             print("  " + "".join(piece.ansi() if colour else piece.plain() for piece in row))
 
 
-def marked_row(tokenizer: Any, batch: Mapping[str, Any], config: LoreftConfig) -> str:
+def marked_row(tokenizer: Any, batch: Mapping[str, Any], config: LoReftConfig) -> str:
     """The first row of a batch as text, its edited tokens in brackets, once for each spec of the config.
 
     Args:
@@ -122,7 +122,7 @@ def _in_notebook() -> bool:
 
 
 def _marked(
-    tokenizer: Any, batch_or_text: Any, config: LoreftConfig
+    tokenizer: Any, batch_or_text: Any, config: LoReftConfig
 ) -> Iterator[tuple[str, Positions, list[list[_Piece]]]]:
     batches = list(_batches(tokenizer, batch_or_text))
     if isinstance(config.positions, dict):
@@ -149,7 +149,7 @@ def _batches(tokenizer: Any, given: Any) -> Iterator[Mapping[str, Any]]:
         raise ValueError(f"batch_or_text={given!r}: expected a prompt, a list of prompts, a chat, or a batch.")
 
 
-def _rows(tokenizer: Any, batch: Mapping[str, Any], config: LoreftConfig, spec: Positions) -> Iterator[list[_Piece]]:
+def _rows(tokenizer: Any, batch: Mapping[str, Any], config: LoReftConfig, spec: Positions) -> Iterator[list[_Piece]]:
     ids: Tensor = batch["input_ids"]
     mask: Tensor | None = batch.get("attention_mask")
     slots = batch.get(POSITIONS)
@@ -176,7 +176,7 @@ def _rows(tokenizer: Any, batch: Mapping[str, Any], config: LoreftConfig, spec: 
         yield pieces
 
 
-def _marks(tokenizer: Any, config: LoreftConfig) -> Marks | None:
+def _marks(tokenizer: Any, config: LoReftConfig) -> Marks | None:
     """Of the config; else those that a Trainer finds by the tokenizer."""
     known = Marks.of(config.response_template, config.instruction_template)
     if known is not None:
@@ -211,16 +211,16 @@ def edit_norms(model: nn.Module, batch: Mapping[str, Any]) -> np.ndarray:
         >>> import torch
         >>> from peft import get_peft_model
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from peft_reft import LoreftConfig, edit_norms
+        >>> from peft_reft import LoReftConfig, edit_norms
         >>> sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
         >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes))
-        >>> model = get_peft_model(base, LoreftConfig(task_type="CAUSAL_LM", positions="f1+l1"))
+        >>> model = get_peft_model(base, LoReftConfig(task_type="CAUSAL_LM", positions="f1+l1"))
         >>> edit_norms(model, {"input_ids": torch.arange(4).unsqueeze(0)})  # new: nothing is changed yet
         array([[[ 0., nan, nan,  0.]],
         <BLANKLINE>
                [[ 0., nan, nan,  0.]]], dtype=float32)
     """
-    layers = [module for module in model.modules() if isinstance(module, LoreftLayer)]
+    layers = [module for module in model.modules() if isinstance(module, LoReftLayer)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoReFT adapter.")
     found: dict[int, np.ndarray] = {}
@@ -237,7 +237,7 @@ def edit_norms(model: nn.Module, batch: Mapping[str, Any]) -> np.ndarray:
 
 
 @contextmanager
-def _recorded(layers: list[LoreftLayer], found: dict[int, np.ndarray]) -> Iterator[None]:
+def _recorded(layers: list[LoReftLayer], found: dict[int, np.ndarray]) -> Iterator[None]:
     """Fill `found` with the norms of each layer, by its place in `layers`."""
     before: dict[nn.Module, Tensor] = {}
     number = {layer: n for n, layer in enumerate(layers)}

@@ -15,7 +15,7 @@ from peft.utils.other import _get_input_embeddings_name, _get_module_names_tied_
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .config import LoreftConfig
+from ..config import LoReftConfig
 from .layer import CHILD
 
 _NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -24,7 +24,7 @@ _OF_MAMBA = ("out_proj", "conv1d")
 
 
 def refuse_conflicts(
-    model: nn.Module, config: LoreftConfig, targets: Collection[str], edited: Collection[str]
+    model: nn.Module, config: LoReftConfig, targets: Collection[str], edited: Collection[str]
 ) -> None:
     """Refuse targets whose edits would not be computed, and wrappers around modules that are edited.
 
@@ -95,7 +95,7 @@ def refuse_fused_head(model: Any, given: dict[str, Any]) -> None:
         )
 
 
-def _to_be_wrapped(model: nn.Module, config: LoreftConfig, modules: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _to_be_wrapped(model: nn.Module, config: LoReftConfig, modules: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Field and name of the modules that PEFT will wrap for this config; it compares ends of names, as here."""
     to_save = tuple(config.modules_to_save or ())
     for name in modules:

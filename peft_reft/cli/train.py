@@ -24,9 +24,9 @@ from trl import (
     get_quantization_config,
 )
 
-from .config import LoreftConfig
+from ..config import LoReftConfig
+from .data import training_data
 from .paths import check_path
-from .training_data import training_data
 
 # What of TRL's classes this command uses. The rest is not taken, so that nothing is ignored without a word.
 _OF_MODEL = {
@@ -54,7 +54,7 @@ _INSTEAD = {
 
 _OF_ALL_METHODS = {field.name for field in fields(PeftConfig)}
 _LEFT_OUT = {"target_parameters"}  # not supported
-_KINDS = get_type_hints(LoreftConfig)
+_KINDS = get_type_hints(LoReftConfig)
 
 
 def _part_of(whole: Any, names: Collection[str], more: list[Any]) -> Any:
@@ -105,17 +105,17 @@ _TEST_FILE = (
 
 ModelArguments: Any = _part_of(ModelConfig, _OF_MODEL, [])
 DataArguments: Any = _part_of(ScriptArguments, _OF_SCRIPT, [_TEST_FILE])
-LoreftArguments: Any = make_dataclass(
-    "LoreftArguments",
-    [_loreft_argument(field) for field in fields(LoreftConfig) if field.name not in _OF_ALL_METHODS | _LEFT_OUT],
+LoReftArguments: Any = make_dataclass(
+    "LoReftArguments",
+    [_loreft_argument(field) for field in fields(LoReftConfig) if field.name not in _OF_ALL_METHODS | _LEFT_OUT],
 )
 
 
-def loreft_config(arguments: Any) -> LoreftConfig:
+def loreft_config(arguments: Any) -> LoReftConfig:
     """The config that command-line arguments or a YAML file describe."""
     given = {field.name: getattr(arguments, field.name) for field in fields(arguments)}
     named = {field.name: field.default for field in fields(arguments)}
-    return LoreftConfig(
+    return LoReftConfig(
         task_type="CAUSAL_LM",
         **{name: _value(name, value) for name, value in given.items() if value != named[name]},
     )
@@ -133,7 +133,7 @@ def _value(name: str, value: Any) -> Any:
             return value
         if list[str] in get_args(_KINDS[name]):  # one name
             return [value]
-        raise ValueError(f"--{name} {value!r} is no JSON. Expected {LoreftConfig.__annotations__[name]}.") from None
+        raise ValueError(f"--{name} {value!r} is no JSON. Expected {LoReftConfig.__annotations__[name]}.") from None
 
 
 class SaveOnInterrupt(TrainerCallback):
@@ -168,11 +168,11 @@ class SaveOnInterrupt(TrainerCallback):
 
 def parser() -> TrlParser:
     """All arguments of TRL's `SFTConfig`, those of its other classes that are used here, and LoReFT's."""
-    classes: Any = (DataArguments, SFTConfig, ModelArguments, DatasetMixtureConfig, LoreftArguments)
+    classes: Any = (DataArguments, SFTConfig, ModelArguments, DatasetMixtureConfig, LoReftArguments)
     made = TrlParser(
         classes,
         prog="peft-reft train",
-        description="Finetune a causal LM with LoReFT: TRL's SFTTrainer, its arguments and those of LoreftConfig.",
+        description="Finetune a causal LM with LoReFT: TRL's SFTTrainer, its arguments and those of LoReftConfig.",
     )
     made.set_defaults(output_dir="outputs/loreft", learning_rate=1e-3, report_to="none")
     if not torch.accelerator.is_available():
@@ -243,7 +243,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _how_to_ask(folder: str, config: LoreftConfig) -> str:
+def _how_to_ask(folder: str, config: LoReftConfig) -> str:
     said = f"Ask it: peft-reft generate {folder} 'A prompt'"
     if config.response_template is None:
         return said

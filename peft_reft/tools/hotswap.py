@@ -7,10 +7,10 @@ from typing import Any
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
-from .config import LoreftConfig
-from .files import check_finite
-from .layer import LoreftLayer
-from .model import LoreftModel
+from ..config import LoReftConfig
+from ..files import check_finite
+from ..tuner.layer import LoReftLayer
+from ..tuner.model import LoReftModel
 
 _MAY_DIFFER = (
     "base_model_name_or_path",
@@ -57,18 +57,18 @@ def hotswap_adapter(
         >>> import tempfile
         >>> from peft import get_peft_model
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from peft_reft import LoreftConfig, hotswap_adapter
+        >>> from peft_reft import LoReftConfig, hotswap_adapter
         >>> sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-        >>> model = get_peft_model(LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes)), LoreftConfig(r=4))
+        >>> model = get_peft_model(LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes)), LoReftConfig(r=4))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     model.save_pretrained(folder)
         ...     hotswap_adapter(model, folder)
     """
     peft_model: Any = getattr(model, "_orig_mod", model)
     loaded = peft_model.peft_config.get(adapter_name)
-    if not isinstance(loaded, LoreftConfig):
+    if not isinstance(loaded, LoReftConfig):
         raise ValueError(f"adapter_name={adapter_name!r}: the model has no LoReFT adapter of that name.")
-    config = LoreftConfig.from_pretrained(model_name_or_path, **kwargs)
+    config = LoReftConfig.from_pretrained(model_name_or_path, **kwargs)
     ours, theirs = loaded.to_dict(), config.to_dict()
     for field in ours:
         if field not in _MAY_DIFFER and ours[field] != theirs[field]:
@@ -76,13 +76,13 @@ def hotswap_adapter(
                 f"The adapters are not alike: {field}={ours[field]!r} in {adapter_name!r}, {theirs[field]!r} in "
                 f"{model_name_or_path}. Use `load_adapter` instead."
             )
-    layers = [module for module in peft_model.modules() if isinstance(module, LoreftLayer)]
+    layers = [module for module in peft_model.modules() if isinstance(module, LoReftLayer)]
     if any(adapter_name in layer.merged_adapters for layer in layers):
         raise ValueError(f"{adapter_name!r} is merged into the weights. Call `unmerge_adapter` first.")
     weights = load_peft_weights(model_name_or_path, device=torch_device or "cpu", **kwargs)
     check_finite(weights, f"The adapter of {model_name_or_path}")
     parameters = dict(peft_model.named_parameters())
-    for name, tensor in LoreftModel._remap_adapter_state_dict_for_load(
+    for name, tensor in LoReftModel._remap_adapter_state_dict_for_load(
         peft_model, loaded, adapter_name, weights
     ).items():
         if name in parameters and parameters[name].shape != tensor.shape:

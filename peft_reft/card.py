@@ -21,11 +21,11 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from .edits.formulas import INTERVENTIONS
+from .patching import wrap
 from .positions.spec import Positions
-from .wrapping import wrap
 
 if TYPE_CHECKING:
-    from .config import LoreftConfig
+    from .config import LoReftConfig
 
 _START, _END = "<!-- peft_reft: start -->", "<!-- peft_reft: end -->"
 _TEMPLATE_MARK = "# Model Card for Model ID"
@@ -47,7 +47,7 @@ _AUTO_CLASSES = {
 }
 
 
-def describe(config: LoreftConfig) -> str:
+def describe(config: LoReftConfig) -> str:
     """One paragraph: formula, rank, layers, positions."""
     specs = config.positions if isinstance(config.positions, dict) else {"": config.positions}
     in_words = [
@@ -71,7 +71,7 @@ def describe(config: LoreftConfig) -> str:
     return f"{formula}, on {where}. Edited tokens: {'; '.join(in_words)} (`positions={config.positions!r}`)."
 
 
-def snippet(directory: str, config: LoreftConfig, name: str | None = None) -> str:
+def snippet(directory: str, config: LoReftConfig, name: str | None = None) -> str:
     """Python that loads the adapter, from the Hub if it goes by `name` there, else from beside its folder.
 
     No path of the machine it was made on gets published.
@@ -84,7 +84,7 @@ def snippet(directory: str, config: LoreftConfig, name: str | None = None) -> st
     )
 
 
-def how_to_ask(config: LoreftConfig) -> str:
+def how_to_ask(config: LoReftConfig) -> str:
     """The form in which the training data gave prompts, in words; empty if the config does not say it."""
     if config.response_template is None:
         return ""
@@ -104,7 +104,7 @@ def size(directory: str) -> str:
     return f" Size: {parameters:,} parameters, {math.ceil(os.path.getsize(path) / 1024):,} KiB."
 
 
-def write_model_card(directory: str, config: LoreftConfig) -> None:
+def write_model_card(directory: str, config: LoReftConfig) -> None:
     """Complete `directory/README.md` with our section, replacing an earlier one.
 
     PEFT's template, which is all questions to be answered, gives way to it; a card that somebody wrote is kept.
@@ -155,9 +155,9 @@ def _save_and_complete(save: Callable[..., Any], card: RepoCard, filepath: Any, 
     except (OSError, ValueError):
         return
     if name == "README.md" and of_loreft:
-        from .config import LoreftConfig  # which imports this module
+        from .config import LoReftConfig  # which imports this module
 
-        write_model_card(directory, LoreftConfig.from_pretrained(directory))
+        write_model_card(directory, LoReftConfig.from_pretrained(directory))
 
 
 def _push_by_name(push: Callable[..., Any], model: PeftModel, repo_id: str, *args: Any, **kwargs: Any) -> Any:

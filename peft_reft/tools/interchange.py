@@ -4,7 +4,7 @@
 subspace of R, is set to what it is in a run on another input, the source. If the output then is the one that a causal
 model gives for the same exchange of a variable, the subspace holds that variable. DAS learns R by gradient.
 
-The intervention is an adapter like any other (`LoreftConfig(intervention="interchange", ...)`): trained, saved and
+The intervention is an adapter like any other (`LoReftConfig(intervention="interchange", ...)`): trained, saved and
 loaded like one. Without a source it does nothing.
 """
 
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .edits.formulas import Interchange
-from .layer import LoreftLayer
-from .positions.resolve import IGNORED
-from .positions.sources import check_subspaces
-from .tuner.exchange import SourceRun
-from .tuner.forward import ATTRIBUTE, Attachment
+from ..edits.formulas import Interchange
+from ..positions.resolve import IGNORED
+from ..positions.sources import check_subspaces
+from ..tuner.exchange import SourceRun
+from ..tuner.forward import ATTRIBUTE, Attachment
+from ..tuner.layer import LoReftLayer
 
 
 @contextmanager
@@ -48,10 +48,10 @@ def interchange(model: nn.Module, source: Mapping[str, Any], subspaces: Any = No
         >>> import torch
         >>> from peft import get_peft_model
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from peft_reft import LoreftConfig, interchange
+        >>> from peft_reft import LoReftConfig, interchange
         >>> sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
         >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes)).eval()
-        >>> config = LoreftConfig(intervention="interchange", r=32, layers=[1], positions="l1", task_type="CAUSAL_LM")
+        >>> config = LoReftConfig(intervention="interchange", r=32, layers=[1], positions="l1", task_type="CAUSAL_LM")
         >>> model = get_peft_model(base, config).eval()
         >>> one, other = (dict(input_ids=torch.randint(100, (1, 6))) for _ in range(2))
         >>> with interchange(model, source=other):
@@ -60,7 +60,7 @@ def interchange(model: nn.Module, source: Mapping[str, Any], subspaces: Any = No
         True
     """
     attachments = _attachments(model)
-    layers = [module for module in model.modules() if isinstance(module, LoreftLayer)]
+    layers = [module for module in model.modules() if isinstance(module, LoReftLayer)]
     if not any(isinstance(weights, Interchange) for layer in layers for weights in layer.weights_of(None)):
         raise ValueError("The model has no active adapter with intervention='interchange'.")
     runs = [SourceRun(check_subspaces(subspaces)) for _ in attachments]

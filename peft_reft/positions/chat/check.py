@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from ..turns import answers_of
 from .render import LEADS, THINKING, Ids, Renderer, Writer
-from .turns import answers_of
 
 
 def fault_of(

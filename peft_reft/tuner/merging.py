@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import onload_layer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .edits.factors import Affine, ElementwiseFactors, Factors, LowRankFactors
+from ..edits.factors import Affine, ElementwiseFactors, Factors, LowRankFactors
 
 _OUTPUT_NAMES = (
     "o_proj",

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from .layer import LoreftLayer
+from ..tuner.layer import LoReftLayer
 
 _SHOWN = 8
 _ELSEWHERE = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
@@ -31,7 +31,7 @@ def warn_of_unmoved(model: nn.Module) -> None:
     trained = {
         f"{name}.{own}": parameter
         for name, module in model.named_modules()
-        if isinstance(module, LoreftLayer)
+        if isinstance(module, LoReftLayer)
         for own, parameter in module.named_parameters()
         if parameter.requires_grad
     }

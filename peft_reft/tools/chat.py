@@ -10,16 +10,16 @@ from typing import Any
 
 from torch import nn
 
-from .config import LoreftConfig
-from .layer import LoreftLayer
-from .positions.batch import prompts_of
-from .positions.chat_template import Found, find_marks
-from .positions.marks import Marks, check_template
-from .tuner.forward import share_plan
+from ..config import LoReftConfig
+from ..positions.batch import prompts_of
+from ..positions.chat.template import Found, find_marks
+from ..positions.marks import Marks, check_template
+from ..tuner.forward import share_plan
+from ..tuner.layer import LoReftLayer
 
 
 def chat_marks(tokenizer: Any) -> dict[str, list[list[int]]]:
-    """The headers of a tokenizer's chat template, as fields of `LoreftConfig`.
+    """The headers of a tokenizer's chat template, as fields of `LoReftConfig`.
 
     An unchanged Trainer, `peft-reft train` and TRL's trainers find them by themselves. This is for training loops of
     one's own, and for adapters that were trained without them.
@@ -35,7 +35,7 @@ def chat_marks(tokenizer: Any) -> dict[str, list[list[int]]]:
         ValueError: there is no chat template, or its headers cannot be told from its text.
 
     Examples:
-        >>> config = LoreftConfig(task_type="CAUSAL_LM", **chat_marks(tokenizer))  # doctest: +SKIP
+        >>> config = LoReftConfig(task_type="CAUSAL_LM", **chat_marks(tokenizer))  # doctest: +SKIP
     """
     found = find_marks(tokenizer)
     if found is None:
@@ -68,8 +68,8 @@ def set_marks(
 
     Args:
         model: with LoReFT adapters; a PEFT model or what `add_adapter` of transformers made.
-        response_template: see `LoreftConfig`.
-        instruction_template: see `LoreftConfig`.
+        response_template: see `LoReftConfig`.
+        instruction_template: see `LoReftConfig`.
         adapter_names: which adapters; None for those that have no marks yet.
 
     Returns:
@@ -87,19 +87,19 @@ def set_marks(
         configs[name].response_template = [list(template) for template in marks.response]
         configs[name].instruction_template = [list(template) for template in marks.instruction]
     for layer in model.modules():
-        if isinstance(layer, LoreftLayer):
+        if isinstance(layer, LoReftLayer):
             for name in adapter_names:
                 if (plan := layer.plans.get(name)) is not None:
                     layer.plans[name] = share_plan(replace(plan, wanted=replace(plan.wanted, marks=marks)))
     return list(adapter_names)
 
 
-def loreft_configs(model: nn.Module) -> dict[str, LoreftConfig]:
+def loreft_configs(model: nn.Module) -> dict[str, LoReftConfig]:
     """The configs of a model's LoReFT adapters, by name."""
     for module in model.modules():
         configs = getattr(module, "peft_config", None)
         if isinstance(configs, dict):
-            return {name: config for name, config in configs.items() if isinstance(config, LoreftConfig)}
+            return {name: config for name, config in configs.items() if isinstance(config, LoReftConfig)}
     return {}
 
 
@@ -121,10 +121,10 @@ def prompt_lengths(lengths: Sequence[int]) -> Iterator[None]:
         >>> import torch
         >>> from peft import get_peft_model
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from peft_reft import LoreftConfig, prompt_lengths
+        >>> from peft_reft import LoReftConfig, prompt_lengths
         >>> sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
         >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes)).eval()
-        >>> config = LoreftConfig(task_type="CAUSAL_LM", positions="l2", init_weights=False)
+        >>> config = LoReftConfig(task_type="CAUSAL_LM", positions="l2", init_weights=False)
         >>> model = get_peft_model(base, config).eval()
         >>> ids, labels = torch.arange(8).unsqueeze(0), torch.tensor([[-100] * 5 + [5, 6, 7]])
         >>> with prompt_lengths([5]):

@@ -1,0 +1,1 @@
+"""`peft-reft`, the command: train, generate, chat, inspect, show-positions, convert, export."""

@@ -1,0 +1,9 @@
+"""`python -m peft_reft.cli`: for launchers that start a module, such as `accelerate launch -m`."""
+
+from __future__ import annotations
+
+import sys
+
+from .main import main
+
+sys.exit(main())

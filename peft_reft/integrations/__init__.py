@@ -1,0 +1,1 @@
+"""Plugins for trainers, one module for each."""
