@@ -13,9 +13,11 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from .card import write_model_card
 from .edits.formulas import ACTIVATIONS, INTERVENTIONS
 from .files import check_weights_file
+from .positions.index import Sharing
 from .positions.layers import check_layers, first_layer, resolve_layers
+from .positions.layout import Layout
 from .positions.marks import check_template
-from .positions.spec import Layout, Positions, union
+from .positions.spec import Positions, union
 
 COMPONENTS = ("block", "attention", "mlp")
 Tie = Literal["position", "group", "layer", "model"]
@@ -273,10 +275,14 @@ class LoReftConfig(PeftConfig):
         return union(self.specs)
 
     @property
+    def sharing(self) -> Sharing:
+        """Which positions of one layer share weights. `tie="model"` shares them among layers besides."""
+        return self.tie if self.tie in ("group", "position") else "all"
+
+    @property
     def edits_everything(self) -> bool:
         """Whether prompt and answer are edited alike in every layer, all of both."""
-        alike = self.tie in ("layer", "model")
-        return alike and all({"p", "g"} <= {g.kind for g in spec.groups if g.count is None} for spec in self.specs)
+        return self.sharing == "all" and all(spec.groups.edits_every_token for spec in self.specs)
 
     def positions_by_layer(self, n_layers: int) -> dict[int, Positions]:
         """The spec of each layer to edit, in a model of `n_layers` blocks.

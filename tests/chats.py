@@ -105,9 +105,9 @@ def answers_of(row, document):
 
 def slots_of(document, spans, nth, groups):
     """Slots of the counted groups of one answer: a list of (group, slot within the group, column or -1)."""
-    p = sum(group.count for group in groups if group.kind == "f")
-    s = sum(group.count for group in groups if group.kind == "l")
-    skip = max(group.skip for group in groups)
+    p = sum(group.count for group in groups if group.letter == "f")
+    s = sum(group.count for group in groups if group.letter == "l")
+    skip = max(group.ends.skip for group in groups)
     start, end = spans[nth]
     lower = spans[nth - 1][1] if nth else 0  # the answer's own prompt begins behind the answer before
     prompt = document[lower : max(lower, start - skip)]
@@ -117,12 +117,12 @@ def slots_of(document, spans, nth, groups):
     for group in groups:
         if group.count is None:
             continue
-        if group.kind == "l":
+        if group.letter == "l":
             chosen = prompt[max(0, len(prompt) - s) :]
             chosen = [NONE] * (group.count - len(chosen)) + chosen
         else:
             chosen = document[start:end][: group.count]
-            if group.kind == "f":
+            if group.letter == "f":
                 chosen = prompt[:p] if nth == 0 else []
             chosen = chosen + [NONE] * (group.count - len(chosen))
         slots += [(group, slot, column) for slot, column in enumerate(chosen)]
@@ -143,7 +143,7 @@ def oracle_row(row, groups):
         (group, [column if column in chosen else NONE for column in range(len(row.real))])
         for group in groups
         if group.count is None
-        for chosen in [prompts if group.kind == "p" else answers]
+        for chosen in [prompts if group.letter == "p" else answers]
     ]
     return counted, regions
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peft_reft import Positions
-from peft_reft.positions.index import arrange
+from peft_reft.positions.index import make_index
 from peft_reft.positions.resolve import find_answers, find_turns, resolve
 from peft_reft.positions.spec import union
 
@@ -26,7 +26,7 @@ def edited(index):
             found.append([divmod(i, seq) for i, hit in enumerate(mask.flatten().tolist()) if hit])
         return found
     rows = index.rows if index.rows.ndim == 2 else index.rows.unsqueeze(0)
-    valid = index.keep if index.keep.ndim == 3 else index.keep.unsqueeze(0)
+    valid = index.valid if index.valid.ndim == 3 else index.valid.unsqueeze(0)
     assert valid.shape == (*rows.shape, 1)
     assert ((rows >= 0) & (rows < batch * seq)).all()  # empty slots are gathered too
     for one_rows, one_valid in zip(rows.tolist(), valid.squeeze(-1).tolist()):
@@ -56,7 +56,7 @@ def edited(index):
     ],
 )
 def test_good_specs(spec, groups):
-    assert [(group.kind, group.count) for group in Positions.parse(spec).groups] == groups
+    assert [(group.letter, group.count) for group in Positions.parse(spec).groups] == groups
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_a_known_number_of_answers_gives_the_same(batch, spec):
     most = counted // width if width else 1
     assert torch.equal(resolve(groups, turns.answers(most)), read) or not width
     one = resolve(groups, turns.answers(1))
-    if most == 1 or not any(group.kind == "g" and group.count for group in groups):  # which the next answer limits
+    if most == 1 or not any(group.letter == "g" and group.count for group in groups):  # which the next answer limits
         assert torch.equal(one, torch.cat([read[:, :width], read[:, counted:]], 1))
     more = resolve(groups, turns.answers(most + 1))
     assert torch.equal(more, torch.cat([read[:, :counted], torch.full((rows, width), NONE), read[:, counted:]], 1))
@@ -310,7 +310,7 @@ def test_arrange_of_counted_groups(batch, spec, by):
     groups = Positions.parse(spec).groups
     _, edits = oracle(batch, groups)
     slots = resolve(groups, batch.turns().answers())
-    index = arrange(slots, len(batch.real[0]), groups, groups, by)
+    index = make_index(slots, len(batch.real[0]), groups, groups, by)
     expected = {
         "all": [{(row, column) for group in groups for row, _, column in edits[group]}],
         "group": [{(row, column) for row, _, column in edits[group]} for group in groups],
@@ -330,9 +330,9 @@ def test_arrange_of_open_ended_groups(batch, spec, by):
     groups = Positions.parse(spec).groups
     _, edits = oracle(batch, groups)
     slots = resolve(groups, batch.turns().answers())
-    index = arrange(slots, len(batch.real[0]), groups, groups, by)
+    index = make_index(slots, len(batch.real[0]), groups, groups, by)
     expected = [{(row, column) for row, _, column in edits[group]} for group in groups]
-    assert index.rows is None and torch.equal(index.keep, index.mask.float())
+    assert index.rows is None and torch.equal(index.valid, index.mask.float())
     assert [set(found) for found in edited(index)] == ([set().union(*expected)] if by == "all" else expected)
 
 
@@ -345,7 +345,7 @@ def test_arrange_picks_the_groups_of_a_layer(batch, texts, by):
     slots = resolve(layout, batch.turns().answers())
     for spec in layer_specs:
         _, edits = oracle(batch, spec.groups)
-        index = arrange(slots, len(batch.real[0]), layout, spec.groups, by)
+        index = make_index(slots, len(batch.real[0]), layout, spec.groups, by)
         expected = [{(row, column) for row, _, column in edits[group]} for group in spec.groups]
         assert [set(found) for found in edited(index)] == ([set().union(*expected)] if by == "all" else expected)
 
@@ -362,7 +362,7 @@ def test_a_short_prompt_is_cut_by_the_spec_of_the_layer_alone(texts):
         slots = resolve(layout, find_answers(real))
         for spec in layer_specs:
             _, edits = oracle(Rows(real=real.tolist(), ids=[[3] * length]), spec.groups)
-            index = arrange(slots, length, layout, spec.groups, "group")
+            index = make_index(slots, length, layout, spec.groups, "group")
             expected = [{(row, column) for row, _, column in edits[group]} for group in spec.groups]
             assert [set(found) for found in edited(index)] == expected, f"{spec}, L = {length}"
 
@@ -372,7 +372,7 @@ def test_a_short_prompt_is_cut_by_the_spec_of_the_layer_alone(texts):
 def test_a_token_is_edited_once(batch, spec, by):
     groups = Positions.parse(spec).groups
     slots = resolve(groups, batch.turns().answers())
-    found = [pair for one in edited(arrange(slots, len(batch.real[0]), groups, groups, by)) for pair in one]
+    found = [pair for one in edited(make_index(slots, len(batch.real[0]), groups, groups, by)) for pair in one]
     assert len(found) == len(set(found))
 
 
@@ -382,7 +382,7 @@ def test_a_token_before_a_later_answer_is_edited_once(spec, by):
     groups = Positions.parse(spec).groups
     ids = [1, *STABLE, 2, 3, *USER, *STABLE, 4]
     slots = resolve(groups, Rows(real=[[True] * 10], ids=[ids], marks=CHATML).turns().answers())
-    found = [pair for one in edited(arrange(slots, 10, groups, groups, by)) for pair in one]
+    found = [pair for one in edited(make_index(slots, 10, groups, groups, by)) for pair in one]
     assert {column for _, column in found} == {1, 2, 3, 4, 7, 8, 9}
     assert len(found) == len(set(found))
 
@@ -399,7 +399,7 @@ def test_training_edits_what_generation_edits(spec, prompt, completion, left, ri
 
     def columns(real, labels):
         slots = resolve(groups, find_answers(real, labels))
-        return {column for _, column in edited(arrange(slots, real.shape[1], groups, groups, "all"))[0]}
+        return {column for _, column in edited(make_index(slots, real.shape[1], groups, groups, "all"))[0]}
 
     assert {column - left for column in columns(trained, labels)} == {
         column - right for column in columns(alone, None)
@@ -415,7 +415,7 @@ def test_training_edits_what_generation_edits(spec, prompt, completion, left, ri
 def test_a_flat_list_of_any_length_is_taken_as_it_stands(spec, rows, width):
     groups = Positions.parse(spec).groups
     slots = torch.tensor(rows)[:, :width]
-    index = arrange(slots, 6, groups, groups, "all")
+    index = make_index(slots, 6, groups, groups, "all")
     expected = {(i, column) for i, row in enumerate(slots.tolist()) for column in row if column >= 0}
     assert [set(found) for found in edited(index)] == [expected]
 
@@ -423,7 +423,7 @@ def test_a_flat_list_of_any_length_is_taken_as_it_stands(spec, rows, width):
 @pytest.mark.parametrize("spec", ["f2+l2", "p"])
 def test_a_flat_list_may_be_empty(spec):
     groups = Positions.parse(spec).groups
-    assert edited(arrange(torch.empty(2, 0, dtype=torch.long), 6, groups, groups, "all")) == [[]]
+    assert edited(make_index(torch.empty(2, 0, dtype=torch.long), 6, groups, groups, "all")) == [[]]
 
 
 @pytest.mark.parametrize(
@@ -442,7 +442,7 @@ def test_a_flat_list_may_be_empty(spec):
 def test_slots_that_do_not_fit_the_layout(layout, groups, by, slots):
     layout, groups = Positions.parse(layout).groups, Positions.parse(groups).groups
     with pytest.raises(ValueError, match=f"intervention_positions has {slots} slots a row") as error:
-        arrange(torch.zeros(2, slots, dtype=torch.long), 6, layout, groups, by)
+        make_index(torch.zeros(2, slots, dtype=torch.long), 6, layout, groups, by)
     assert "+".join(map(str, layout)) in str(error.value)
     assert f"expected a multiple of {sum(group.count or 0 for group in layout)}" in str(error.value)
 
@@ -452,7 +452,7 @@ def test_a_stand_in_belongs_to_the_same_row():
     slots = torch.tensor([[2, -1, 3], [-1, 4, -1]])
     groups = Positions.parse("f1+l2").groups
     for by in ("all", "group", "position"):
-        index = arrange(slots, 5, groups, groups, by)
+        index = make_index(slots, 5, groups, groups, by)
         real = {2, 3, 5 + 4}
         assert set(index.rows.flatten().tolist()) <= real
         per_row = index.rows.reshape(-1, 2, index.rows.shape[-1] // 2) // 5
@@ -463,8 +463,8 @@ def test_slots_of_a_group_stay_in_answer_order():
     """`count` interventions side by side see (row, answer, slot) in one order, so that shapes are static."""
     groups = Positions.parse("f1+l2").groups
     slots = torch.tensor([[0, 2, 3, -1, 5, 6]])
-    assert edited(arrange(slots, 8, groups, groups, "group")) == [[(0, 0)], [(0, 2), (0, 3), (0, 5), (0, 6)]]
-    assert edited(arrange(slots, 8, groups, groups, "position")) == [[(0, 0)], [(0, 2), (0, 5)], [(0, 3), (0, 6)]]
+    assert edited(make_index(slots, 8, groups, groups, "group")) == [[(0, 0)], [(0, 2), (0, 3), (0, 5), (0, 6)]]
+    assert edited(make_index(slots, 8, groups, groups, "position")) == [[(0, 0)], [(0, 2), (0, 5)], [(0, 3), (0, 6)]]
 
 
 @pytest.mark.parametrize("spec", ["f2+l2", "p+g2", "l1+g", "all"])
@@ -475,7 +475,7 @@ def test_nothing_is_read_by_the_host(spec):
         real = torch.ones(2, 8, dtype=torch.bool)
         answers = find_answers(real, torch.zeros(2, 8, dtype=torch.long), torch.zeros(2, 8, dtype=torch.long), count=1)
         slots = resolve(groups, answers)
-        index = arrange(slots, 8, groups, groups, "group")
+        index = make_index(slots, 8, groups, groups, "group")
         ids = torch.zeros(2, 8, dtype=torch.long)
         by_marks = find_turns(real, None, ids, ids, CHATML, torch.zeros_like(real)).answers(3)
         slots_of_three = resolve(groups, by_marks)

@@ -19,14 +19,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from peft_reft import LoReftConfig
 from peft_reft.edits.formulas import INTERVENTIONS
-from peft_reft.positions.index import arrange as arrange_slots
+from peft_reft.positions.groups import Group
+from peft_reft.positions.index import make_index
 from peft_reft.positions.resolve import find_answers, resolve
-from peft_reft.positions.spec import Group, Positions
+from peft_reft.positions.spec import Positions
 from peft_reft.serving import list_adapters, remove_adapter_async
 from peft_reft.serving.adapters import facts, fingerprint, read_adapter
 from peft_reft.serving.frontend import Known
 from peft_reft.serving.options import Options
-from peft_reft.serving.schedule import NONE, Pieces, Plan, arrange, edited
+from peft_reft.serving.schedule import NONE, Pieces, ServedPlan, arrange, edited
 from peft_reft.serving.server import Server
 from peft_reft.serving.tables import LINEAR, Table, kind_of
 from peft_reft.serving.turns import Reading
@@ -43,19 +44,19 @@ def test_the_same_tokens_as_in_training(by, spec, prompt, answer):
     groups = Positions.parse(spec).groups
     if by == "position" and any(group.count is None for group in groups):
         by = "group"
-    plan = Plan(groups, by)
+    plan = ServedPlan(groups, by)
     n = prompt + answer
     labels = torch.full((1, n), -100)
     labels[:, prompt:] = 1
     slots = resolve(groups, find_answers(torch.ones(1, n, dtype=torch.bool), labels))
-    index = arrange_slots(slots, n, groups, groups, by)
+    index = make_index(slots, n, groups, groups, by)
     wanted = np.full(n, NONE)
     if index.mask is not None:
         masks = index.mask.reshape(-1, n)
         for number, mask in enumerate(masks):
             wanted[mask.numpy()] = number
     else:
-        rows, keep = index.rows.reshape(-1, index.rows.shape[-1]), index.keep.reshape(-1, index.rows.shape[-1])
+        rows, keep = index.rows.reshape(-1, index.rows.shape[-1]), index.valid.reshape(-1, index.rows.shape[-1])
         for number, (at, kept) in enumerate(zip(rows, keep)):
             wanted[at[kept > 0].numpy()] = number
     found = plan.set_of(np.arange(n), begin=np.zeros(n, dtype=int), answer=np.full(n, prompt))
@@ -71,7 +72,7 @@ def test_pieces_add_up_to_the_whole(data):
     plans = [
         None,
         *(
-            Plan(Positions.parse(spec).groups, "group")
+            ServedPlan(Positions.parse(spec).groups, "group")
             for spec in data.draw(st.lists(st.sampled_from(SPECS), min_size=1, max_size=3))
         ),
     ]
@@ -140,16 +141,16 @@ def sets_of_chat(groups, by, ids, given):
         answer = [n for n, (of, answering) in enumerate(turns) if of == turn and answering]
         before = 0
         for number, group in enumerate(groups):
-            kept = prompt[: len(prompt) - group.skip] if len(prompt) > group.skip else []
-            p, s = group.p, group.s
+            kept = prompt[: len(prompt) - group.ends.skip] if len(prompt) > group.ends.skip else []
+            p, s = group.ends.prefix, group.ends.suffix
             if turn == 0 and len(kept) < p + s:
                 p, s = min(p, len(kept) // 2), min(s, (len(kept) + 1) // 2)
-            if group.kind == "p":
+            if group.letter == "p":
                 slots = {n: n for n in prompt}
-            elif group.kind == "f":
+            elif group.letter == "f":
                 slots = {n: n for n in kept[:p]} if turn == 0 else {}
-            elif group.kind == "l":
-                slots = {n: group.s - 1 - back for back, n in enumerate(reversed(kept)) if back < s}
+            elif group.letter == "l":
+                slots = {n: group.ends.suffix - 1 - back for back, n in enumerate(reversed(kept)) if back < s}
             else:
                 slots = {n: place for place, n in enumerate(answer) if group.count is None or place < group.count}
             for n, slot in slots.items():
@@ -177,8 +178,7 @@ def chats(draw):
 
 def reading(spec, by, marks=True):
     fields = dict(response_template=RESPONSE, instruction_template=INSTRUCTION) if marks else {}
-    tie = "layer" if by == "all" else by
-    return Reading.of(SimpleNamespace(specs=[Positions.parse(spec)], tie=tie, **fields))
+    return Reading.of(LoReftConfig(positions=spec, tie="layer" if by == "all" else by, **fields))
 
 
 def cut(data, plan, of_request, ids, given):
@@ -209,7 +209,7 @@ def test_every_turn_of_a_chat_is_edited_by_the_rule(data, chat, by, spec):
         by = "group"
     hypothesis.assume(not splits_a_header(ids, given))
     of_request = reading(spec, by).answers(ids[:given], given)
-    assert cut(data, Plan(groups, by), of_request, ids, given) == sets_of_chat(groups, by, ids, given)
+    assert cut(data, ServedPlan(groups, by), of_request, ids, given) == sets_of_chat(groups, by, ids, given)
 
 
 @given(
@@ -230,7 +230,7 @@ def test_what_shares_cached_blocks_is_edited_alike(chat, marks, by, spec, more):
     # What the model says is an answer until it is given again: then a header in it counts (docs/positions.md).
     says_a_header = any(header_at(ids, n, RESPONSE + INSTRUCTION) for n in range(first, second))
     if alone == [False, False] and not says_a_header:
-        plan = Plan(groups, by)
+        plan = ServedPlan(groups, by)
         both = []
         for n in (first, second):
             step = Pieces(*(np.array([value]) for value in (0, second, 0, n, 0)), [read.answers(ids[:n], n)])
@@ -274,7 +274,7 @@ def test_marks_come_with_the_adapter(llama, empty, tmp_path):
     source = adapter_for(llama, tmp_path, positions="f2+l2", tie="group")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     plain = read_adapter(source, empty)
-    assert plain.reading == Reading(response=[], instruction=[], wants_end=None)
+    assert plain.reading == Reading(response=[], instruction=[], needs_end_below=None)
     if "response_template" in config:
         marked = {**config, "response_template": RESPONSE, "instruction_template": INSTRUCTION}
         (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(marked))
@@ -283,10 +283,14 @@ def test_marks_come_with_the_adapter(llama, empty, tmp_path):
     assert known.reading == read_adapter(source, empty).reading and known.fingerprint == fingerprint(source)
 
 
-def test_a_group_that_is_not_known_is_refused():
-    """... and not edited as if it were another."""
-    with pytest.raises(ValueError, match="'m3' is of kind 'm', which is not served; allowed: f, l, p, g"):
-        Plan((Group("f", 2, p=2), Group("m", 3)), "all")
+def test_a_group_that_does_not_say_its_span_cannot_be_made():
+    """So no group can be scheduled as if it were another."""
+
+    class Middle(Group):
+        letter = "m"
+
+    with pytest.raises(TypeError, match="abstract"):
+        Middle(3)
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])

@@ -28,7 +28,7 @@ from peft_reft import Positions
 from peft_reft.positions import turns as plain
 from peft_reft.positions.batch import Batch
 from peft_reft.positions.generation import GenerateStep, Generation
-from peft_reft.positions.index import arrange
+from peft_reft.positions.index import make_index
 from peft_reft.positions.marks import Marks
 from peft_reft.positions.resolve import resolve
 from peft_reft.positions.sources import FromBatch
@@ -39,13 +39,13 @@ U = UNSUPERVISED
 
 def wanted(spec, marks=None, tie="layer"):
     groups = Positions.parse(spec).groups
-    everything = tie == "layer" and {"p", "g"} <= {group.kind for group in groups if group.count is None}
+    everything = tie == "layer" and {"p", "g"} <= {group.letter for group in groups if group.count is None}
     return Wanted(groups, marks, everything)
 
 
 def columns(slots, seq, groups):
     """The columns of each row that are edited."""
-    index = arrange(slots, seq, groups, groups, "all")
+    index = make_index(slots, seq, groups, groups, "all")
     edited = index.edited.view(index.shape).tolist()
     return [{column for column, hit in enumerate(row) if hit} for row in edited]
 

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from peft_reft import Positions
-from peft_reft.positions.index import arrange
+from peft_reft.positions.index import make_index
 from peft_reft.positions.resolve import find_answers, resolve
 
 PROMPT = ["<s>", "What", "is", "the", "capital", "of", "Italy", "?"]
@@ -26,9 +26,9 @@ def edited(spec: str) -> dict[int, str]:
     groups = Positions.parse(spec).groups
     slots = resolve(groups, answers)
     return {
-        column: group.kind
+        column: group.letter
         for group in groups
-        for column in arrange(slots, tokens, groups, (group,), "all").edited.nonzero().flatten().tolist()
+        for column in make_index(slots, tokens, groups, (group,), "all").edited.nonzero().flatten().tolist()
     }
 
 

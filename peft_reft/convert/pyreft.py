@@ -272,7 +272,7 @@ def _tie(config: LoReftConfig, counts: dict[str, int], layers: list[int]) -> Tie
     wanted: dict[Tie, list[int | None]] = {
         "layer": [1] * len(specs),
         "group": [len(spec.groups) for spec in specs],
-        "position": [sum(group.count or 0 for group in spec.groups) if spec.counted else None for spec in specs],
+        "position": [spec.groups.width if spec.counted else None for spec in specs],
     }
     for tie, numbers in wanted.items():
         if numbers == [*counts.values()]:

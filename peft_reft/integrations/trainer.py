@@ -103,7 +103,7 @@ def refuse_packing(args: Any, config: LoReftConfig) -> None:
             no row is that long, are warned of.
     """
     strategy = getattr(args, "packing_strategy", None) if getattr(args, "packing", False) else None
-    groups = [group for group in config.layout if group.kind in "fp" or (group.kind == "g" and group.count)]
+    groups = [group for group in config.layout if group.counts_from_beginning]
     if strategy in ("wrapped", "bfd_split") and groups and not config.edits_everything:
         raise ValueError(
             f"packing_strategy={strategy!r} cuts documents, so a row starts in the middle of a document, where "

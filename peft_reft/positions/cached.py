@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from .batch import POSITIONS, Batch
-from .index import group_bits
-from .memory import CacheMemory, joined_mask, part_of
+from .layout import NO_POSITION
+from .memory import CacheMemory, joined_mask
 from .resolve import IGNORED, resolve
-from .spec import NO_POSITION, slots_per_answer
 from .wanted import WAYS_OUT, Wanted, warn, warn_of_plain_forward
 
 
@@ -49,9 +48,9 @@ class Continued:
         if known is not None and known.shape[0] != batch:  # `cache.batch_repeat_interleave`, to try several answers
             times, rest = divmod(batch, known.shape[0])
             known = None if rest else known.repeat_interleave(times, 0)
-        has_marks = wanted.marks is not None and wanted.marks.response and known is not None and self.ids is not None
-        decodes = seq == 1 and self.prompt_lengths is None and not has_marks
-        if decodes and not (wanted.everything or "g" in wanted.kinds):
+        finds_headers = wanted.has_marks and known is not None and self.ids is not None
+        decodes = seq == 1 and self.prompt_lengths is None and not finds_headers
+        if decodes and not wanted.edits_answers:
             return None
         if past is None or (decodes and memory is None):
             return self._without_a_memory(wanted)
@@ -65,8 +64,8 @@ class Continued:
         whole = Batch(real=real, ids=ids, labels=labels, prompt_lengths=self.prompt_lengths)
         turns = whole.turns(wanted.marks)
         slots = self._whole[wanted] = resolve(wanted.layout, turns.answers())
-        if seq > 1 and self.prompt_lengths is None and wanted.kinds - {"f"} and not bool(turns.marked.any(1).all()):
-            spec = "+".join(map(str, wanted.layout))
+        if seq > 1 and self.prompt_lengths is None and wanted.needs_every_end and not bool(turns.marked.any(1).all()):
+            spec = str(wanted.layout)
             if labels is None:
                 warn_of_plain_forward(spec)
             else:
@@ -75,24 +74,24 @@ class Continued:
                     f"nothing says whether they begin another prompt, to which positions={spec!r} would refer. "
                     + WAYS_OUT
                 )
-        return part_of(slots, wanted.layout, past + seq, past, past + seq)
+        return wanted.layout.part(slots, seq=past + seq, start=past, stop=past + seq)
 
     def _without_a_memory(self, wanted: Wanted) -> Tensor | None:
         """A piece behind a cache of which nothing is known: one token at a time, it is answer."""
-        if any(group.kind == "g" and group.count for group in wanted.layout):
+        if wanted.counts_generated:
             raise ValueError(
                 "LoReFT cannot count generated tokens here: the cache does not say how long the prompt was. Use "
                 f"`generate`, or pass `{POSITIONS}`."
             )
-        if self.shape[1] > 1 and wanted.kinds:
-            warn_of_plain_forward("+".join(map(str, wanted.layout)))
-        if not (wanted.everything or "g" in wanted.kinds):
+        if self.shape[1] > 1 and wanted.needs_end:
+            warn_of_plain_forward(str(wanted.layout))
+        if not wanted.edits_answers:
             return None
-        column = torch.arange(self.shape[1], device=self.tokens.device).expand(self.shape)
-        none = torch.full((self.shape[0], slots_per_answer(wanted.layout)), NO_POSITION, device=self.tokens.device)
-        empty = torch.full_like(column, NO_POSITION)
-        regions = [column if group.kind == "g" else empty for group in wanted.layout if group.count is None]
-        return torch.cat([none, *regions], 1)
+        layout = wanted.layout
+        column = torch.arange(self.shape[1], device=self.tokens.device).expand(self.shape)  # (batch, seq)
+        empty = torch.full_like(column, NO_POSITION)  # (batch, seq)
+        counted = column.new_full((self.shape[0], 1, layout.width), NO_POSITION)  # (batch, 1 answer, width)
+        return layout.join([counted], [column if group.decodes else empty for group in layout.open_groups])
 
     def check_cache(self, adapter: str, wanted: Wanted, rows: Tensor | None = None) -> None:
         """See `Source`. Of a cache of which nothing is known, nothing is said."""
@@ -107,7 +106,7 @@ class Continued:
         if missing:
             # A header may have been completed after the last tokens of its prompt went by.
             was_edited = adapter in memory.edited or memory.length == 0
-            if not was_edited or any(wanted.layout[number].kind != "l" for number in missing):
+            if not was_edited or not all(wanted.layout[number].waits_for_end for number in missing):
                 raise ValueError(wrong_cache(adapter, wanted, "no edits where this document has some"))
             warn(
                 "LoReFT: the header behind which an answer begins was completed after the last tokens of its prompt, "
@@ -133,7 +132,7 @@ def refuse_others(memory: CacheMemory, asked: Collection[str]) -> None:
 
 def wrong_cache(adapter: str, wanted: Wanted, holds: str) -> str:
     """The message about a cache that does not fit."""
-    spec = "+".join(map(str, wanted.layout))
+    spec = str(wanted.layout)
     return (
         f"The cache holds {holds}, for adapter {adapter!r} with positions={spec!r}: it was filled with another "
         "adapter, without one, or as a prompt that ended elsewhere. Encode the history again, without the cache. "
@@ -173,9 +172,8 @@ def compare(
     """
     if not memory.certain:
         raise ValueError(MOVED)
-    needed = group_bits(of_rows(slots, rows), real.shape[1], wanted.layout)[
-        :, : memory.length
-    ]  # (rows, columns in the cache)
+    needed = wanted.layout.bits(of_rows(slots, rows), real.shape[1])  # (rows, columns)
+    needed = needed[:, : memory.length]  # (rows, columns in the cache)
     if adapter in memory.edited:
         held = memory.bits(adapter, needed.shape[1]).to(needed.device)
         if needed.shape[0] % held.shape[0]:

@@ -10,14 +10,12 @@ from .resolve import IGNORED, Turns
 from .wanted import WAYS_OUT, Wanted, warn, warn_of_plain_forward
 
 
-def refuse_or_warn(wanted: Wanted, kinds: set[str], training: bool, is_prompt: bool) -> None:
-    """Nothing but a forward's tokens is there to say where its prompts end, and they cannot."""
-    if not kinds or is_prompt:
+def refuse_or_warn(wanted: Wanted, training: bool, is_prompt: bool) -> None:
+    """Refuse a forward in which nothing says where the prompts end, or warn of it; do neither if that is no matter."""
+    if is_prompt or wanted.needs_end_below in (0, 1):  # every prompt has a first token
         return
-    if kinds == {"f"} and all(group.count == 1 for group in wanted.layout):
-        return  # every prompt has a first token
-    spec = "+".join(map(str, wanted.layout))
-    if training and kinds != {"f"}:
+    spec = str(wanted.layout)
+    if training and wanted.needs_every_end:
         raise ValueError(
             f"LoReFT cannot tell where the prompts end, which positions={spec!r} needs: the model is in training, "
             f"and got neither `labels` nor `{POSITIONS}`, and no header of a chat template is known. (Label "
@@ -28,7 +26,7 @@ def refuse_or_warn(wanted: Wanted, kinds: set[str], training: bool, is_prompt: b
             f"LoReFT was given no labels in training, so it cannot tell how long the prompts are: "
             f"positions={spec!r} edits tokens of the answer if a prompt is shorter than that. " + WAYS_OUT
         )
-    elif kinds != {"f"}:
+    elif wanted.needs_every_end:
         warn_of_plain_forward(spec)
 
 
@@ -39,18 +37,15 @@ class Checks:
         batch: the batch.
         wanted: what the layers ask for.
         turns: the batch's prompts and answers.
-        kinds: letters of the groups for which a prompt's end matters.
         training: whether a step of training runs.
         is_prompt: whether whoever made the forward knows that it holds prompts alone.
     """
 
-    def __init__(
-        self, batch: Batch, wanted: Wanted, turns: Turns, kinds: set[str], training: bool, is_prompt: bool
-    ) -> None:
-        self.batch, self.wanted, self.turns, self.kinds = batch, wanted, turns, kinds
+    def __init__(self, batch: Batch, wanted: Wanted, turns: Turns, *, training: bool, is_prompt: bool) -> None:
+        self.batch, self.wanted, self.turns = batch, wanted, turns
         self.training, self.is_prompt = training, is_prompt
         self.labelled = batch.labels is not None and batch.prompt_lengths is None
-        self.spec = "+".join(map(str, wanted.layout))
+        self.spec = str(wanted.layout)
 
     def facts(self, marks_are_known: bool) -> list[tuple[str, Tensor]]:
         """Named bool tensors of one element.
@@ -69,9 +64,9 @@ class Checks:
         unmarked = self.turns.begins & ~self.turns.marked
         if marks_are_known:
             found.append(("unmarked", unmarked.any()))
-        if self.kinds == {"f"} and not (self.training or self.is_prompt):
-            most = max(group.count or 0 for group in self.wanted.layout)
-            found.append(("short", (unmarked & (self.turns.length < most)).any()))
+        needs_end_below = self.wanted.needs_end_below
+        if needs_end_below is not None and not (self.training or self.is_prompt):
+            found.append(("short", (unmarked & (self.turns.length < needs_end_below)).any()))
         return found
 
     def act(self, found: dict[str, int]) -> None:
@@ -103,7 +98,7 @@ class Checks:
                 f"there is no prompt for positions={self.spec!r}, and the loss is the base model's. " + WAYS_OUT
             )
         if found.get("unmarked"):
-            refuse_or_warn(self.wanted, self.kinds, self.training, self.is_prompt)
+            refuse_or_warn(self.wanted, self.training, self.is_prompt)
         if found.get("short"):
             warn_of_plain_forward(self.spec)
 
@@ -124,22 +119,22 @@ class Checks:
 
     def _several(self) -> Tensor:
         """Whether labels alone would have to tell several answers of a document apart."""
-        if self.kinds == {"f"}:  # which needs the first answer alone
+        if not self.wanted.needs_every_end:  # the first answer alone matters
             return self.turns.real.new_zeros(())
         several = self.turns.begins & ~self.turns.marked & (self.turns.spans > 1)
-        if self.kinds == {"g"} and all(group.count is None for group in self.wanted.layout):
+        if all(group.decodes and group.is_open for group in self.wanted.layout):
             several = several & ~self._supervised()  # without a prompt, all of it is the answer
         return several.any()
 
     def _nothing(self) -> Tensor:
         """Whether no token is edited."""
         turns, none = self.turns, ~self.turns.real.new_zeros(())
-        if self.kinds & {"f", "l", "p"}:
+        if self.wanted.edits_prompts:
             none = none & ~(turns.event & (turns.end > turns.starts)).any()
-            if self.batch.packed and "g" not in self.kinds:
+            if self.batch.packed and not self.wanted.edits_answers:
                 lone, answered = self._lone()
                 none = none | (lone.any() & self._all_lone(lone, answered))
-        if "g" in self.kinds:
+        if self.wanted.edits_answers:
             none = none & ~turns.answer.any()
         return none
 
@@ -161,9 +156,7 @@ class Checks:
     def _cut(self) -> Tensor:
         """Whether a row or a document begins in mid-document, which matters to what counts from its beginning."""
         turns, labels = self.turns, self._supervised()
-        counts_from_the_beginning = bool(self.kinds & {"f", "p"}) or any(
-            group.kind == "g" and group.count for group in self.wanted.layout
-        )
+        counts_from_the_beginning = any(group.counts_from_beginning for group in self.wanted.layout)
         cut = turns.real.new_zeros(())
         first = turns.real.long().argmax(1, keepdim=True)
         if counts_from_the_beginning:
@@ -176,6 +169,6 @@ class Checks:
             lone, answered = self._lone()
             if counts_from_the_beginning:
                 cut = cut | (self.batch.position_ids.gather(1, first) != 0).any()
-            if any(group.count is not None for group in self.wanted.layout):
+            if self.wanted.layout.width:
                 cut = cut | (lone.any() & ~self._all_lone(lone, answered))
         return cut

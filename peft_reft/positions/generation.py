@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .cached import compare, of_rows, refuse_others, wrong_cache
-from .memory import CacheMemory, part_of
+from .layout import NO_POSITION
+from .memory import CacheMemory
 from .resolve import Turns, find_turns, resolve
-from .spec import NO_POSITION, slots_per_answer
 from .wanted import Wanted, warn
 
 
@@ -59,24 +59,23 @@ class Generation:
             return self._resolved[wanted]
         assert self.real is not None
         layout, length = wanted.layout, self.real.shape[1]
-        width, open_groups = slots_per_answer(layout), sum(group.count is None for group in layout)
         if self.explicit is None:
             # Columns behind the prompt stand for what will be written.
-            more = max([1, *(group.count or 0 for group in layout if group.kind == "g")])
-            whole = resolve(layout, self.turns(wanted, more).answers(1 if not _has_marks(wanted) else None))
+            more = max(1, wanted.reach)
             seq = length + more
+            whole = resolve(layout, self.turns(wanted, more).answers(None if wanted.has_marks else 1))
             self._whole[wanted] = whole, seq
-            counted = whole.shape[1] - open_groups * seq
-            regions = [r[:, :length] for r in whole[:, counted:].split(seq, 1)] if open_groups else []
+            by_answer, regions = layout.split(whole, seq)
+            counted = by_answer.flatten(1)
         else:
             whole = self.explicit.to(self.real.device)
-            counted = whole.shape[1] - open_groups * length
-            if counted >= 0 and (counted % width == 0 if width else counted == 0):
-                regions = list(whole[:, counted:].split(length, 1)) if open_groups else []
+            if layout.fits(whole, length):
+                by_answer, regions = layout.split(whole, length)
+                counted = by_answer.flatten(1)
             else:  # a caller's flat list of columns
-                counted = whole.shape[1]
-                regions = [torch.full_like(self.real, NO_POSITION, dtype=torch.long)] * open_groups
-        self._resolved[wanted] = whole[:, :counted], regions
+                counted = whole
+                regions = [torch.full_like(self.real, NO_POSITION, dtype=torch.long) for _ in layout.open_groups]
+        self._resolved[wanted] = counted, [region[:, :length] for region in regions]
         return self._resolved[wanted]
 
     def turns(self, wanted: Wanted, more: int) -> Turns:
@@ -87,7 +86,7 @@ class Generation:
         answer_at = torch.zeros_like(real)
         answer_at[:, length] = True
         ids = None if self.ids is None else F.pad(self.ids, (0, more), value=-1)
-        if ids is None and wanted.kinds and _has_marks(wanted):
+        if ids is None and wanted.needs_end and wanted.has_marks:
             warn(
                 "LoReFT finds no headers of a chat template in embeddings: `generate` was given `inputs_embeds` "
                 "alone, so its whole input counts as one prompt. Give `input_ids` beside them if it is a chat of "
@@ -127,13 +126,10 @@ class Generation:
         for name, (wanted, rows) in self.used.items():
             turns = self.turns(wanted, length - prompt + 1)
             slots = of_rows(resolve(wanted.layout, turns.answers()), rows)
-            edited[name] = part_of(slots, wanted.layout, length + 1, 0, length), wanted.layout
+            part = wanted.layout.part(slots, seq=length + 1, start=0, stop=length)
+            edited[name] = part, wanted.layout
         memory.add(ids[:, :length], length, edited, prompt)
         return memory
-
-
-def _has_marks(wanted: Wanted) -> bool:
-    return wanted.marks is not None and bool(wanted.marks.response)
 
 
 @dataclass
@@ -154,17 +150,17 @@ class GenerateStep:
         layout = wanted.layout
         assert self.generation.real is not None
         length = self.generation.real.shape[1]
-        decoded = [group for group in layout if group.kind == "g"]
+        decoded = [group for group in layout if group.decodes]
         if self.start >= length and all(group.count and self.start >= length + group.count for group in decoded):
             return None  # every decode step of a spec without generated tokens ends here
         counted, regions = self.generation.slots(wanted)
         column = torch.arange(seq, device=counted.device)
         inside = (counted >= self.start) & (counted < self.start + seq)
         pieces = [torch.where(inside, counted - self.start, NO_POSITION)]
-        for group, region in zip([group for group in layout if group.count is None], regions):
+        for group, region in zip(layout.open_groups, regions):
             in_prompt = region[:, self.start : self.start + seq] >= 0
             edited = F.pad(in_prompt, (0, seq - in_prompt.shape[1]), value=False)
-            if group.kind == "g":
+            if group.decodes:
                 edited = edited | (column + self.start >= length)
             pieces.append(torch.where(edited, column, NO_POSITION))
         slots = torch.cat(pieces, 1)

@@ -1,4 +1,4 @@
-"""From the slots of a batch to the rows of hidden states that one layer edits, arranged as its weights are tied."""
+"""From the slots of a batch to the rows of hidden states that one layer edits, in the order that its weights need."""
 
 from __future__ import annotations
 
@@ -9,53 +9,65 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .resolve import mask_of
-from .spec import NO_POSITION, Group, Layout, slots_per_answer
+from ..shapes import Bool, Float, Int
+from .layout import NO_POSITION, Layout, mask_of
 
-Arrangement = Literal["all", "group", "position"]
+Sharing = Literal["all", "group", "position"]
+"""How the positions of one layer share weights: one set for all, one for each group, one for each slot."""
+
+
+def weight_sets(groups: Layout, sharing: Sharing) -> int:
+    """How many sets of weights a layer has that edits `groups`."""
+    if sharing == "position":
+        return groups.width
+    return len(groups) if sharing == "group" else 1
 
 
 @dataclass(frozen=True)
 class PositionIndex:
     """What a layer needs to edit a batch of hidden states flattened to (batch * seq, d).
 
-    Either a gather (`rows`) or a mask (`mask`), never both. With an arrangement by group or position there is a
-    leading dimension G, one entry for each intervention.
+    There is either a gather (`rows`) or a mask (`mask`), never both. If positions do not share one set of weights,
+    there is a leading dimension G, with one entry for each set.
     """
 
-    rows: Tensor | None
-    """(n,) or (G, n) int64 into batch * seq; an empty slot repeats some row, which `keep` then drops."""
-    keep: Tensor
-    """float32, 1 or 0: (n, 1) or (G, n, 1) with `rows`, else as `mask`."""
-    mask: Tensor | None
-    """(batch * seq, 1) or (G, batch * seq, 1) bool."""
+    rows: Int[Tensor, "*G n"] | None
+    """int64, into batch * seq. An empty slot repeats some row, and is 0 in `valid`."""
+    valid: Float[Tensor, "*G n 1"]
+    """float32, 1 or 0: which of `rows` are edited, or `mask` as numbers."""
+    mask: Bool[Tensor, "*G tokens 1"] | None
+    """Which of the batch * seq tokens are edited."""
     shape: tuple[int, int]
-    """(batch, seq) of the batch these belong to."""
+    """(batch, seq) of the batch."""
 
     @property
-    def edited(self) -> Tensor:
-        """(batch * seq,) bool: which tokens any of the interventions edits."""
+    def edited(self) -> Bool[Tensor, " tokens"]:
+        """Which of the batch * seq tokens are edited, by any set of weights."""
         if self.mask is not None:
             return self.mask.reshape(-1, self.shape[0] * self.shape[1]).any(0)
         assert self.rows is not None
         found = torch.zeros(self.shape[0] * self.shape[1], dtype=torch.bool, device=self.rows.device)
-        found[self.rows[self.keep.squeeze(-1) > 0]] = True
+        found[self.rows[self.valid.squeeze(-1) > 0]] = True
         return found
 
     def to(self, device: torch.device) -> PositionIndex:
-        rows, mask = (None if tensor is None else tensor.to(device) for tensor in (self.rows, self.mask))
-        return replace(self, rows=rows, keep=self.keep.to(device), mask=mask)
+        """The same on another device."""
+        rows = None if self.rows is None else self.rows.to(device)
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(self, rows=rows, valid=self.valid.to(device), mask=mask)
 
 
-def arrange(slots: Tensor, seq: int, layout: Layout, groups: Layout, by: Arrangement) -> PositionIndex:
-    """Pick `groups` out of a slot tensor laid out by `layout` and order it the way a layer's weights are tied.
+def make_index(
+    slots: Int[Tensor, "batch n"], seq: int, layout: Layout, groups: Layout, sharing: Sharing
+) -> PositionIndex:
+    """Pick `groups` out of the slots of a batch, ordered by the weights that edit them.
 
     Args:
-        slots: (batch, n) int64 token columns, -1 = none, laid out as `resolve` does.
+        slots: int64 columns, -1 = none, laid out by `layout`.
         seq: number of columns of the batch.
-        layout: groups that `slots` was laid out by.
-        groups: groups that this layer edits, a subset of `layout`.
-        by: `"all"` one intervention for every position, `"group"` one for each group, `"position"` one for each slot.
+        layout: of `slots`.
+        groups: those that the layer edits, all of them in `layout`.
+        sharing: which positions share a set of weights.
 
     Raises:
         ValueError: the number of slots does not fit the layout, and this layer must tell groups apart.
@@ -63,87 +75,45 @@ def arrange(slots: Tensor, seq: int, layout: Layout, groups: Layout, by: Arrange
     batch = slots.shape[0]
     if not slots.shape[1]:
         slots = slots.new_full((batch, 1), NO_POSITION)  # a flat list of nothing
-    if not all(group.count for group in groups):
-        mask = _masks(slots, seq, layout, groups, by)
+    if groups.open_groups:
+        mask = _masks(slots, seq, layout, groups, sharing)
         return PositionIndex(None, mask.float(), mask, (batch, seq))
-    if by == "all" and groups == layout:
-        columns = slots.unsqueeze(0)  # a flat list needs no layout: a user's own stays valid
+    # With f2+l1, two answers:         columns, sharing="all"       "group"            "position"
+    #   slots      f f l  f f l        [f f l f f l]                [f f f f]          [f f]
+    #                                                               [l - l -]          [f f]
+    #                                                                                  [l l]
+    if sharing == "all" and groups == layout:
+        columns = slots.unsqueeze(0)  # (1, batch, n): a flat list of columns needs no layout, a caller may give one
     else:
-        by_answer = _by_answer(slots, seq, layout)
-        picked = [_select(by_answer, layout, group) for group in groups]
-        if by == "position":
-            columns = torch.cat(picked, -1).permute(2, 0, 1).flatten(2)
-        elif by == "group":
+        by_answer, _ = layout.split(slots, seq)
+        picked = [layout.select(by_answer, group) for group in groups]  # (batch, K, count) each
+        if sharing == "position":
+            columns = torch.cat(picked, -1).permute(2, 0, 1)  # (G, batch, K)
+        elif sharing == "group":
             widest = max(group.shape[-1] for group in picked)
-            pad = [F.pad(g, (0, widest - g.shape[-1]), value=NO_POSITION) for g in picked]
-            columns = torch.stack(pad).flatten(2)
+            padded = [F.pad(group, (0, widest - group.shape[-1]), value=NO_POSITION) for group in picked]
+            columns = torch.stack(padded).flatten(2)  # (G, batch, K * widest)
         else:
-            columns = torch.cat(picked, -1).flatten(1).unsqueeze(0)
-    valid = columns >= 0
-    row = torch.arange(batch, device=slots.device).unsqueeze(-1) * seq
-    stand_in = columns.amax((0, 2)).clamp_min(0).unsqueeze(-1)  # a real token of the row wherever it has any
-    rows = (torch.where(valid, columns, stand_in) + row).flatten(1)
-    valid = valid.flatten(1).unsqueeze(-1)
-    if by == "all":
+            columns = torch.cat(picked, -1).flatten(1).unsqueeze(0)  # (1, batch, K * width)
+    is_filled = columns >= 0  # (G, batch, n)
+    first_of_row = torch.arange(batch, device=slots.device).unsqueeze(-1) * seq  # (batch, 1)
+    # An empty slot repeats a column that its row edits, so it reads a real token if the row has any.
+    stand_in = columns.amax((0, 2)).clamp_min(0).unsqueeze(-1)  # (batch, 1)
+    rows = (torch.where(is_filled, columns, stand_in) + first_of_row).flatten(1)  # (G, batch * n)
+    valid = is_filled.flatten(1).unsqueeze(-1).float()  # (G, batch * n, 1)
+    if sharing == "all":
         rows, valid = rows[0], valid[0]
-    return PositionIndex(rows, valid.float(), None, (batch, seq))
+    return PositionIndex(rows, valid, None, (batch, seq))
 
 
-def _by_answer(slots: Tensor, seq: int, layout: Layout) -> Tensor:
-    """The counted part of `slots` as (batch, K, slots per answer)."""
-    width, open_groups = slots_per_answer(layout), sum(group.count is None for group in layout)
-    counted = slots.shape[1] - open_groups * seq
-    if counted < 0 or (width and counted % width) or (not width and counted):
-        raise ValueError(
-            f"intervention_positions has {slots.shape[1]} slots a row, which does not fit the groups "
-            f"{'+'.join(map(str, layout))}: expected a multiple of {width}"
-            + (f" plus {open_groups} x {seq} (one slot a column for each open-ended group)" if open_groups else "")
-            + ", in the order of the groups, one answer after the other, -1 where a slot is empty."
-        )
-    return slots[:, :counted].unflatten(1, (-1, width)) if width else slots[:, :0].unsqueeze(1)
-
-
-def _select(by_answer: Tensor, layout: Layout, group: Group) -> Tensor:
-    """Slots of one counted `group`: (batch, K, group.count)."""
-    before = 0
-    for other in layout:  # not `index`, which torch.compile cannot follow
-        if other == group:
-            break
-        before += other.count or 0
-    return by_answer[..., before : before + (group.count or 0)]
-
-
-def _masks(slots: Tensor, seq: int, layout: Layout, groups: Layout, by: Arrangement) -> Tensor:
-    regions = [slots] if by == "all" and groups == layout else _regions(slots, seq, layout, groups)
-    stacked = torch.stack([mask_of(region, seq).flatten().unsqueeze(-1) for region in regions])
-    return stacked if by == "group" else stacked.any(0)
-
-
-def _regions(slots: Tensor, seq: int, layout: Layout, groups: Layout) -> list[Tensor]:
-    """The columns of each of `groups`, (batch, n) a group; ValueError if `slots` do not fit the layout."""
-    by_answer = _by_answer(slots, seq, layout)  # (batch, K, slots per answer)
-    counted = by_answer.shape[1] * by_answer.shape[2]
-    open_groups = [group for group in layout if group.count is None]
-    regions = []
-    for group in groups:
-        if group.count is None:
-            at = counted + open_groups.index(group) * seq
-            regions.append(slots[:, at : at + seq])
-        else:
-            regions.append(_select(by_answer, layout, group).flatten(1))
-    return regions
-
-
-def group_bits(slots: Tensor, seq: int, layout: Layout) -> Tensor:
-    """(batch, seq) int64: bit k is set at the tokens that the k-th group of `layout` edits.
-
-    `slots` that do not fit the layout (a caller's flat list of columns) set bit 61.
-    """
-    try:
-        regions = _regions(slots, seq, layout, layout)
-    except ValueError:
-        return mask_of(slots, seq).long() << 61
-    bits = torch.zeros(slots.shape[0], seq, dtype=torch.long, device=slots.device)
-    for number, region in enumerate(regions):
-        bits = bits | (mask_of(region, seq).long() << number)
-    return bits
+def _masks(
+    slots: Int[Tensor, "batch n"], seq: int, layout: Layout, groups: Layout, sharing: Sharing
+) -> Bool[Tensor, "*G tokens 1"]:
+    """Which of the batch * seq tokens each set of weights edits."""
+    if sharing == "all" and groups == layout:
+        regions = [slots]
+    else:
+        of_group = dict(zip(layout, layout.columns(slots, seq)))
+        regions = [of_group[group] for group in groups]
+    stacked = torch.stack([mask_of(region, seq).flatten().unsqueeze(-1) for region in regions])  # (groups, tokens, 1)
+    return stacked if sharing == "group" else stacked.any(0)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .index import group_bits
-from .spec import Layout
+from .layout import Layout
 
 _ATTRIBUTE = "_peft_reft"
 
@@ -59,7 +58,7 @@ class CacheMemory:
         """Note a piece of `seq` tokens behind what is there."""
         self.ids.append(ids)
         for name, (slots, layout) in edited.items():
-            bits = group_bits(slots, seq, layout)
+            bits = layout.bits(slots, seq)
             self.edited.setdefault(name, []).append(Edited(self.length, bits, layout))
         self.length += seq
         if self.answer_from is None:
@@ -155,20 +154,3 @@ def joined_mask(mask: Any, shape: tuple[int, int], past: int, device: torch.devi
     if isinstance(mask, Tensor) and tuple(mask.shape) == shape:
         return F.pad(mask.bool(), (past, 0), value=True)
     return torch.ones(batch, past + seq, dtype=torch.bool, device=device)
-
-
-def part_of(slots: Tensor, layout: Layout, seq: int, start: int, stop: int) -> Tensor:
-    """Slots within columns `start` to `stop` of a row, counted from `start`.
-
-    Args:
-        slots: (batch, K * width + open * seq) laid out by `layout` over `seq` columns.
-
-    Returns:
-        The same layout over `stop - start` columns.
-    """
-    open_groups = sum(group.count is None for group in layout)
-    counted = slots.shape[1] - open_groups * seq
-    pieces: list[Tensor] = [slots[:, :counted]]
-    pieces += [slots[:, counted + n * seq : counted + (n + 1) * seq][:, start:stop] for n in range(open_groups)]
-    joined = torch.cat(pieces, 1)
-    return torch.where((joined >= start) & (joined < stop), joined - start, -1)

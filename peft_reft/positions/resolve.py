@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..shapes import Int
+from .groups import Turn
+from .layout import NO_POSITION, Layout
 from .marks import Marks, find_headers
-from .spec import NO_POSITION, Group, Layout
 
 IGNORED = -100
 """The label of a token that is not trained on."""
@@ -218,64 +220,29 @@ def find_answers(
     return find_turns(real, labels, position_ids).answers(count)
 
 
-def resolve(layout: Layout, answers: Answers) -> Tensor:
-    """Token columns for `layout`: (batch, K * slots + open * seq) int64, -1 where a slot is empty.
+def resolve(layout: Layout, answers: Answers) -> Int[Tensor, "batch n"]:
+    """The slots of a batch: token columns, int64, laid out by `layout`; -1 where a slot is empty.
 
-    The counted groups come first, answer by answer, each answer's slots in the order of `layout`. Every open-ended
-    group follows with one slot per column of the row, holding that column or -1.
-
-    A prompt of L < p + s tokens has p cut to min(p, L // 2) and s to min(s, (L + 1) // 2), the paper's rule
-    (arXiv 2404.03592, section 3): prefix and suffix never meet and the last token always counts. With ``lN~K`` the
-    prompt is taken without its last K tokens. ``lN`` slots are filled from the right, so that the last slot is always
-    the last token. That rule is for a document's first prompt. From its second answer on there is no prefix, and the
-    suffix stays within the answer's own prompt: a token is edited once.
+    Args:
+        layout: the groups. Each says by its `span` which tokens it takes.
+        answers: the turns of the batch.
     """
-    slots, regions = [], []
-    column = torch.arange(answers.real.shape[1], device=answers.real.device)
+    # A place counts a row's tokens from 0, a rank from 1. So "rank before" is the place of the token behind it.
+    # All (batch, K):
+    turn = Turn(begin=answers.lower, answer=answers.ends, stop=answers.stops, is_first=answers.first)
+    column = torch.arange(answers.real.shape[1], device=answers.real.device)  # (seq,)
+    counted, regions = [], []
     for group in layout:
-        if group.kind == "f":
-            slots.append(_prefix(group, answers))
-        elif group.kind == "l":
-            slots.append(_suffix(group, answers))
-        elif group.kind == "p":
-            regions.append(torch.where(answers.real & ~answers.answer, column, NO_POSITION))
-        elif group.count is None:
-            regions.append(torch.where(answers.answer, column, NO_POSITION))
-        else:
-            slots.append(_first_generated(group, answers))
-    if slots:
-        regions.insert(0, torch.cat(slots, -1).flatten(1))
-    return torch.cat(regions, 1)
-
-
-def _kept(count: int, extra: int, group: Group, answers: Answers) -> Tensor:
-    """(batch, K, 1): how many of `count` a prompt keeps; a short first one has half (`extra` 1: rounded up)."""
-    length = (answers.ends - answers.starts - group.skip).clamp_min(0)
-    half = (length + extra).div(2, rounding_mode="floor")
-    short = answers.first & (length < group.p + group.s)
-    return torch.where(short, half, count).clamp_max(count).unsqueeze(-1)
-
-
-def _prefix(group: Group, answers: Answers) -> Tensor:
-    """Columns of an ``fN`` group, (batch, K, N)."""
-    slot = torch.arange(group.p, device=answers.ends.device)
-    valid = (slot < _kept(group.p, 0, group, answers)) & answers.first.unsqueeze(-1)
-    return _columns(answers, answers.starts.unsqueeze(-1) + 1 + slot, valid)
-
-
-def _suffix(group: Group, answers: Answers) -> Tensor:
-    """Columns of the ``lN`` group of the spec, (batch, K, N)."""
-    slot = torch.arange(group.s, device=answers.ends.device)
-    rank = answers.ends.unsqueeze(-1) - group.skip - (group.s - 1) + slot
-    valid = (slot >= group.s - _kept(group.s, 1, group, answers)) & (rank > answers.lower.unsqueeze(-1))
-    return _columns(answers, rank, valid)
-
-
-def _first_generated(group: Group, answers: Answers) -> Tensor:
-    """Columns of a ``gN`` group, (batch, K, N)."""
-    slot = torch.arange(group.count or 0, device=answers.ends.device)
-    rank = answers.ends.unsqueeze(-1) + 1 + slot
-    return _columns(answers, rank, rank <= answers.stops.unsqueeze(-1))
+        if group.count is None:
+            taken = answers.answer if group.decodes else answers.real & ~answers.answer  # (batch, seq)
+            regions.append(torch.where(taken, column, NO_POSITION))
+            continue
+        span = group.span(turn)
+        slot = torch.arange(group.count, device=column.device)  # (N,)
+        place = span.start.unsqueeze(-1) + slot  # (batch, K, N)
+        filled = (place >= span.lower.unsqueeze(-1)) & (place < span.upper.unsqueeze(-1))  # (batch, K, N)
+        counted.append(_columns(answers, place + 1, filled))
+    return layout.join(counted, regions)
 
 
 def _columns(answers: Answers, ranks: Tensor, valid: Tensor) -> Tensor:
@@ -283,9 +250,3 @@ def _columns(answers: Answers, ranks: Tensor, valid: Tensor) -> Tensor:
     columns = torch.searchsorted(answers.rank, ranks.flatten(1).contiguous())  # the first of a rank is the real token
     there = ranks <= answers.rank[:, -1:].unsqueeze(-1)  # a prompt may go on behind this piece of it
     return torch.where(valid & there, columns.view_as(ranks), NO_POSITION)
-
-
-def mask_of(columns: Tensor, seq: int) -> Tensor:
-    """(batch, seq) bool, True at the `columns` (batch, n) of a row that are not -1."""
-    hit = torch.zeros(columns.shape[0], seq + 1, dtype=torch.bool, device=columns.device)
-    return hit.scatter(1, torch.where(columns >= 0, columns, seq), True)[:, :seq]  # column `seq` takes the empty ones

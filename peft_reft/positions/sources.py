@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .batch import POSITIONS, SUBSPACES, Batch, can_be_read
 from .checks import Checks, refuse_or_warn
+from .layout import NO_POSITION
 from .resolve import Turns, resolve
-from .spec import NO_POSITION, slots_per_answer
 from .wanted import Wanted
 
 CONTINUOUS_BATCHING = (
@@ -95,16 +95,18 @@ class FromBatch(_WithoutCache):
         return self.batch.shape
 
     def slots(self, wanted: Wanted) -> Tensor:
-        batch, kinds = self.batch, wanted.kinds if self.has_answers else set()
+        batch = self.batch
         unknown = self.has_answers and not batch.says_where_prompts_end
-        has_marks = self.has_answers and wanted.marks is not None and bool(wanted.marks.response)
+        has_marks = self.has_answers and wanted.has_marks
         if unknown and not has_marks:
-            refuse_or_warn(wanted, kinds, self.training, self.is_prompt)
+            refuse_or_warn(wanted, self.training, self.is_prompt)
         turns = batch.turns(wanted.marks if self.has_answers else None)
         most = None if has_marks else batch.most_answers
-        if not slots_per_answer(wanted.layout):
+        if not wanted.layout.width:
             most = 1  # each open-ended group takes one slot a column, however many answers there are
-        checks = Checks(batch, wanted, turns, kinds, self.training, self.is_prompt) if kinds else None
+        checks = None
+        if self.has_answers and wanted.needs_end:
+            checks = Checks(batch, wanted, turns, training=self.training, is_prompt=self.is_prompt)
         if not can_be_read(turns.real):
             self._read_nothing(turns, most, checks)
             return resolve(wanted.layout, turns.answers(1))

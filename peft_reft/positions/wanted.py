@@ -1,15 +1,16 @@
-"""What a layer asks a forward for, and what is said to a user who has to be asked in turn."""
+"""What a layer asks a forward (`Wanted`), and the warnings for a user whose forward cannot answer."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from .batch import POSITIONS
+from .layout import Layout
 from .marks import Marks
-from .spec import Layout
 
 WAYS_OUT = (
     "Ways to say it: `response_template` and `instruction_template` in the config, the headers of the chat template "
@@ -20,19 +21,69 @@ WAYS_OUT = (
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a layer wants to know: where these groups are."""
+    """What a layer asks a forward: at which columns are these groups?"""
 
     layout: Layout
-    """Groups of all the config's specs: how `intervention_positions` is laid out."""
+    """The groups of all specs of the config: how `intervention_positions` is laid out."""
     marks: Marks | None
     """Of the chat template; None if they are not known."""
     everything: bool = False
-    """Whether prompt and answer are edited alike, all of both: then no prompt's end matters."""
+    """Whether prompt and answer are edited alike, all of both, so that no prompt's end matters."""
 
     @property
-    def kinds(self) -> set[str]:
-        """Letters of the groups for which a prompt's end matters."""
-        return set() if self.everything else {group.kind for group in self.layout}
+    def has_marks(self) -> bool:
+        """Whether a header of the chat template can say where a prompt ends."""
+        return self.marks is not None and bool(self.marks.response)
+
+    @property
+    def needs_end_below(self) -> int | None:
+        """Prompts of fewer tokens than this are edited in a way that depends on where they end; None: all prompts.
+
+        0 or 1: none, since no prompt is shorter than one token.
+        """
+        if self.everything:
+            return 0
+        return largest_or_none(group.needs_end_below for group in self.layout)
+
+    @property
+    def needs_end(self) -> bool:
+        """Whether the end of any prompt can matter."""
+        return self.needs_end_below != 0
+
+    @property
+    def needs_every_end(self) -> bool:
+        """Whether the end of every prompt matters, however long it is."""
+        return self.needs_end_below is None
+
+    @property
+    def edits_answers(self) -> bool:
+        """Whether tokens of answers are edited."""
+        return any(group.decodes for group in self.layout)
+
+    @property
+    def edits_prompts(self) -> bool:
+        """Whether tokens of prompts are edited."""
+        return not all(group.decodes for group in self.layout)
+
+    @property
+    def reach(self) -> int:
+        """How many tokens of an answer the counted groups reach."""
+        return max((group.count or 0 for group in self.layout if group.decodes), default=0)
+
+    @property
+    def counts_generated(self) -> bool:
+        """Whether generated tokens are counted."""
+        return self.reach > 0
+
+
+def largest_or_none(values: Iterable[int | None]) -> int | None:
+    """The largest of `values`; None if one is None."""
+    largest = 0
+    for value in values:
+        if value is None:
+            return None
+        largest = max(largest, value)
+    return largest
 
 
 def warn(message: str) -> None:

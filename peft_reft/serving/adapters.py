@@ -19,7 +19,7 @@ from ..config import LoReftConfig
 from ..convert.ours import local_folder
 from ..edits.factors import Factors
 from ..tuner.layer import LoReftLayer
-from .schedule import Plan
+from .schedule import ServedPlan
 from .turns import Reading
 
 _NAME = "served"
@@ -36,7 +36,7 @@ class ServedAdapter:
         reading: where it finds the ends of prompts.
     """
 
-    plans: dict[str, Plan]
+    plans: dict[str, ServedPlan]
     factors: dict[str, Factors]
     fingerprint: str
     reading: Reading
@@ -77,7 +77,7 @@ def read_adapter(source: str, empty: nn.Module) -> ServedAdapter:
     with torch.inference_mode():
         for name, layer in _layers(model.get_base_model()):
             plan = layer.plans[_NAME]
-            plans[name] = Plan(plan.groups, plan.by)
+            plans[name] = ServedPlan(plan.groups, plan.sharing)
             factors[name] = layer.weights(_NAME).eval().requires_grad_(False).current_factors()
     return ServedAdapter(plans, factors, fingerprint(folder), Reading.of(config))
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..positions.index import Arrangement
-from ..positions.spec import Group, Layout
+from ..positions.groups import Turn
+from ..positions.index import Sharing, weight_sets
+from ..positions.layout import Layout
 
 Ints = NDArray[np.int64]
 
@@ -21,44 +22,26 @@ NONE = -1
 """Marks a token that is not edited, and a request without an adapter."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Where one adapter edits in one module, and which tokens share weights.
+_NEVER = np.iinfo(np.int64).max // 2
+"""Place behind the last token of an answer that goes on."""
 
-    Raises:
-        ValueError: a group is of a kind that is not known here.
-    """
+
+@dataclass(frozen=True)
+class ServedPlan:
+    """Where one adapter edits in one module, and which tokens share weights."""
 
     groups: Layout
-    by: Arrangement
-
-    def __post_init__(self) -> None:
-        for group in self.groups:
-            if group.kind not in _KINDS:
-                raise ValueError(
-                    f"positions: {str(group)!r} is of kind {group.kind!r}, which is not served; allowed: "
-                    f"{', '.join(_KINDS)}."
-                )
+    sharing: Sharing
 
     @property
     def edits_answers(self) -> bool:
         """Whether any generated token is edited."""
-        return any(group.kind == "g" for group in self.groups)
+        return any(group.decodes for group in self.groups)
 
     @property
     def sets(self) -> int:
         """How many sets of weights it has."""
-        if self.by == "position":
-            return sum(group.count or 0 for group in self.groups)
-        return len(self.groups) if self.by == "group" else 1
-
-    @property
-    def wants_end(self) -> int | None:
-        """Prompts shorter than this are edited in a way that depends on where they end; None: all prompts."""
-        if {group.kind for group in self.groups} == {"f"}:
-            return self.groups[0].p
-        open_ended = {group.kind for group in self.groups if group.count is None}
-        return 0 if open_ended == {"p", "g"} and self.by == "all" else None
+        return weight_sets(self.groups, self.sharing)
 
     def set_of(self, index: Ints, begin: Ints, answer: Ints) -> Ints:
         """Which of its sets of weights edits each token, -1 for none.
@@ -68,35 +51,17 @@ class Plan:
             begin: (n,) place where the turn that the token belongs to begins: a prompt, and the answer behind it.
             answer: (n,) place where the turn's answer begins.
         """
-        found = np.full_like(index, NONE)
-        before = 0
-        for number, group in enumerate(self.groups):
-            place, inside = _place(group, index, begin, answer)
-            chosen: Ints | int = before + place if self.by == "position" else number if self.by == "group" else 0
+        turn = Turn(begin=begin, answer=answer, stop=np.full_like(index, _NEVER), is_first=begin == 0)  # (n,) each
+        found = np.full_like(index, NONE)  # (n,)
+        sets_before = 0
+        for group in self.groups:
+            span = group.span(turn)
+            inside = (index >= span.lower) & (index < span.upper)  # (n,)
+            chosen = sets_before + (index - span.start if self.sharing == "position" else np.zeros_like(index))
             found = np.where(inside, chosen, found)
-            before += group.count or 0
+            if self.sharing != "all":
+                sets_before += weight_sets(Layout((group,)), self.sharing)
         return found
-
-
-_KINDS = ("f", "l", "p", "g")
-
-
-def _place(group: Group, index: Ints, begin: Ints, answer: Ints) -> tuple[Ints, NDArray[np.bool_]]:
-    """The slot of the group that each token fills, and whether it fills one."""
-    if group.kind == "p":
-        return index, index < answer
-    if group.kind == "g":
-        place = index - answer
-        return place, (place >= 0) & (place < (np.inf if group.count is None else group.count))
-    length = np.maximum(answer - begin - group.skip, 0)
-    first = begin == 0
-    # The paper's rule: half of a short prompt each, the last token always counts. Later prompts of a chat have no `f`.
-    short = first & (length < group.p + group.s)
-    if group.kind == "f":
-        return index, first & (index < np.where(short, np.minimum(group.p, length // 2), group.p))
-    kept = np.where(short, np.minimum(group.s, (length + 1) // 2), np.minimum(group.s, length))
-    end = begin + length
-    return index - (end - group.s), (index >= end - kept) & (index < end)
 
 
 @dataclass(frozen=True)
@@ -195,7 +160,7 @@ class Turns:
     slot: Ints
 
 
-def edited(turns: Turns, plans: Sequence[Plan | None], sets_per_slot: int) -> tuple[Ints, Ints, Ints]:
+def edited(turns: Turns, plans: Sequence[ServedPlan | None], sets_per_slot: int) -> tuple[Ints, Ints, Ints]:
     """The edited tokens of a step in one module.
 
     Args:
@@ -213,7 +178,7 @@ def edited(turns: Turns, plans: Sequence[Plan | None], sets_per_slot: int) -> tu
     )
     rows, index = rows + place, index + place
     sets = np.full_like(rows, NONE)
-    by_plan: dict[Plan, list[int]] = {}
+    by_plan: dict[ServedPlan, list[int]] = {}
     for chosen in np.unique(turns.slot):
         if (plan := plans[chosen]) is not None:
             by_plan.setdefault(plan, []).append(int(chosen))
@@ -225,14 +190,16 @@ def edited(turns: Turns, plans: Sequence[Plan | None], sets_per_slot: int) -> tu
     return rows[kept], sets[kept], slot[kept]
 
 
-def same_plans(modules: Iterable[str], plans: Sequence[dict[str, Plan]]) -> dict[tuple[Plan | None, ...], list[str]]:
+def same_plans(
+    modules: Iterable[str], plans: Sequence[dict[str, ServedPlan]]
+) -> dict[tuple[ServedPlan | None, ...], list[str]]:
     """Modules by what the adapters do there: those alike share a step's arrangement.
 
     Args:
         modules: names of all edited modules.
         plans: for each slot, module -> what its adapter does there; a module that is not there is not edited.
     """
-    found: dict[tuple[Plan | None, ...], list[str]] = {}
+    found: dict[tuple[ServedPlan | None, ...], list[str]] = {}
     for module in modules:
         found.setdefault(tuple(of_slot.get(module) for of_slot in plans), []).append(module)
     return found

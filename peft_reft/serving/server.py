@@ -12,7 +12,7 @@ from ..tuner.architectures import find_targets
 from .adapters import ServedAdapter, read_adapter
 from .edits import Edits, FixedSteps, hook, send
 from .options import Options, check_name
-from .schedule import NONE, Pieces, Plan, Turns, Work, arrange, edited, same_plans
+from .schedule import NONE, Pieces, ServedPlan, Turns, Work, arrange, edited, same_plans
 from .tables import LINEAR, DeviceWork, Kind, Table, kind_of
 from .turns import Reading
 
@@ -51,13 +51,13 @@ class Server:
         self.max_rank = options.max_rank or max([8, *(adapter.rank for adapter in named.values())])
         self.max_positions = options.max_positions or max([1, *(adapter.sets for adapter in named.values())])
         self.slots: dict[str, int] = {}
-        self.plans: list[dict[str, Plan]] = [{} for _ in range(self.max_adapters)]
+        self.plans: list[dict[str, ServedPlan]] = [{} for _ in range(self.max_adapters)]
         self.kinds: list[Kind | None] = [None] * self.max_adapters
         self.readings: dict[int, Reading] = {}
         """By slot."""
         self.edits_answers = np.zeros(self.max_adapters, dtype=bool)
         self.edits: dict[str, Edits] = {}
-        self.groups: list[tuple[tuple[Plan | None, ...], list[Edits], list[tuple[Kind, DeviceWork]]]] = []
+        self.groups: list[tuple[tuple[ServedPlan | None, ...], list[Edits], list[tuple[Kind, DeviceWork]]]] = []
         self.fixed: FixedSteps | None = None
         self.closed = False  # to hooks
         for target in find_targets(empty, "block"):  # those that no adapter edits yet, too
@@ -120,7 +120,7 @@ class Server:
         del self.readings[slot]
         self._set(slot, {}, None)
 
-    def _set(self, slot: int, plans: dict[str, Plan], kind: Kind | None) -> None:
+    def _set(self, slot: int, plans: dict[str, ServedPlan], kind: Kind | None) -> None:
         self.plans[slot] = plans
         self.kinds[slot] = kind
         self.edits_answers[slot] = any(plan.edits_answers for plan in plans.values())

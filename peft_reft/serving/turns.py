@@ -8,7 +8,8 @@ from typing import Any
 
 from ..config import LoReftConfig
 from ..positions.turns import answers_of
-from .schedule import Plan, Spans
+from ..positions.wanted import Wanted, largest_or_none
+from .schedule import Spans
 
 
 @dataclass(frozen=True)
@@ -18,22 +19,25 @@ class Reading:
     Args:
         response: `response_template` of the adapter's config, empty if it has none.
         instruction: its `instruction_template`.
-        wants_end: prompts shorter than this are edited in a way that depends on where they end; None: all prompts.
+        needs_end_below: prompts of fewer tokens than this are edited in a way that depends on where they end; None:
+            all prompts.
     """
 
     response: list[list[int]]
     instruction: list[list[int]]
-    wants_end: int | None
+    needs_end_below: int | None
 
     @staticmethod
     def of(config: LoReftConfig) -> Reading:
         """From an adapter's config."""
-        by = config.tie if config.tie in ("group", "position") else "all"
-        wanted = [Plan(spec.groups, by).wants_end for spec in config.specs]
+        ends = []
+        for spec in config.specs:
+            everything = spec.groups.edits_every_token and config.sharing == "all"
+            ends.append(Wanted(spec.groups, marks=None, everything=everything).needs_end_below)
         return Reading(
             response=_lists(getattr(config, "response_template", None)),
             instruction=_lists(getattr(config, "instruction_template", None)),
-            wants_end=None if None in wanted else max(each or 0 for each in wanted),
+            needs_end_below=largest_or_none(ends),
         )
 
     def answers(self, ids: Sequence[int] | None, length: int) -> Spans:
@@ -52,7 +56,7 @@ class Reading:
 
         Not so if its tokens alone say where its prompts end, or if that makes no difference.
         """
-        if self.wants_end is not None and length >= self.wants_end:
+        if self.needs_end_below is not None and length >= self.needs_end_below:
             return False
         if ids is None or not self.response:
             return True

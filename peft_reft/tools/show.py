@@ -18,15 +18,14 @@ from torch import Tensor, nn
 from ..config import LoReftConfig
 from ..positions.batch import POSITIONS, Batch
 from ..positions.chat.template import find_marks
-from ..positions.index import arrange
+from ..positions.groups import Group
+from ..positions.index import make_index
+from ..positions.layout import Layout
 from ..positions.marks import Marks
 from ..positions.resolve import resolve
-from ..positions.spec import Group, Positions
+from ..positions.spec import Positions
 from ..tuner.forward import current
 from ..tuner.layer import LoReftLayer
-
-_COLOURS = {"f": ("44", "#9ecbff"), "l": ("42", "#a6e3a1"), "p": ("46", "#a5e8e8"), "g": ("43", "#ffe08a")}
-"""Of each kind of group: ANSI background, HTML background."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +41,13 @@ class _Piece:
     def ansi(self) -> str:
         if not self.group:
             return "".join(self.tokens)
-        return f"\033[30;{_COLOURS[self.group.kind][0]}m{'|'.join(self.tokens)}\033[0m"
+        return f"\033[30;{self.group.colour[0]}m{'|'.join(self.tokens)}\033[0m"
 
     def html(self) -> str:
         tokens = [html.escape(token) for token in self.tokens]
         if not self.group:
             return "".join(tokens)
-        style = f"background:{_COLOURS[self.group.kind][1]};color:#000;border-radius:3px"
+        style = f"background:{self.group.colour[1]};color:#000;border-radius:3px"
         return f'<span style="{style}" title="{self.group}">{"|".join(tokens)}</span>'
 
 
@@ -159,7 +158,7 @@ def _rows(tokenizer: Any, batch: Mapping[str, Any], config: LoReftConfig, spec: 
         slots = resolve(config.layout, Batch.read(batch, ids, has_answers).turns(marks).answers())
     of_token = np.full(ids.numel(), -1)
     for number, group in enumerate(spec.groups):
-        index = arrange(slots, ids.shape[1], config.layout, (group,), "all")
+        index = make_index(slots, ids.shape[1], config.layout, Layout((group,)), "all")
         of_token[index.edited.cpu().numpy()] = number
     of_token = of_token.reshape(ids.shape)
     for row in range(len(ids)):

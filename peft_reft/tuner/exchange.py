@@ -37,7 +37,7 @@ def exchange(
     """
     runs: list[SourceRun] = forward.attachment.source_runs
     if runs and runs[-1].collecting:
-        runs[-1].hidden[place] = hidden.detach().float().clone(), index.keep
+        runs[-1].hidden[place] = hidden.detach().float().clone(), index.valid
         return []
     given = []
     for run in runs:
@@ -57,6 +57,6 @@ def exchange(
                 for tensor in (source, there)
             )
         subspaces = forward.subspaces if run.subspaces is None else run.subspaces
-        keep = index.keep if subspaces is None else forward.within(subspaces, index, factors)
+        keep = index.valid if subspaces is None else forward.within(subspaces, index, factors)
         given.append((factors.with_source(source.to(hidden.device)), keep * there.to(keep.device)))
     return given

@@ -24,10 +24,10 @@ from ..edits.factors import Factors
 from ..edits.intervention import Intervention, factors_of
 from ..positions.batch import SUBSPACES, can_be_read
 from ..positions.generation import GenerateStep, Generation
-from ..positions.index import Arrangement, PositionIndex, arrange
+from ..positions.index import PositionIndex, Sharing, make_index
+from ..positions.layout import Layout
 from ..positions.memory import CacheMemory
 from ..positions.sources import Source, Unread
-from ..positions.spec import Layout
 from ..positions.wanted import Wanted
 
 ATTRIBUTE = "peft_reft_attachment"
@@ -42,7 +42,7 @@ class LayerPlan:
     """What to ask a forward for: the groups of all the config's specs, and the marks of its chat template."""
     groups: Layout
     """Groups edited at this layer."""
-    by: Arrangement
+    sharing: Sharing
     dropout: float
 
 
@@ -250,7 +250,7 @@ class Forward:
         if adapter not in self.asked:
             self.asked[adapter] = plan.wanted
             self.source.check_cache(adapter, plan.wanted, self.rows_edited_by(adapter))
-        if index is None or index.keep.device == hidden.device:
+        if index is None or index.valid.device == hidden.device:
             return index
         key = id(plan), hidden.device
         if key not in self._moved:  # a model spread over several devices (`device_map`)
@@ -262,7 +262,7 @@ class Forward:
             self.source = self.source.read(hidden)
         slots = self.slots(plan.wanted)
         seq = self.source.shape[1]
-        index = None if slots is None else arrange(slots, seq, plan.wanted.layout, plan.groups, plan.by)
+        index = None if slots is None else make_index(slots, seq, plan.wanted.layout, plan.groups, plan.sharing)
         self._indices[id(plan)] = index
         return index
 
@@ -311,11 +311,11 @@ class Forward:
         return self._rows[key]
 
     def keep(self, index: PositionIndex, factors: Factors) -> Tensor:
-        """`index.keep`; where the forward was given `subspaces`, ([G,] n, r) with those coordinates of each token."""
-        return index.keep if self.subspaces is None else self.within(self.subspaces, index, factors)
+        """`index.valid`; where the forward was given `subspaces`, ([G,] n, r) with those coordinates of each token."""
+        return index.valid if self.subspaces is None else self.within(self.subspaces, index, factors)
 
     def within(self, subspaces: Tensor, index: PositionIndex, factors: Factors) -> Tensor:
-        """([G,] n, r): `index.keep` for the coordinates `subspaces` (batch, n) of each token, 0 for the others."""
+        """([G,] n, r): `index.valid` for the coordinates `subspaces` (batch, n) of each token, 0 for the others."""
         r = factors.rank
         if r is None:
             raise ValueError(f"{SUBSPACES} were given, but the formula of an active adapter has no rank.")
@@ -333,13 +333,13 @@ class Forward:
                     raise ValueError(
                         f"{SUBSPACES} names rows {low} to {high} of R; allowed: 0 to {r - 1}, -1 for none."
                     )
-            rows = F.pad(given.to(index.keep.device) + 1, (0, 1))  # 0: none
+            rows = F.pad(given.to(index.valid.device) + 1, (0, 1))  # 0: none
             chosen = F.one_hot(rows, r + 1).amax(1)[:, 1:].float().expand(batch, r)
             if index.rows is None:
                 of_token = chosen.repeat_interleave(seq, 0)
             else:
                 of_token = chosen[index.rows.div(seq, rounding_mode="floor")]
-            kept = index.keep * of_token
+            kept = index.valid * of_token
             if subspaces is not self.subspaces:
                 return kept
             self._kept[key] = kept

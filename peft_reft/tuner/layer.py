@@ -127,7 +127,7 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
         ]
 
     def _by_group(self, index: PositionIndex, keep: Tensor, plan: LayerPlan, factors: Factors) -> list[Edit]:
-        if index.mask is None or plan.by != "group":
+        if index.mask is None or plan.sharing != "group":
             return [Edit(index.rows, keep, self._drop(keep, plan, factors), factors)]
         return [
             Edit(None, part, self._drop(part, plan, factors), factors.map(itemgetter(g)))
@@ -152,7 +152,7 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
         for key, adapters in alike.items():
             plan, index = shared[key]
             scales = tuple((name, self.scaling[name]) for name, _ in adapters)
-            which, scale = forward.rows_of(scales, names, index.keep.device)
+            which, scale = forward.rows_of(scales, names, index.valid.device)
             factors = Factors.stack([each for _, each in adapters]).map(partial(_of_rows, which=which))
             edits += _by_row(index, forward.keep(index, factors), plan, scale, factors)
         return edits
@@ -230,11 +230,11 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
             if name not in self.plans:
                 continue
             plan, weights = self.plans[name], self.weights(name)
-            if {group.kind for group in plan.groups} != {"p", "g"}:
-                spec = "+".join(map(str, plan.groups))
+            if not plan.groups.edits_every_token:
+                spec = str(plan.groups)
                 return f"positions are {spec!r}, and a weight matrix treats every position alike (allowed: 'all')"
-            if plan.by != "all":
-                return f"prompt and answer have an edit each (tie={plan.by!r}; allowed: 'layer', 'model')"
+            if plan.sharing != "all":
+                return f"prompt and answer have an edit each (tie={plan.sharing!r}; allowed: 'layer', 'model')"
             if not weights.current_factors().is_affine:
                 return "the formula is not affine (allowed: those without act_fn and gate, and not 'interchange')"
             try:
@@ -345,7 +345,7 @@ def _by_row(index: PositionIndex, keep: Tensor, plan: LayerPlan, scale: Tensor, 
     rows = len(scale)
     keep = keep.unflatten(-2, (rows, -1)) * scale.view(-1, 1, 1)  # ([G,] rows, slots or seq, 1)
     if index.mask is not None:
-        if plan.by != "group":
+        if plan.sharing != "group":
             return [Edit(None, keep, None, factors)]
         return [Edit(None, part, None, factors.map(partial(_of_group, g=g))) for g, part in enumerate(keep)]
     assert index.rows is not None

@@ -27,8 +27,10 @@ from ..edits.formulas import INTERVENTIONS
 from ..edits.intervention import Intervention
 from ..edits.rotation import orthonormalise
 from ..files import check_finite, does_not_fit
+from ..positions.index import weight_sets
+from ..positions.layout import Layout
 from ..positions.marks import Marks
-from ..positions.spec import Layout, Positions
+from ..positions.spec import Positions
 from ..positions.wanted import Wanted
 from .architectures import (
     Target,
@@ -270,12 +272,8 @@ class LoReftModel(BaseTuner):
     ) -> None:
         name = current_key.removeprefix("_orig_mod.")
         chosen, spec, r = self._targets.get(name) or self._beyond[name]
-        by = peft_config.tie if peft_config.tie in ("group", "position") else "all"
-        count = {
-            "all": None,
-            "group": len(spec.groups),
-            "position": sum(group.count or 0 for group in spec.groups),
-        }[by]
+        sharing = peft_config.sharing
+        count = None if sharing == "all" else weight_sets(spec.groups, sharing)
         intervention = self._shared
         if intervention is None:
             formula = INTERVENTIONS[peft_config.intervention]
@@ -289,7 +287,7 @@ class LoReftModel(BaseTuner):
             assert attachment is not None
             layer = LoReftLayer(target, attachment)
             target.add_module(CHILD, layer)
-        plan = LayerPlan(wanted_by(peft_config, spec.groups), spec.groups, by, peft_config.dropout)
+        plan = LayerPlan(wanted_by(peft_config, spec.groups), spec.groups, sharing, peft_config.dropout)
         layer.update_layer(adapter_name, intervention, share_plan(plan))
         self._filled.add(layer)
 
@@ -574,6 +572,5 @@ def _key_prefixes(model: nn.Module, adapter_name: str | None = None) -> set[str]
 
 def wanted_by(config: LoReftConfig, groups: Layout) -> Wanted:
     """What a layer that edits `groups` asks a forward for."""
-    kinds = {group.kind for group in groups if group.count is None}
-    everything = {"p", "g"} <= kinds and config.tie in ("layer", "model")
+    everything = groups.edits_every_token and config.sharing == "all"
     return Wanted(config.layout, Marks.of(config.response_template, config.instruction_template), everything)

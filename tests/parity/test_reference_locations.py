@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from peft_reft import Positions
-from peft_reft.positions.index import arrange
+from peft_reft.positions.index import make_index
 from peft_reft.positions.resolve import find_answers, resolve
 
 GRID = json.loads((Path(__file__).parent / "locations.json").read_text())
@@ -20,15 +20,15 @@ def ours(positions, length):
     """(prefix, suffix) as sorted lists of columns."""
     groups = Positions.parse(positions).groups
     slots = resolve(groups, find_answers(torch.ones(1, length, dtype=torch.bool)))
-    index = arrange(slots, length, groups, groups, "group")
+    index = make_index(slots, length, groups, groups, "group")
     found = {"f": [], "l": []}
-    for group, rows, keep in zip(groups, index.rows, index.keep.squeeze(-1)):
-        found[group.kind] = sorted(rows[keep > 0].tolist())
+    for group, rows, keep in zip(groups, index.rows, index.valid.squeeze(-1)):
+        found[group.letter] = sorted(rows[keep > 0].tolist())
     return found["f"], found["l"]
 
 
 def counts(positions):
-    return tuple(next((g.count for g in Positions.parse(positions).groups if g.kind == kind), 0) for kind in "fl")
+    return tuple(next((g.count for g in Positions.parse(positions).groups if g.letter == kind), 0) for kind in "fl")
 
 
 def theirs(entry):
