@@ -1,4 +1,4 @@
-"""Read a batch as trainers, `generate` and people make it. The one place that knows their quirks. Pure torch."""
+"""`Batch.read` reads a batch as trainers, `generate` and people make it. No other module knows their quirks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..shapes import Bool, Int
 from .marks import Marks
 from .resolve import IGNORED, Turns, find_turns
 
@@ -25,22 +26,22 @@ prompts_of: ContextVar[list[int] | None] = ContextVar("prompts_of", default=None
 
 @dataclass(frozen=True)
 class Batch:
-    """What a batch says of its tokens. Tensors of shape (batch, seq)."""
+    """What a batch says of its tokens."""
 
-    real: Tensor
-    """bool, False on padding."""
-    ids: Tensor | None = None
-    """int64 token ids; None if there are only embeddings."""
-    labels: Tensor | None = None
-    """int64, -100 where unsupervised; None if they are not one a token."""
-    position_ids: Tensor | None = None
-    """int64, 0 where a document begins; None if each row is one document."""
+    real: Bool[Tensor, "batch seq"]
+    """False on padding."""
+    ids: Int[Tensor, "batch seq"] | None = None
+    """Token ids; None if the batch has only embeddings."""
+    labels: Int[Tensor, "batch seq"] | None = None
+    """-100 at tokens that are not supervised; None if the batch has no label for each token."""
+    position_ids: Int[Tensor, "batch seq"] | None = None
+    """0 at the first token of a document; None if each row is one document."""
     packed: bool = False
-    """Whether several documents may stand in a row."""
+    """Whether a row may hold several documents."""
     answer_tokens: int | None = None
-    """How many columns at the end are known to be the answer (`logits_to_keep`)."""
+    """How many columns at the end of each row are the answer, if TRL's `logits_to_keep` says so."""
     prompt_lengths: tuple[int, ...] | None = None
-    """Number of real tokens of each row's prompt (`peft_reft.prompt_lengths`)."""
+    """Number of real tokens of each row's prompt, if `peft_reft.prompt_lengths` says so."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -48,7 +49,7 @@ class Batch:
 
     @property
     def says_where_prompts_end(self) -> bool:
-        """Whether anything but the token ids does."""
+        """Whether the batch says where its prompts end, without its token ids being read."""
         return any(each is not None for each in (self.labels, self.answer_tokens, self.prompt_lengths))
 
     @staticmethod
@@ -56,9 +57,9 @@ class Batch:
         """Read a model's inputs, or a collator's batch.
 
         Args:
-            given: by name; `input_ids`, `attention_mask`, `position_ids`, `labels`, TRL's `completion_mask` and
-                `logits_to_keep` are read where they are there.
-            tokens: (batch, seq, ...), what the batch's shape is taken from: `input_ids` or `inputs_embeds`.
+            given: the inputs by name. Of these `input_ids`, `attention_mask`, `position_ids`, `labels`, and TRL's
+                `completion_mask` and `logits_to_keep` are read, as far as they are given.
+            tokens: `input_ids` (batch, seq) or `inputs_embeds` (batch, seq, d), which give the batch its shape.
             has_answers: whether the rows hold prompt and answer (causal language models). If not, labels say nothing
                 about prompts.
 
@@ -82,8 +83,12 @@ class Batch:
         packed = mask is None and position_ids is not None
         real = torch.ones(shape, dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
         if position_ids is not None and packed and labels is not None:
-            # TRL pads packed rows with position 0: a document of one token without a label.
-            begins = F.pad(position_ids == 0, (0, 1), value=True)  # something begins behind the row's end, too
+            # TRL pads packed rows with position 0, so each padding token looks like a document of one token without
+            # a label:
+            #   position_ids   0  1  2  0  1  0  0
+            #   begins         x        x     x  x  (x)    behind the row's end something begins, too
+            #   padding                       x  x
+            begins = F.pad(position_ids == 0, (0, 1), value=True)  # (batch, seq + 1)
             real = real & ~(begins[:, :-1] & begins[:, 1:] & (labels == IGNORED))
         kept = given.get("logits_to_keep") if has_answers and labels is None else None
         return Batch(
@@ -98,11 +103,11 @@ class Batch:
         )
 
     def turns(self, marks: Marks | None, answer_at: Tensor | None = None) -> Turns:
-        """Prompts and answers: by the prompts' lengths if they are known, else by marks, else by labels.
+        """Find prompts and answers: by the prompts' lengths if they are known, else by marks, else by labels.
 
         Args:
             marks: of the chat template.
-            answer_at: (batch, seq) bool, True where an answer is known to begin.
+            answer_at: (batch, seq) bool, True at a token that is known to be an answer's first.
         """
         if self.prompt_lengths is not None:
             lengths = torch.tensor(self.prompt_lengths, device=self.real.device).unsqueeze(1)  # (batch, 1)
@@ -117,7 +122,7 @@ class Batch:
 
     @property
     def most_answers(self) -> int | None:
-        """The most answers in a row, if it is known without a look at the data and there are no marks."""
+        """The most answers in a row, if no marks are looked for; None if only the data say it."""
         if self.prompt_lengths is not None or self.position_ids is None:
             return 1
         return None
@@ -135,7 +140,7 @@ def _labels(given: Mapping[str, Any], shape: tuple[int, int], ids: Tensor | None
 def remember(batch: Batch) -> None:
     """Keep a batch's labels with its `input_ids`, for a forward of the same tensor without labels.
 
-    Evaluation with `compute_metrics` makes one, for instance. What is kept lives as long as the tensor.
+    Evaluation with `compute_metrics` runs such a forward. The labels live as long as the tensor.
     """
     if batch.ids is not None and batch.labels is not None:
         setattr(batch.ids, _KNOWN, (batch.ids._version, batch.labels))
@@ -162,7 +167,7 @@ def _prompt_lengths(rows: int) -> tuple[int, ...] | None:
 
 
 def is_matrix(value: Any, shape: tuple[int, int]) -> bool:
-    """Whether `value` is a tensor of that shape."""
+    """Whether `value` is a tensor of the given shape."""
     return isinstance(value, Tensor) and tuple(value.shape) == shape
 
 

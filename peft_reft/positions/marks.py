@@ -1,4 +1,4 @@
-"""The marks of a chat template, as token ids, and where they stand in a batch. Pure torch.
+"""The marks of a chat template, as token ids, and where they stand in a batch.
 
 A *response template* is the header behind which an answer begins (``<|im_start|>assistant\\n``). An *instruction
 template* is a header at which an answer has ended (``<|im_start|>user\\n``, that of a tool, of a system message in
@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..shapes import Bool, Int
+
 Template = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Marks:
-    """The headers of a chat template, as token ids. Without a response template, no document has a mark."""
+    """The headers of a chat template, as token ids. If there is no response template, no document has a mark."""
 
     response: tuple[Template, ...] = ()
     instruction: tuple[Template, ...] = ()
@@ -28,7 +30,7 @@ class Marks:
     def of(
         response_template: Sequence[Sequence[int]] | None, instruction_template: Sequence[Sequence[int]] | None
     ) -> Marks | None:
-        """From a config's fields. None if they are not known, which is not the same as "there are none" (`[]`)."""
+        """Make marks from a config's fields. None means "not known", `[]` means "there are none"."""
         if response_template is None:
             return None
         return Marks(
@@ -38,14 +40,14 @@ class Marks:
 
 
 def check_template(value: Any, field: str) -> list[list[int]] | None:
-    """A config's `response_template` or `instruction_template` as a list of lists of ints.
+    """Check a config's `response_template` or `instruction_template`, and make it a list of lists of ints.
 
     Args:
         value: None, or a list of templates, each a list of token ids.
-        field: its name, for the error.
+        field: name of the field, for the error.
 
     Raises:
-        ValueError: it is something else; a single template must stand in a list, too.
+        ValueError: `value` is anything else, such as one template that stands in no list.
     """
     if value is None:
         return None
@@ -60,32 +62,34 @@ def check_template(value: Any, field: str) -> list[list[int]] | None:
     return [list(template) for template in templates]
 
 
-def find_headers(ids: Tensor, real: Tensor, document: Tensor, marks: Marks) -> tuple[Tensor, Tensor]:
-    """Where the headers of a chat template stand.
+def find_headers(
+    ids: Int[Tensor, "batch seq"], real: Bool[Tensor, "batch seq"], document: Int[Tensor, "batch seq"], marks: Marks
+) -> tuple[Bool[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
+    """Find the headers of a chat template.
 
-    A header lies within one document and on real tokens alone. Of response templates that begin at one column the
-    longest counts: so a header can be given with its tail and without, and the tail belongs to the prompt wherever its
-    tokens are there.
+    A header lies within one document, on real tokens alone. If several response templates begin at one column, the
+    longest counts. So a header can be given with its tail and without: the tail belongs to the prompt if its tokens
+    follow the header.
 
     Args:
-        ids: (batch, seq) int64.
-        real: (batch, seq) bool, False on padding.
-        document: (batch, seq) int64, the number of each token's document.
+        ids: token ids.
+        real: False on padding.
+        document: number of each token's document.
         marks: of the chat template.
 
     Returns:
-        ended: (batch, seq) bool, True at the last token of a response template: an answer may begin behind it.
-        begun: (batch, seq) bool, True at the first token of an instruction template.
+        ended: True at the last token of a response template: an answer may begin behind it.
+        begun: True at the first token of an instruction template.
     """
     # An answer may begin behind the last token of a header:
     #   ids    u  u  hi  A  A  yo  ...      response template A A, instruction template u u
     #   begun  1
     #   ended                 1
-    length_at = torch.zeros_like(ids)  # (batch, seq): how long the longest response template is that begins here
+    length_at = torch.zeros_like(ids)  # (batch, seq): length of the longest response template that begins here
     for template in sorted(marks.response, key=len):
         length_at = torch.where(_matches(ids, real, document, template), len(template), length_at)
     column = torch.arange(ids.shape[1], device=ids.device)  # (seq,)
-    last = torch.where(length_at > 0, column + length_at - 1, ids.shape[1])  # (batch, seq), `seq` for none
+    last = torch.where(length_at > 0, column + length_at - 1, ids.shape[1])  # (batch, seq): `seq` if there is none
     ended = torch.zeros(ids.shape[0], ids.shape[1] + 1, dtype=torch.bool, device=ids.device)
     ended = ended.scatter(1, last, True)[:, :-1]
     begun = torch.zeros_like(real)
@@ -94,8 +98,13 @@ def find_headers(ids: Tensor, real: Tensor, document: Tensor, marks: Marks) -> t
     return ended, begun
 
 
-def _matches(ids: Tensor, real: Tensor, document: Tensor, template: Template) -> Tensor:
-    """(batch, seq) bool: whether `template` begins at each column."""
+def _matches(
+    ids: Int[Tensor, "batch seq"],
+    real: Bool[Tensor, "batch seq"],
+    document: Int[Tensor, "batch seq"],
+    template: Template,
+) -> Bool[Tensor, "batch seq"]:
+    """Whether `template` begins at each column."""
     seq, length = ids.shape[1], len(template)
     found = torch.zeros_like(real)
     if length > seq:

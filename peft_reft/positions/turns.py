@@ -1,4 +1,4 @@
-"""The prompts and answers of a document, told from its token ids by the marks of its chat template. Plain Python."""
+"""Find the answers of one document in its token ids, by the marks of its chat template. Plain Python, for serving."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ def answers_of(
     instruction: Sequence[Sequence[int]],
     given: int | None = None,
 ) -> list[tuple[int, int]]:
-    """Spans of the answers in one document; all else is prompt.
+    """Find the answers of one document; all other tokens are prompt.
 
-    An answer starts behind a response template and ends where an instruction template begins, or with the document.
+    An answer starts behind a response template. It ends where an instruction template begins, or with the document.
     Messages of the assistant that follow each other are one answer. An answer that starts where an instruction
-    template begins is empty. Of templates that match at one column the longest counts, so that a header can be given
-    with its tail and without: the tail belongs to the prompt where its tokens are there, and to the answer where they
-    merged with what follows.
+    template begins is empty. If several templates match at one column, the longest counts. So a header can be given
+    with its tail and without: the tail belongs to the prompt if its tokens follow the header, and to the answer if
+    they merged with the answer's first token.
 
     Args:
         ids: token ids of the document, without padding.
         response: headers behind which an answer starts, as token ids.
         instruction: headers at which an answer has ended, as token ids.
-        given: how many tokens `generate` or an engine was given. All behind it is answer, whatever its tokens are.
+        given: how many tokens `generate` or an engine was given. Every token behind them is answer.
 
     Returns:
-        (start, end) of each answer, ascending, as a slice of `ids`: `ids[start:end]` is the answer.
+        (start, end) of each answer, in order: `ids[start:end]` is the answer.
 
     Example:
         >>> user, assistant = [7, 8], [7, 9]
@@ -56,7 +56,7 @@ def answers_of(
 
 
 def _headers(ids: Sequence[int], templates: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
-    """(first column, column just behind) of each occurrence, the longest where several begin at one column."""
+    """The first column of each occurrence, and the column behind it; the longest if several begin at one column."""
     by_first: dict[int, list[list[int]]] = {}
     for template in sorted(map(list, templates), key=len, reverse=True):
         if template:
