@@ -1,4 +1,4 @@
-"""Positions of a forward behind a filled cache, outside `generate`; and whether a cache holds the edits it should."""
+"""The position source of a forward behind a filled cache, outside `generate`; and checks of what a cache holds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..shapes import Bool, Int
 from .batch import POSITIONS, Batch
 from .layout import NO_POSITION
 from .memory import CacheMemory, joined_mask
@@ -18,31 +19,43 @@ from .wanted import WAYS_OUT, Wanted, warn, warn_of_plain_forward
 
 @dataclass
 class Continued:
-    """Positions of tokens that are fed to a filled cache outside `generate`: loops of one's own, pieces."""
+    """The source of a forward that feeds a piece to a filled cache, outside `generate`.
+
+    The piece is one new token in a decoding loop of the user's own, the next turn of a chat, or a chunk of a prompt.
+    """
 
     tokens: Tensor
-    """(batch, seq, ...): ids or embeddings of the new piece."""
-    ids: Tensor | None
+    """Token ids (batch, seq) or embeddings (batch, seq, d) of the piece."""
+    ids: Int[Tensor, "batch seq"] | None
+    """Token ids of the piece; None if it was given as embeddings."""
     attention_mask: Any
+    """As the forward was given it."""
     past: int | None
     """Columns in the cache; None if it does not say."""
     memory: CacheMemory | None
+    """Of the cache; None if nothing is known of it."""
     prompt_lengths: tuple[int, ...] | None = None
+    """Number of real tokens of each row's prompt (`peft_reft.prompt_lengths`)."""
     _whole: dict[Wanted, Tensor] = field(default_factory=dict)
-    """Slots of the whole document."""
+    """Slots of the whole document: what the cache holds, and the piece."""
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(batch, seq) of the piece."""
         return self.tokens.shape[0], self.tokens.shape[1]
 
     @property
     def answer_from(self) -> int | None:
-        """Column at which an answer has begun, if nothing marks it: one token at a time is how answers are written."""
+        """Column at which an answer began without a header; None if none did.
+
+        A piece of one token is taken for an answer, because answers are written token by token.
+        """
         if self.memory is not None and self.memory.answer_from is not None:
             return self.memory.answer_from
         return self.past if self.shape[1] == 1 else None
 
-    def slots(self, wanted: Wanted) -> Tensor | None:
+    def slots(self, wanted: Wanted) -> Int[Tensor, "batch n"] | None:
+        """See `PositionSource`."""
         (batch, seq), past, memory = self.shape, self.past, self.memory
         known = memory.all_ids() if memory is not None else None
         if known is not None and known.shape[0] != batch:  # `cache.batch_repeat_interleave`, to try several answers
@@ -54,7 +67,7 @@ class Continued:
             return None
         if past is None or (decodes and memory is None):
             return self._without_a_memory(wanted)
-        # The whole document: what the cache holds, and the new piece.
+        # The whole document: what the cache holds, and the piece behind it.
         real = joined_mask(self.attention_mask, self.shape, past, self.tokens.device)  # (batch, past + seq)
         ids = torch.cat([known, self.ids], 1) if known is not None and self.ids is not None else None
         labels = None
@@ -76,8 +89,12 @@ class Continued:
                 )
         return wanted.layout.part(slots, seq=past + seq, start=past, stop=past + seq)
 
-    def _without_a_memory(self, wanted: Wanted) -> Tensor | None:
-        """A piece behind a cache of which nothing is known: one token at a time, it is answer."""
+    def _without_a_memory(self, wanted: Wanted) -> Int[Tensor, "batch n"] | None:
+        """The slots of a piece behind a cache of which nothing is known: all of it is answer.
+
+        Raises:
+            ValueError: `wanted` counts generated tokens.
+        """
         if wanted.counts_generated:
             raise ValueError(
                 "LoReFT cannot count generated tokens here: the cache does not say how long the prompt was. Use "
@@ -93,8 +110,8 @@ class Continued:
         counted = column.new_full((self.shape[0], 1, layout.width), NO_POSITION)  # (batch, 1 answer, width)
         return layout.join([counted], [column if group.decodes else empty for group in layout.open_groups])
 
-    def check_cache(self, adapter: str, wanted: Wanted, rows: Tensor | None = None) -> None:
-        """See `Source`. Of a cache of which nothing is known, nothing is said."""
+    def check_cache(self, adapter: str, wanted: Wanted, rows: Bool[Tensor, " names"] | None = None) -> None:
+        """See `PositionSource`. Nothing is checked if nothing is known of the cache."""
         memory, slots = self.memory, self._whole.get(wanted)
         if memory is None or slots is None:
             return
@@ -122,7 +139,7 @@ MOVED = (
 
 
 def refuse_others(memory: CacheMemory, asked: Collection[str]) -> None:
-    """Raise ValueError if a cache holds edits of adapters that are not among those `asked`."""
+    """Raise ValueError if a cache holds edits of an adapter that is not among those `asked`."""
     for name in memory.edited:
         if name not in asked and bool(memory.bits(name, memory.length).any()):
             raise ValueError(
@@ -131,7 +148,7 @@ def refuse_others(memory: CacheMemory, asked: Collection[str]) -> None:
 
 
 def wrong_cache(adapter: str, wanted: Wanted, holds: str) -> str:
-    """The message about a cache that does not fit."""
+    """The message about a cache that `holds` what it should not, or lacks what it should hold."""
     spec = str(wanted.layout)
     return (
         f"The cache holds {holds}, for adapter {adapter!r} with positions={spec!r}: it was filled with another "
@@ -142,48 +159,58 @@ def wrong_cache(adapter: str, wanted: Wanted, holds: str) -> str:
     )
 
 
-def of_rows(slots: Tensor, rows: Tensor | None) -> Tensor:
-    """`slots` (n, k) of the rows that an adapter edits, and none in the others.
+def of_rows(slots: Int[Tensor, "batch n"], rows: Bool[Tensor, " names"] | None) -> Int[Tensor, "batch n"]:
+    """Empty the slots of the rows that an adapter does not edit.
 
     Args:
-        rows: (names given,) bool; each stands for as many rows in turn (beams). None for all.
+        slots: of all rows.
+        rows: whether the adapter edits the rows of each of the caller's `adapter_names`, of which each stands for as
+            many rows in turn (beams). None: it edits all.
     """
     if rows is None:
         return slots
-    repeated = rows.to(slots.device).repeat_interleave(len(slots) // len(rows))  # (n,)
+    repeated = rows.to(slots.device).repeat_interleave(len(slots) // len(rows))  # (batch,)
     return slots.masked_fill(~repeated.unsqueeze(1), NO_POSITION)
 
 
 def compare(
-    adapter: str, wanted: Wanted, slots: Tensor, real: Tensor, memory: CacheMemory, rows: Tensor | None = None
+    adapter: str,
+    wanted: Wanted,
+    slots: Int[Tensor, "batch n"],
+    real: Bool[Tensor, "batch columns"],
+    memory: CacheMemory,
+    rows: Bool[Tensor, " names"] | None = None,
 ) -> tuple[set[int], bool]:
-    """Which groups lack edits in the part of a document that a cache holds, and whether it has an edit too many.
+    """Compare the edits that a document needs with those that a cache holds of its beginning.
 
     Args:
         adapter: name of the adapter.
-        wanted: what its layers want.
-        slots: (rows, n) of the whole document.
-        real: (rows, columns of the whole document) bool; nobody attends to the others.
+        wanted: what its layers ask.
+        slots: of the whole document.
+        real: False on padding, to which nothing attends.
         memory: of the cache.
-        rows: (names given,) bool: which rows the adapter edits; None for all.
+        rows: which rows the adapter edits, as for `of_rows`.
+
+    Returns:
+        The numbers of the groups that lack edits; whether there is an edit too many.
 
     Raises:
-        ValueError: the rows of the cache were moved about.
+        ValueError: the rows of the cache were reordered, so that nothing is known of them.
     """
     if not memory.certain:
         raise ValueError(MOVED)
     needed = wanted.layout.bits(of_rows(slots, rows), real.shape[1])  # (rows, columns)
     needed = needed[:, : memory.length]  # (rows, columns in the cache)
     if adapter in memory.edited:
-        held = memory.bits(adapter, needed.shape[1]).to(needed.device)
+        held = memory.bits(adapter, needed.shape[1]).to(needed.device)  # (rows of the cache, columns in the cache)
         if needed.shape[0] % held.shape[0]:
             raise ValueError(MOVED)
         held = held.repeat_interleave(needed.shape[0] // held.shape[0], 0)
         if memory.layout(adapter) != wanted.layout:
-            held = (held != 0).long() << 62
+            held = (held != 0).long() << 62  # of another spec: no bit of a group can agree
     else:
         held = torch.zeros_like(needed)
-    if wanted.everything:  # whether as prompt or as answer
+    if wanted.everything:  # no matter whether a token was edited as prompt or as answer
         needed, held = (needed != 0).long(), (held != 0).long()
     counts = real[:, : memory.length].long() * -1  # all bits of a real token
     missing, too_many = needed & ~held & counts, held & ~needed & counts

@@ -1,17 +1,22 @@
-"""What is wrong with a batch of whole documents: found on the device, read together, refused or warned of."""
+"""Find out what is wrong with a batch of whole documents, then refuse it or warn of it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..shapes import Bool
 from .batch import POSITIONS, Batch
 from .resolve import IGNORED, Turns
 from .wanted import WAYS_OUT, Wanted, warn, warn_of_plain_forward
 
 
 def refuse_or_warn(wanted: Wanted, training: bool, is_prompt: bool) -> None:
-    """Refuse a forward in which nothing says where the prompts end, or warn of it; do neither if that is no matter."""
+    """Refuse a forward in which nothing says where the prompts end, or warn of it; do neither if no end matters.
+
+    Raises:
+        ValueError: in training, if every prompt's end matters.
+    """
     if is_prompt or wanted.needs_end_below in (0, 1):  # every prompt has a first token
         return
     spec = str(wanted.layout)
@@ -31,14 +36,17 @@ def refuse_or_warn(wanted: Wanted, training: bool, is_prompt: bool) -> None:
 
 
 class Checks:
-    """Of one batch, for one spec.
+    """Checks one batch for the spec of one adapter.
+
+    The checks are computed on the device (`facts`), read by the host in one go, and then acted on (`act`). In a traced
+    graph, where the host cannot read, `assert_later` stands for both.
 
     Args:
         batch: the batch.
-        wanted: what the layers ask for.
+        wanted: what the layers ask.
         turns: the batch's prompts and answers.
         training: whether a step of training runs.
-        is_prompt: whether whoever made the forward knows that it holds prompts alone.
+        is_prompt: whether the forward is known to hold prompts alone.
     """
 
     def __init__(self, batch: Batch, wanted: Wanted, turns: Turns, *, training: bool, is_prompt: bool) -> None:
@@ -48,7 +56,7 @@ class Checks:
         self.spec = str(wanted.layout)
 
     def facts(self, marks_are_known: bool) -> list[tuple[str, Tensor]]:
-        """Named bool tensors of one element.
+        """Compute what may be wrong: names, and bool tensors of no dimension.
 
         Args:
             marks_are_known: whether headers of a chat template were looked for.
@@ -70,7 +78,7 @@ class Checks:
         return found
 
     def act(self, found: dict[str, int]) -> None:
-        """Raise ValueError, or warn."""
+        """Raise ValueError, or warn, if a fact of `facts` holds."""
         if found.get("cut"):
             raise ValueError(
                 "A row or a packed document starts in the middle of a document (it begins inside an answer, its first "
@@ -103,7 +111,7 @@ class Checks:
             warn_of_plain_forward(self.spec)
 
     def assert_later(self) -> None:
-        """In a traced graph: what can be refused only when it runs."""
+        """Refuse a wrong batch when a traced graph runs."""
         if self.labelled:
             wrong = self._several()
             if self.training:
@@ -113,11 +121,12 @@ class Checks:
                 "LoReFT: no position to edit, cut off prompts, or several answers (which need DataCollatorForLoReft)",
             )
 
-    def _supervised(self) -> Tensor:
+    def _supervised(self) -> Bool[Tensor, "batch seq"]:
+        """Whether each token is trained on."""
         assert self.batch.labels is not None
         return self.turns.real & (self.batch.labels != IGNORED)
 
-    def _several(self) -> Tensor:
+    def _several(self) -> Bool[Tensor, ""]:
         """Whether labels alone would have to tell several answers of a document apart."""
         if not self.wanted.needs_every_end:  # the first answer alone matters
             return self.turns.real.new_zeros(())
@@ -126,7 +135,7 @@ class Checks:
             several = several & ~self._supervised()  # without a prompt, all of it is the answer
         return several.any()
 
-    def _nothing(self) -> Tensor:
+    def _nothing(self) -> Bool[Tensor, ""]:
         """Whether no token is edited."""
         turns, none = self.turns, ~self.turns.real.new_zeros(())
         if self.wanted.edits_prompts:
@@ -138,22 +147,25 @@ class Checks:
             none = none & ~turns.answer.any()
         return none
 
-    def _lone(self) -> tuple[Tensor, Tensor]:
-        """(batch, seq): documents, at their event, whose labels leave them a prompt of one token; those answered.
+    def _lone(self) -> tuple[Bool[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
+        """Find the documents to which their labels leave a prompt of one token, and all documents with an answer.
 
-        TRL takes the label off the first token of every packed document. So a prompt of one token is what it leaves of
-        a document without a prompt, and of the second part of one that was split.
+        TRL takes the label off the first token of every packed document. So a document without a prompt has a prompt
+        of one token then, and so has the second part of a document that was split.
+
+        Returns:
+            Two masks, True at a document's first event: a prompt of one token; an answer.
         """
         turns = self.turns
         first = turns.event & (turns.starts < turns.end) & ~turns.marked
         answered = first & (turns.starts + turns.length > turns.end)
         return answered & (turns.end - turns.starts == 1), answered
 
-    def _all_lone(self, lone: Tensor, answered: Tensor) -> Tensor:
+    def _all_lone(self, lone: Bool[Tensor, "batch seq"], answered: Bool[Tensor, "batch seq"]) -> Bool[Tensor, ""]:
         """Whether no document of the batch has a prompt."""
         return (lone == answered).all() & ~self.turns.marked.any()
 
-    def _cut(self) -> Tensor:
+    def _cut(self) -> Bool[Tensor, ""]:
         """Whether a row or a document begins in mid-document, which matters to what counts from its beginning."""
         turns, labels = self.turns, self._supervised()
         counts_from_the_beginning = any(group.counts_from_beginning for group in self.wanted.layout)
@@ -161,7 +173,7 @@ class Checks:
         first = turns.real.long().argmax(1, keepdim=True)
         if counts_from_the_beginning:
             # A row that is supervised from its first token on, and again after a gap, has lost its first prompt. In a
-            # chat that is trained on as a whole the gap is no prompt: its headers are supervised.
+            # chat that is trained on as a whole, the gap is no prompt, because its headers are supervised.
             resumes = (labels[:, 1:] & ~labels[:, :-1]).any(1)  # (batch,)
             prompts = torch.where(turns.marked.any(1), (turns.instructs & ~labels).any(1), resumes)
             cut = cut | (labels.gather(1, first).squeeze(1) & prompts).any()

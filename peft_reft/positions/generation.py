@@ -1,4 +1,4 @@
-"""Positions of the forwards of one call of `generate`."""
+"""`Generation`: the prompts of one call of `generate`; `GenerateStep`: the position source of one of its forwards."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..shapes import Bool, Int
 from .cached import compare, of_rows, refuse_others, wrong_cache
 from .layout import NO_POSITION
 from .memory import CacheMemory
@@ -20,38 +21,41 @@ from .wanted import Wanted, warn
 class Generation:
     """The prompts of one call of `generate`, kept until it returns.
 
-    Capturing them at entry is what holds for every way of decoding. What a later forward shows (an empty cache, the
-    number of its tokens) does not: without a cache every forward has the whole row, a chunk of a prompt has a filled
-    cache, and assisted decoding's first forward has candidates behind the prompt.
+    They are noted when the call begins, because no later forward shows where they end: without a cache every forward
+    has the whole row, a chunk of a prompt has a filled cache, and the first forward of assisted decoding has
+    candidates behind the prompt.
     """
 
-    real: Tensor | None
-    """(rows at entry, prompt length) bool; None until the first step, for a decoder beside an encoder."""
-    ids: Tensor | None = None
-    """(rows at entry, prompt length) int64, -1 where they are not known."""
-    explicit: Tensor | None = None
+    real: Bool[Tensor, "batch prompt"] | None
+    """False on padding; None until the first step, for a decoder beside an encoder."""
+    ids: Int[Tensor, "batch prompt"] | None = None
+    """Token ids, -1 if one is not known; None if the prompts were given as embeddings."""
+    explicit: Int[Tensor, "batch n"] | None = None
+    """`intervention_positions`, if the caller gave them."""
     past: int = 0
     """Tokens in the cache at entry."""
     offset: int = 0
-    """Columns of the prompt before the first that `generate` was given."""
+    """Columns of the prompt that stand before the first column that `generate` was given."""
     has_mask: bool = False
     """Whether `generate` was given a mask, which then is one of the whole prompt."""
     memory: CacheMemory | None = None
     """Of the cache at entry."""
-    subspaces: Tensor | None = None
+    subspaces: Int[Tensor, "rows m"] | None = None
+    """Rows of R that the edits stay within, if the caller gave them."""
     beside: int | None = None
-    """Length of the prompt of forwards that are made beside `generate` (classifier-free guidance)."""
+    """Length of the prompt of forwards that run beside `generate` (classifier-free guidance)."""
     used: dict[str, tuple[Wanted, Tensor | None]] = field(default_factory=dict)
-    """What the layers asked, by adapter, and which rows it edits."""
+    """By adapter: what its layers asked, and which rows it edits."""
     factors: dict[tuple[int, bool], Any] = field(default_factory=dict)
     """What the layers compute with, for all steps of this call."""
     _others_checked: bool = False
     _resolved: dict[Wanted, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
+    """What `slots` returned."""
     _whole: dict[Wanted, tuple[Tensor, int]] = field(default_factory=dict)
-    """Slots of the prompts and what comes right behind them, and the number of their columns."""
+    """Slots of the prompts and of the columns behind them, and the number of all these columns."""
 
-    def slots(self, wanted: Wanted) -> tuple[Tensor, list[Tensor]]:
-        """Columns to edit: the counted slots (rows, n), and a region (rows, prompt length) for each open-ended group.
+    def slots(self, wanted: Wanted) -> tuple[Int[Tensor, "batch n"], list[Int[Tensor, "batch prompt"]]]:
+        """The columns to edit: the counted slots, and the region of each open-ended group.
 
         The slots of a `gN` group hold the columns that its tokens will have.
         """
@@ -60,7 +64,7 @@ class Generation:
         assert self.real is not None
         layout, length = wanted.layout, self.real.shape[1]
         if self.explicit is None:
-            # Columns behind the prompt stand for what will be written.
+            # Columns behind the prompt stand for the answer to come.
             more = max(1, wanted.reach)
             seq = length + more
             whole = resolve(layout, self.turns(wanted, more).answers(None if wanted.has_marks else 1))
@@ -79,10 +83,10 @@ class Generation:
         return self._resolved[wanted]
 
     def turns(self, wanted: Wanted, more: int) -> Turns:
-        """Of the prompts, with `more` columns behind each that belong to its last answer."""
+        """The turns of the prompts, with `more` columns behind each prompt that belong to its last answer."""
         assert self.real is not None
         length = self.real.shape[1]
-        real = F.pad(self.real, (0, more), value=True)
+        real = F.pad(self.real, (0, more), value=True)  # (batch, prompt + more)
         answer_at = torch.zeros_like(real)
         answer_at[:, length] = True
         ids = None if self.ids is None else F.pad(self.ids, (0, more), value=-1)
@@ -94,8 +98,8 @@ class Generation:
             )
         return find_turns(real, ids=ids, marks=wanted.marks, answer_at=answer_at)
 
-    def check_cache(self, adapter: str, wanted: Wanted, rows: Tensor | None = None) -> None:
-        """Raise ValueError if the cache that `generate` was given does not hold what its part of the prompts needs."""
+    def check_cache(self, adapter: str, wanted: Wanted, rows: Bool[Tensor, " names"] | None = None) -> None:
+        """Raise ValueError if the cache that `generate` was given lacks edits of the prompts, or has others."""
         self.used[adapter] = wanted, rows
         if not self.past or self.explicit is not None:
             return
@@ -110,13 +114,13 @@ class Generation:
             raise ValueError(wrong_cache(adapter, wanted, holds))
 
     def check_others(self) -> None:
-        """Raise ValueError if the cache that `generate` was given holds edits of adapters that do not edit now."""
+        """Raise ValueError if the cache that `generate` was given holds edits of an adapter that does not edit now."""
         if self.memory is not None and not self._others_checked:  # all active adapters ask in the first step
             refuse_others(self.memory, self.used)
             self._others_checked = True
 
-    def remember(self, ids: Tensor, length: int) -> CacheMemory:
-        """What a cache holds that this call leaves: the first `length` columns of `ids` (rows, n)."""
+    def remember(self, ids: Int[Tensor, "batch n"], length: int) -> CacheMemory:
+        """Make the memory of the cache that this call leaves: it holds the first `length` columns of `ids`."""
         assert self.real is not None
         prompt = self.real.shape[1]
         if not prompt <= length <= ids.shape[1] or ids.shape[0] != self.real.shape[0] or self.explicit is not None:
@@ -134,18 +138,21 @@ class Generation:
 
 @dataclass
 class GenerateStep:
-    """One forward within `generate`: columns `start` to `start + seq` of rows that begin with the prompt."""
+    """The source of one forward within `generate`."""
 
     generation: Generation
     start: int
+    """Column of the document at which the forward's tokens begin; the prompt begins at column 0."""
     shape: tuple[int, int]
+    """(batch, seq) of the forward."""
 
-    def check_cache(self, adapter: str, wanted: Wanted, rows: Tensor | None = None) -> None:
-        """See `Source`. Once a call is enough."""
+    def check_cache(self, adapter: str, wanted: Wanted, rows: Bool[Tensor, " names"] | None = None) -> None:
+        """See `PositionSource`. One check for each call of `generate` is enough."""
         if adapter not in self.generation.used:
             self.generation.check_cache(adapter, wanted, rows)
 
-    def slots(self, wanted: Wanted) -> Tensor | None:
+    def slots(self, wanted: Wanted) -> Int[Tensor, "batch n"] | None:
+        """See `PositionSource`."""
         batch, seq = self.shape
         layout = wanted.layout
         assert self.generation.real is not None
@@ -153,15 +160,17 @@ class GenerateStep:
         decoded = [group for group in layout if group.decodes]
         if self.start >= length and all(group.count and self.start >= length + group.count for group in decoded):
             return None  # every decode step of a spec without generated tokens ends here
-        counted, regions = self.generation.slots(wanted)
-        column = torch.arange(seq, device=counted.device)
+        counted, regions = self.generation.slots(wanted)  # (rows at entry, n); (rows at entry, prompt) each
+        column = torch.arange(seq, device=counted.device)  # (seq,)
         inside = (counted >= self.start) & (counted < self.start + seq)
         pieces = [torch.where(inside, counted - self.start, NO_POSITION)]
         for group, region in zip(layout.open_groups, regions):
-            in_prompt = region[:, self.start : self.start + seq] >= 0
-            edited = F.pad(in_prompt, (0, seq - in_prompt.shape[1]), value=False)
+            in_prompt = region[:, self.start : self.start + seq] >= 0  # (rows at entry, up to seq)
+            edited = F.pad(in_prompt, (0, seq - in_prompt.shape[1]), value=False)  # (rows at entry, seq)
             if group.decodes:
                 edited = edited | (column + self.start >= length)
             pieces.append(torch.where(edited, column, NO_POSITION))
         slots = torch.cat(pieces, 1)
-        return slots.repeat_interleave(batch // len(slots), 0) if len(slots) != batch else slots
+        if len(slots) != batch:  # beams, `num_return_sequences`: each row at entry stands for several
+            slots = slots.repeat_interleave(batch // len(slots), 0)
+        return slots

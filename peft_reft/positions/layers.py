@@ -1,4 +1,4 @@
-"""Which layers: parse ``"0-7;16;-1"`` and resolve it against a model's number of blocks."""
+"""The grammar of layers: parse ``"0-7;16;-1"``, and resolve it for a model with a given number of blocks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def check_layers(spec: str | int | Sequence[int], field: str) -> None:
 
 
 def first_layer(spec: str | int) -> tuple[bool, int]:
-    """Sorts specs by the first layer they name, those that count from the end last."""
+    """Key that sorts specs by the first layer they name; those that count from the end come last."""
     first, _ = _parse(spec, "positions")[0]
     return first < 0, first
 
 
 def resolve_layers(spec: str | int | Sequence[int], n_layers: int, field: str) -> list[int]:
-    """Sorted, distinct indices below `n_layers`.
+    """Resolve `spec` to sorted, distinct indices below `n_layers`.
 
     Args:
         spec: ``"all"``, an int, a list of ints, or ranges such as ``"0-7;16;-1"`` (inclusive; ``"12-"`` runs to the

@@ -1,7 +1,7 @@
-"""What a cache holds: the tokens that were fed to it, and which of them were edited. Pure torch.
+"""`CacheMemory`: which tokens a cache holds, and which of them were edited.
 
-A `CacheMemory` rides on the cache object itself, as an attribute. So it survives a deep copy, ends with the cache, and
-nothing about a conversation is kept on the model.
+The memory is an attribute of the cache object. So it survives a deep copy and ends with the cache, and the model keeps
+nothing of a conversation.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..shapes import Int
 from .layout import Layout
 
 _ATTRIBUTE = "_peft_reft"
@@ -24,21 +25,21 @@ class Edited:
 
     start: int
     """Column of the piece's first token."""
-    bits: Tensor
-    """(rows, seq) int64: bit k is set where the k-th group of the layout edits."""
+    bits: Int[Tensor, "rows seq"]
+    """Bit k is set at the tokens that the k-th group of the layout edits (`Layout.bits`)."""
     layout: Layout
 
 
 @dataclass
 class CacheMemory:
-    """The document that a cache holds, of each row.
+    """The document of each row, as far as a cache holds it.
 
     Args:
-        ids: (rows, n) int64 pieces in order; None where a piece was given as embeddings.
+        ids: token ids, one tensor (rows, seq) for each piece that was fed; None for a piece of embeddings.
         length: number of columns.
-        answer_from: column at which an answer began without a header, or None if all is prompt so far.
-        edited: adapter -> what it edited.
-        certain: False if rows were moved about since (beam search), so that nothing below can be relied on.
+        answer_from: column at which an answer began without a header; None if none did.
+        edited: by adapter, what it edited of each piece.
+        certain: False if rows were reordered since (beam search), so that nothing is known of any row.
     """
 
     ids: list[Tensor | None] = field(default_factory=list)
@@ -49,13 +50,20 @@ class CacheMemory:
 
     @staticmethod
     def unknown(length: int) -> CacheMemory:
-        """Of a cache with so many columns, of which nothing else is known."""
+        """Make the memory of a cache of which only the number of columns is known."""
         return CacheMemory(ids=[None], length=length, certain=False)
 
     def add(
         self, ids: Tensor | None, seq: int, edited: dict[str, tuple[Tensor, Layout]], answer_from: int | None
     ) -> None:
-        """Note a piece of `seq` tokens behind what is there."""
+        """Add a piece of `seq` tokens.
+
+        Args:
+            ids: (rows, seq) token ids; None if the piece was given as embeddings.
+            seq: number of its columns.
+            edited: by adapter, the slots (rows, n) of the piece and their layout.
+            answer_from: column at which an answer began without a header; None if none did.
+        """
         self.ids.append(ids)
         for name, (slots, layout) in edited.items():
             bits = layout.bits(slots, seq)
@@ -65,12 +73,12 @@ class CacheMemory:
             self.answer_from = answer_from
 
     def copy(self) -> CacheMemory:
-        """One to add to while this one stays."""
+        """Copy the memory, so that adding to the copy leaves this one as it is."""
         edited = {name: list(pieces) for name, pieces in self.edited.items()}
         return CacheMemory(list(self.ids), self.length, self.answer_from, edited, self.certain)
 
     def of_rows(self, rows: int) -> CacheMemory:
-        """For a cache whose rows were repeated since (`batch_repeat_interleave`), `rows` of them now."""
+        """The memory of a cache whose rows were repeated since (`batch_repeat_interleave`); there are `rows` now."""
         tensors = [piece for piece in self.ids if piece is not None]
         tensors += [piece.bits for pieces in self.edited.values() for piece in pieces]
         if all(len(tensor) == rows for tensor in tensors):
@@ -89,7 +97,7 @@ class CacheMemory:
         return CacheMemory(ids, self.length, self.answer_from, edited, self.certain)
 
     def cut(self, length: int) -> CacheMemory:
-        """The first `length` columns: a cache may have been cropped since."""
+        """The memory of the first `length` columns, for a cache that was cropped since."""
         if length == self.length:
             return self
         ids = self.all_ids()
@@ -98,7 +106,7 @@ class CacheMemory:
         return CacheMemory([None if ids is None else ids[:, :length]], length, answer_from, edited, self.certain)
 
     def all_ids(self) -> Tensor | None:
-        """(rows, length) int64, or None if a piece was given as embeddings."""
+        """The token ids (rows, length); None if a piece was given as embeddings."""
         if not self.ids or any(piece is None for piece in self.ids):
             return None
         joined = torch.cat([piece for piece in self.ids if piece is not None], 1)
@@ -106,47 +114,51 @@ class CacheMemory:
         return joined
 
     def layout(self, name: str) -> Layout:
+        """The layout of adapter `name`, by which it edited last."""
         return self.edited[name][-1].layout
 
     def bits(self, name: str, length: int) -> Tensor:
-        """(rows, length) int64: which groups of its layout adapter `name`, one of `edited`, edits."""
+        """The edits of adapter `name`: (rows, length) int64, bit k for the k-th group of its layout."""
         pieces = self.edited[name]
         width = max([length, *(piece.start + piece.bits.shape[1] for piece in pieces)])
         found = torch.zeros(pieces[0].bits.shape[0], width, dtype=torch.long, device=pieces[0].bits.device)
         for piece in pieces:
             bits = piece.bits
-            if piece.layout != pieces[-1].layout:  # of an adapter that was replaced by one of the same name since
+            if piece.layout != pieces[-1].layout:  # another adapter of that name made this piece
                 bits = (bits != 0).long() << 62
             found[:, piece.start : piece.start + bits.shape[1]] |= bits
         return found[:, :length]
 
 
 def memory_of(cache: Any) -> CacheMemory | None:
-    """What is known of a cache, or None."""
+    """The memory of a cache; None if nothing is known of it."""
     return getattr(_carrier(cache), _ATTRIBUTE, None)
 
 
 def set_memory(cache: Any, memory: CacheMemory) -> None:
-    """Have a cache carry `memory`, if it can."""
+    """Give a cache its memory, if it can carry one."""
     carrier = _carrier(cache)
     if carrier is not None:
         setattr(carrier, _ATTRIBUTE, memory)
 
 
 def _carrier(cache: Any) -> Any:
-    """What can carry an attribute: the cache, or the first tensor of a list or tuple of them (RWKV's state)."""
+    """The object that can carry an attribute: the cache, or the first tensor of a list or tuple (RWKV's state)."""
     if isinstance(cache, list | tuple):
         return next((carrier for part in cache if (carrier := _carrier(part)) is not None), None)
     return cache if hasattr(cache, "__dict__") else None
 
 
 def joined_mask(mask: Any, shape: tuple[int, int], past: int, device: torch.device) -> Tensor:
-    """(batch, past + seq) bool: real tokens of what the cache holds and of the new piece.
+    """Which tokens are real, of those that a cache holds and of a piece behind them.
 
     Args:
-        mask: 2-D attention mask of both, or of the new piece alone; else all tokens are taken as real.
-        shape: (batch, seq) of the new piece.
-        past: columns in the cache.
+        mask: attention mask of both, or of the piece alone; if it is neither, all tokens are taken as real.
+        shape: (batch, seq) of the piece.
+        past: number of columns in the cache.
+
+    Returns:
+        (batch, past + seq) bool.
     """
     batch, seq = shape
     if isinstance(mask, Tensor) and tuple(mask.shape) == (batch, past + seq):

@@ -1,4 +1,4 @@
-"""Where the positions of a forward of whole rows come from: the caller, or the batch. No hooks here."""
+"""The position source of a forward of whole rows: the caller (`Given`) or the batch (`FromBatch`)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..shapes import Bool, Int
 from .batch import POSITIONS, SUBSPACES, Batch, can_be_read
 from .checks import Checks, refuse_or_warn
 from .layout import NO_POSITION
@@ -20,40 +21,47 @@ CONTINUOUS_BATCHING = (
 )
 
 
-class Source(Protocol):
-    """Where the positions of one forward come from."""
+class PositionSource(Protocol):
+    """Says which tokens one forward edits."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(batch, seq)."""
+        """(batch, seq) of the forward."""
 
-    def slots(self, wanted: Wanted) -> Tensor | None:
-        """(batch, n) columns laid out by `wanted.layout`, or None if this forward edits nothing."""
+    def slots(self, wanted: Wanted) -> Int[Tensor, "batch n"] | None:
+        """The slots, laid out by `wanted.layout`; None if this forward edits nothing."""
 
-    def check_cache(self, adapter: str, wanted: Wanted, rows: Tensor | None = None) -> None:
+    def check_cache(self, adapter: str, wanted: Wanted, rows: Bool[Tensor, " names"] | None = None) -> None:
         """Raise ValueError if the cache of this forward does not hold the edits of `adapter` that its rows need.
 
-        `rows`: (names given,) bool, which of the rows `adapter` edits (`adapter_names`); None for all.
+        Args:
+            adapter: name of the adapter.
+            wanted: what its layers ask.
+            rows: which rows `adapter` edits, one entry for each of the caller's `adapter_names`; None: all rows.
         """
 
 
 class _WithoutCache:
-    """A forward of whole rows."""
+    """The part of a position source that has nothing to check: its forward was given no cache."""
 
-    def check_cache(self, adapter: str, wanted: Wanted, rows: Tensor | None = None) -> None:
-        """There is no cache."""
+    def check_cache(self, adapter: str, wanted: Wanted, rows: Bool[Tensor, " names"] | None = None) -> None:
+        """Do nothing."""
 
 
 @dataclass
 class Unread(_WithoutCache):
-    """A forward that was given no text: an image, whose patches the first block that is edited will show."""
+    """The source of a forward without text, such as one of an image. The first edited block shows its tokens."""
 
     positions: Any
     attention_mask: Any
     shape: tuple[int, int] = (0, 0)
 
-    def read(self, hidden: Tensor) -> Source:
-        """What hidden states (batch, seq, d) of the first edited block say: every one of them is a prompt's token."""
+    def read(self, hidden: Tensor) -> PositionSource:
+        """Make the source for the hidden states (batch, seq, d) of the first edited block: all are a prompt's tokens.
+
+        Raises:
+            ValueError: `hidden` has another number of dimensions.
+        """
         if hidden.ndim != 3:
             raise ValueError(
                 "LoReFT edits tokens, but this forward has neither `input_ids` nor `inputs_embeds` (batch, seq), and "
@@ -64,46 +72,54 @@ class Unread(_WithoutCache):
             return Given(check_positions(self.positions, shape).to(hidden.device), shape)
         return FromBatch(Batch.read({"attention_mask": self.attention_mask}, hidden, has_answers=False))
 
-    def slots(self, wanted: Wanted) -> Tensor:
-        raise AssertionError("to be read first")
+    def slots(self, wanted: Wanted) -> Int[Tensor, "batch n"]:
+        """Not to be called before `read`."""
+        raise AssertionError("Unread.read was not called")
 
 
 @dataclass
 class Given(_WithoutCache):
-    """Positions given by the caller or the collator."""
+    """The source of a forward that was given `intervention_positions`, by the caller or the collator."""
 
-    positions: Tensor
+    positions: Int[Tensor, "batch n"]
     shape: tuple[int, int]
 
-    def slots(self, wanted: Wanted) -> Tensor:
+    def slots(self, wanted: Wanted) -> Int[Tensor, "batch n"]:
+        """See `PositionSource`."""
         return self.positions
 
 
 @dataclass
 class FromBatch(_WithoutCache):
-    """Positions worked out from a batch of whole documents."""
+    """The source of a forward that was given a batch of whole documents."""
 
     batch: Batch
     has_answers: bool = False
     """Whether rows hold prompt and answer (causal language models)."""
     training: bool = False
     is_prompt: bool = False
-    """Whether whoever made the forward knows that it holds prompts alone, so that nothing is to be warned of."""
+    """Whether the forward is known to hold prompts alone, so that there is nothing to warn of."""
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(batch, seq) of the forward."""
         return self.batch.shape
 
-    def slots(self, wanted: Wanted) -> Tensor:
+    def slots(self, wanted: Wanted) -> Int[Tensor, "batch n"]:
+        """See `PositionSource`.
+
+        Raises:
+            ValueError: the batch does not say where its prompts end, or something else is wrong with it (`checks`).
+        """
         batch = self.batch
         unknown = self.has_answers and not batch.says_where_prompts_end
         has_marks = self.has_answers and wanted.has_marks
         if unknown and not has_marks:
             refuse_or_warn(wanted, self.training, self.is_prompt)
         turns = batch.turns(wanted.marks if self.has_answers else None)
-        most = None if has_marks else batch.most_answers
+        most = None if has_marks else batch.most_answers  # answers in a row
         if not wanted.layout.width:
-            most = 1  # each open-ended group takes one slot a column, however many answers there are
+            most = 1  # an open-ended group takes one slot a column, however many answers there are
         checks = None
         if self.has_answers and wanted.needs_end:
             checks = Checks(batch, wanted, turns, training=self.training, is_prompt=self.is_prompt)
@@ -114,7 +130,9 @@ class FromBatch(_WithoutCache):
         if most is None:
             facts.append(("most", turns.event.sum(1).amax()))
         if facts:  # the one host read
-            found = dict(zip([name for name, _ in facts], torch.stack([fact.long() for _, fact in facts]).tolist()))
+            names = [name for name, _ in facts]
+            values = torch.stack([fact.long() for _, fact in facts]).tolist()
+            found = dict(zip(names, values))
             most = most or max(1, found.pop("most"))
             if checks is not None:
                 checks.act(found)
@@ -122,7 +140,7 @@ class FromBatch(_WithoutCache):
 
     @staticmethod
     def _read_nothing(turns: Turns, most: int | None, checks: Checks | None) -> None:
-        """Where the host cannot read values, there is one answer a row: say so where that is not known."""
+        """Make sure that there is one answer a row, which is assumed if the host cannot read values."""
         if torch.compiler.is_compiling():
             if checks is not None:
                 checks.assert_later()
@@ -138,8 +156,12 @@ class FromBatch(_WithoutCache):
             )
 
 
-def check_positions(positions: Any, shape: tuple[int, int]) -> Tensor:
-    """`positions`, if it can be `intervention_positions` for a batch of `shape`; else ValueError."""
+def check_positions(positions: Any, shape: tuple[int, int]) -> Int[Tensor, "batch n"]:
+    """Check `intervention_positions` for a batch of `shape`, and make them int64.
+
+    Raises:
+        ValueError: `positions` is no integer tensor (batch, n), or has a column that the batch does not have.
+    """
     if not isinstance(positions, Tensor) or positions.ndim != 2 or positions.is_floating_point():
         is_tensor = isinstance(positions, Tensor)
         got = f"{positions.dtype} {tuple(positions.shape)}" if is_tensor else type(positions).__name__
@@ -157,8 +179,8 @@ def check_positions(positions: Any, shape: tuple[int, int]) -> Tensor:
     return positions.long()
 
 
-def check_subspaces(subspaces: Any) -> Tensor | None:
-    """`subspaces` as int64 (batch, n), or (1, n) for all rows alike; -1 = none.
+def check_subspaces(subspaces: Any) -> Int[Tensor, "rows n"] | None:
+    """Check `subspaces`, and make them int64: (batch, n), or (1, n) for all rows alike; -1 = none.
 
     Args:
         subspaces: row indices of R: a list of ints for all rows, a list of lists (one a row, of any length), or an
@@ -171,7 +193,8 @@ def check_subspaces(subspaces: Any) -> Tensor | None:
         return None
     if isinstance(subspaces, list | tuple | range):
         rows: list[Any] = [list(row) if isinstance(row, list | tuple | range) else row for row in subspaces]
-        rows = rows if any(isinstance(row, list) for row in rows) else [rows]
+        if not any(isinstance(row, list) for row in rows):
+            rows = [rows]  # one list for all rows
         if all(isinstance(row, list) and all(type(index) is int for index in row) for row in rows):
             width = max(len(row) for row in rows)
             subspaces = torch.tensor([row + [NO_POSITION] * (width - len(row)) for row in rows], dtype=torch.long)

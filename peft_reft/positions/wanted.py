@@ -21,7 +21,7 @@ WAYS_OUT = (
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a layer asks a forward: at which columns are these groups?"""
+    """What a layer asks a forward: at which columns are the tokens of these groups?"""
 
     layout: Layout
     """The groups of all specs of the config: how `intervention_positions` is laid out."""
@@ -87,12 +87,13 @@ def largest_or_none(values: Iterable[int | None]) -> int | None:
 
 
 def warn(message: str) -> None:
-    """Warn, but not from within a graph that is traced, which cannot hold a warning."""
+    """Warn, unless a graph is traced, which cannot hold a warning."""
     if not torch.compiler.is_compiling():
         warnings.warn(message, UserWarning, stacklevel=2)
 
 
 def warn_of_plain_forward(spec: str) -> None:
+    """Warn that a forward is taken for a prefill, though `spec` depends on where its prompts end."""
     warn(
         f"LoReFT takes every row of this forward for a prompt, to whose end positions={spec!r} refers: it got no "
         "labels, and found no header of a chat template. That is right for a prefill. If a row holds an answer too, "

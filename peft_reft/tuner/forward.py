@@ -27,7 +27,7 @@ from ..positions.generation import GenerateStep, Generation
 from ..positions.index import PositionIndex, Sharing, make_index
 from ..positions.layout import Layout
 from ..positions.memory import CacheMemory
-from ..positions.sources import Source, Unread
+from ..positions.sources import PositionSource, Unread
 from ..positions.wanted import Wanted
 
 ATTRIBUTE = "peft_reft_attachment"
@@ -154,7 +154,9 @@ def naming_rows(attachment: Attachment, names: Sequence[str]) -> Iterator[None]:
         _current.names = outer
 
 
-def begin(attachment: Attachment, source: Source, module: nn.Module, subspaces: Tensor | None = None) -> Forward:
+def begin(
+    attachment: Attachment, source: PositionSource, module: nn.Module, subspaces: Tensor | None = None
+) -> Forward:
     """Make a new `Forward` current. `end(module)` ends it."""
     generation = current_generation(attachment)
     if generation is not None and not isinstance(source, GenerateStep):
@@ -208,7 +210,7 @@ class Forward:
     def __init__(
         self,
         attachment: Attachment,
-        source: Source,
+        source: PositionSource,
         module: nn.Module,
         subspaces: Tensor | None,
         outer: Forward | None,

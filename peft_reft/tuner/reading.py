@@ -12,7 +12,7 @@ from ..positions.batch import Batch, can_be_read, is_matrix, remember
 from ..positions.cached import Continued
 from ..positions.memory import CacheMemory
 from ..positions.resolve import IGNORED
-from ..positions.sources import CONTINUOUS_BATCHING, FromBatch, Given, Source, Unread, check_positions
+from ..positions.sources import CONTINUOUS_BATCHING, FromBatch, Given, PositionSource, Unread, check_positions
 from .caches import filled
 from .forward import (
     Attachment,
@@ -44,7 +44,7 @@ def read(
     training: bool,
     past: int | None = 0,
     memory: CacheMemory | None = None,
-) -> Source:
+) -> PositionSource:
     """Where the positions of a forward come from that is no step of `generate`."""
     if "write_index" in given:  # which only transformers' paged attention is given
         raise ValueError(CONTINUOUS_BATCHING)
@@ -82,7 +82,7 @@ def read(
     return FromBatch(batch, has_answers, training, is_prompt=True)
 
 
-def read_decoder(given: dict[str, Any], training: bool) -> Source:
+def read_decoder(given: dict[str, Any], training: bool) -> PositionSource:
     """Where the decoder's prompt is: what stands before the first token of the answer, a start token at the least."""
     labels: Tensor | None = given.get("labels")
     names = ("decoder_inputs_embeds", "decoder_input_ids")
