@@ -43,8 +43,8 @@ activations down to the output of the lowest block.
 GPU = """
 ## What is left of a training step, and why
 
-With f7+l7 LoReFT's own code takes up to 1.2 % of a training step ("CPU time in LoReFT's own code"). The goal is 1 %. In
-the order of the table above, this time goes to
+With f7+l7 LoReFT's own code takes up to 1.2 % of a training step ("CPU time in LoReFT's own code"). The goal is 1 %.
+In the order of the table above, this time goes to
 
 - AdamW on the adapter's parameters, which every method has;
 - a copy of the hidden states' gradient, once a layer. The backward must copy it before it adds to it, because autograd
