@@ -2,11 +2,11 @@
 
     python benchmarks/serving.py --page docs/serving.md --out docs/serving.json
 
-Each way of serving has an engine in its own process. All engines start first. Then they run the same requests in turns,
-one at a time, round by round, so that a slow moment of the machine hits all alike. The model has SmolLM2-135M's shape
-and random weights, in fp32. Requests come all at once and choose among the adapters in turn. There are two groups:
-compiled, as vLLM does by default, and not compiled, as vLLM runs LoRA on a CPU. Each is compared with the base of its
-group.
+Each way of serving has an engine in its own process. All engines start first. Then they run the same requests in
+turns, one at a time, round by round, so that a slow moment of the machine hits all alike. The model has
+SmolLM2-135M's shape and random weights, in fp32. Requests come all at once and choose among the adapters in turn.
+There are two groups: compiled, as vLLM does by default, and not compiled, as vLLM runs LoRA on a CPU. Each is
+compared with the base of its group.
 """
 
 import argparse
