@@ -1,11 +1,12 @@
-"""What LoReFT adapters cost in vLLM, beside the base model and vLLM's own LoRA: `make bench-vllm`.
+"""Measures what LoReFT adapters cost in vLLM, beside the base model and vLLM's own LoRA: `make bench-vllm`.
 
     python benchmarks/serving.py --page docs/serving.md --out docs/serving.json
 
-An engine of its own process for each way of serving; all are started first, then run the same requests in turns, one
-at a time, round by round, so that a slow moment of the machine hits all alike. A model of SmolLM2-135M's shape with
-random weights, fp32. Requests come all at once and choose among the adapters in turn. Compiled, as vLLM does by
-default, and not compiled, as vLLM runs LoRA on a CPU; each over the base of its group.
+Each way of serving has an engine in its own process. All engines start first. Then they run the same requests in
+turns, one at a time, round by round, so that a slow moment of the machine hits all alike. The model has
+SmolLM2-135M's shape and random weights, in fp32. Requests come all at once and choose among the adapters in turn.
+There are two groups: compiled, as vLLM does by default, and not compiled, as vLLM runs LoRA on a CPU. Each is
+compared with the base of its group.
 """
 
 import argparse
@@ -38,7 +39,7 @@ VLLM = dict(
 
 
 def prepare(folder: Path, layers: int) -> None:
-    """A model's config and one adapter of each kind; engines load them by many names."""
+    """Saves a model's config and one adapter of each kind; engines load them by many names."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -58,7 +59,7 @@ def prepare(folder: Path, layers: int) -> None:
 
 
 class Engine:
-    """A process with one engine, which does a load when it is told to."""
+    """A process with one engine, which runs a load when it is told to."""
 
     def __init__(self, group: str, way: str, folder: Path) -> None:
         command = [sys.executable, "-W", "ignore", __file__, "--serve", group, way, "--folder", str(folder)]
@@ -79,7 +80,7 @@ class Engine:
 
 
 def serve(group: str, way: str, folder: Path) -> None:
-    """In an engine's process: do the loads named on standard input."""
+    """Runs the loads named on standard input, in an engine's process."""
     import torch
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
@@ -131,12 +132,12 @@ Rounds = dict[str, list[dict[str, float]]]
 
 
 def table(results: dict[str, dict[str, Rounds]]) -> str:
-    """Markdown: throughput and time to the first token, each over the base's in the same round."""
+    """Writes a Markdown table: throughput and time to first token, each over the base's in the same round."""
     lines = []
     for load, settings in LOADS.items():
         what = "{requests} requests at once, prompts of {prompt} tokens, {new} new ones".format(**settings)
         lines += [f"**{load.capitalize()}**: {what}.", ""]
-        lines += ["| | throughput, of the base's | time to first token, of the base's | tokens/s | first, s |"]
+        lines += ["| | throughput over the base's | time to first token over the base's | tokens/s | first token, s |"]
         lines += ["|---|---|---|---|---|"]
         for group, of_load in results.items():
             runs = of_load[load]
@@ -152,7 +153,7 @@ def table(results: dict[str, dict[str, Rounds]]) -> str:
 
 
 def measure(group: str, ways: list[str], rounds: int, folder: Path) -> dict[str, Rounds]:
-    """Load -> way -> what each round took."""
+    """Maps load -> way -> what each round took."""
     engines = {}
     for way in tqdm(ways, desc=f"{group}: starting engines"):
         engines[way] = Engine(group, way, folder)

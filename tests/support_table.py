@@ -1,10 +1,10 @@
-"""docs/support.md: what works with what, written from the results of the tests that carry the mark `cell`.
+"""Writes docs/support.md, which says what works with what, from the results of the tests with the mark `cell`.
 
-`pytest --support-table -m cell` runs them, and keeps the results in docs/support.json: some tests need packages that
-do not go together, so that several environments add their rows (`make support-table`). A test whose cell cannot work,
-and which asserts the error that says so, gives the reason: in the mark (`refused=...`), or by
-`record_property("refused", ...)`. What a base model itself cannot do is no part of a cell that works; the test names
-it by `record_property("except", ...)`.
+`pytest --support-table -m cell` runs these tests and keeps their results in docs/support.json. Some tests need
+packages that exclude each other, so several environments add their rows (`make support-table`). A test whose cell
+cannot work asserts the error, and gives the reason in the mark (`refused=...`) or by `record_property("refused",
+...)`. If the base model itself cannot do a part of a cell, the test names that part by `record_property("except",
+...)`.
 """
 
 import contextlib
@@ -28,16 +28,17 @@ SECTIONS = {
     "Trainers: SFT": "TRL's `SFTTrainer`.",
     "Trainers: preferences and reinforcement": "TRL's other trainers.",
     "Trainers: transformers": "transformers' own `Trainer` and `Seq2SeqTrainer`.",
-    "Gradient checkpointing": "Gradients equal those without.",
+    "Gradient checkpointing": "Gradients equal those without checkpointing.",
     "Families": (
-        "Each: inject, train a step (every adapter parameter moves, nothing else), save, reload bit-equal, disable "
-        "exact, `generate` equal to the forward of training, unload without a trace; block, attention, mlp."
+        "For each family and for block, attention and mlp the test injects an adapter, trains a step (every adapter "
+        "parameter moves, and nothing else), saves, and reloads bit-equal. It disables the adapter exactly, compares "
+        "`generate` with the forward of training, and unloads without a trace."
     ),
     "Causal language models": (
-        "Every family of transformers' `AutoModelForCausalLM`, by its `model_type`: logits of `generate` (padded "
-        "rows, a single row, without a cache) and of a loop of one's own (which begins with an empty cache, or "
-        "without one) equal those of one forward with labels, for `f3+l2`, `g2` and `all`. *But for* names what the "
-        "base model itself does not do."
+        "Every family of transformers' `AutoModelForCausalLM`, by its `model_type`. The logits of `generate` (padded "
+        "rows, a single row, without a cache) and of a loop of your own (with an empty cache at the start, or none) "
+        "equal those of one forward with labels, for `f3+l2`, `g2` and `all`. *But for* names what the base model "
+        "itself does not do."
     ),
     "Quantised bases": "",
     "Dtypes": "",
@@ -52,7 +53,8 @@ UNTRIED = {
         "`autoawq` 0.2.9 is no longer maintained and needs Triton kernels of a GPU. LoReFT reads no weight of a base."
     ),
     ("Device layouts", "several GPUs, `device_map` over them"): (
-        "no GPU where these tests run. Positions are moved to where each block's output is, which a test asserts."
+        "the machine that runs these tests has no GPU. A test asserts that positions move to the device of each "
+        "block's output."
     ),
 }
 
@@ -137,9 +139,11 @@ def render(results):
     lines = [
         "# What works with what",
         "",
-        "Written by `make support-table` from the results of the tests that carry the mark `cell`; do not edit.",
-        f"{versions}; CPU.",
-        "Tiny models with random weights. *Error by design* means: a test asserts the error, which says what to do.",
+        "This page says which trainers, model families, quantisations and device layouts were tried with LoReFT, and",
+        "how that went. `make support-table` writes it from the results of the tests with the mark `cell`; do not",
+        "edit it. *Error by design* means: a test asserts the error, and the error says what to do.",
+        "",
+        f"Run on a CPU, on tiny models with random weights, with {versions}.",
     ]
     for section, about in SECTIONS.items():
         lines += ["", f"## {section}", ""] + ([about, ""] if about else [])

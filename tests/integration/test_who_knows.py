@@ -209,7 +209,7 @@ def _(world):
         world.documents.train.clear()
 
 
-@case("labels of several spans, in a loop of one's own")
+@case("labels of several spans, in your own loop")
 def _(world):
     chat = world.ids(messages(*PAIRS[:2]))
     starts = world.starts(chat)
@@ -678,7 +678,7 @@ def _(world):
         assert_close(found[asked.answered], asked.logits)
 
 
-@case("the next turn in a loop of one's own")
+@case("the next turn in your own loop")
 def _(world):
     model = world.adapted(**chat_marks(world.tokenizer))
     document, spans = turns(world, model, keep=False)
