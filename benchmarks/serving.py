@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import SMOLLM2
 from tqdm import tqdm
+from workload import SMOLLM2
 
 LOADS = {
     "decode-heavy": dict(requests=64, prompt=16, new=32),
