@@ -87,13 +87,11 @@ class OwnTime:
             dictionary[name] = self.timed(function, is_own)
 
         def replace_method(owner: type, name: str, is_own: bool) -> None:
-            defined_here = name in vars(owner)
             original = inspect.getattr_static(owner, name)
-            undo.append(
-                functools.partial(setattr, owner, name, original)
-                if defined_here
-                else functools.partial(delattr, owner, name)
-            )
+            if name in vars(owner):
+                undo.append(functools.partial(setattr, owner, name, original))
+            else:  # inherited
+                undo.append(functools.partial(delattr, owner, name))
             timed = self.timed(getattr(owner, name), is_own)
             setattr(owner, name, staticmethod(timed) if isinstance(original, staticmethod) else timed)
 
@@ -216,7 +214,7 @@ def measure_tree(tree: Path, times: int) -> dict[str, list[float]]:
     command = [sys.executable, "-W", "ignore", __file__, "--times", str(times), "--json"]
     output = subprocess.check_output(command, env={**os.environ, "PYTHONPATH": str(tree)}, text=True)
     result = json.loads(output.splitlines()[-1])
-    if Path(result["package"]).resolve().parent.parent != tree.resolve():
+    if Path(result["package"]).resolve().parent.parent != tree:
         raise SystemExit(f"{tree}: Python imported {result['package']} instead.")
     milliseconds: dict[str, list[float]] = result["milliseconds"]
     return milliseconds
@@ -226,7 +224,8 @@ def compare(here: Path, there: Path, times: int, rounds: int) -> None:
     """Measure two trees in turns, and print medians, smallest values and their ratios."""
     found: dict[Path, list[dict[str, list[float]]]] = {here: [], there: []}
     for number in range(rounds):
-        for tree in (here, there) if number % 2 == 0 else (there, here):
+        turns = (here, there) if number % 2 == 0 else (there, here)
+        for tree in turns:
             found[tree].append(measure_tree(tree, times))
     print(f"Milliseconds of CPU in {PACKAGE}'s own code; {rounds} rounds of {times}. this: {here}; that: {there}")
     print(f"{'':24}{'median':>22}{'':10}{'smallest':>22}")
@@ -234,7 +233,8 @@ def compare(here: Path, there: Path, times: int, rounds: int) -> None:
     for name in found[here][0]:
         cells = [name.ljust(24)]
         for summary in (statistics.median, min):
-            this, that = (summary([summary(result[name]) for result in found[tree]]) for tree in (here, there))
+            this = summary([summary(result[name]) for result in found[here]])
+            that = summary([summary(result[name]) for result in found[there]])
             cells.append(f"{this:10.3f}{that:10.3f}{this / that:10.3f}  ")
         print("".join(cells))
 
@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="all repetitions, as one line")
     args = parser.parse_args()
     if args.against is not None:
-        compare(Path(__file__).parent.parent, args.against, args.times, args.rounds)
+        compare(Path(__file__).resolve().parent.parent, args.against.resolve(), args.times, args.rounds)
         return
     found = measure_all(args.times)
     if args.json:

@@ -2,10 +2,11 @@
 
     python benchmarks/serving.py --page docs/serving.md --out docs/serving.json
 
-An engine of its own process for each way of serving; all are started first, then run the same requests in turns, one
-at a time, round by round, so that a slow moment of the machine hits all alike. A model of SmolLM2-135M's shape with
-random weights, fp32. Requests come all at once and choose among the adapters in turn. Compiled, as vLLM does by
-default, and not compiled, as vLLM runs LoRA on a CPU; each over the base of its group.
+Each way of serving has an engine in its own process. All engines start first. Then they run the same requests in
+turns, one engine at a time, round by round, so a slow moment of the machine hits all alike. The model has the shape of
+SmolLM2-135M with random weights, fp32. All requests come at once; each names the next adapter. One group of engines is
+compiled, as vLLM does by default. The other is not compiled, as vLLM runs LoRA on a CPU. Each engine is compared with
+the base of its group.
 """
 
 import argparse
@@ -38,7 +39,7 @@ VLLM = dict(
 
 
 def prepare(folder: Path, layers: int) -> None:
-    """A model's config and one adapter of each kind; engines load them by many names."""
+    """Write a model's config and one adapter of each spec and method. Engines load an adapter under many names."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -58,7 +59,7 @@ def prepare(folder: Path, layers: int) -> None:
 
 
 class Engine:
-    """A process with one engine, which does a load when it is told to."""
+    """A process with one engine. It runs a load when `run` asks for it."""
 
     def __init__(self, group: str, way: str, folder: Path) -> None:
         command = [sys.executable, "-W", "ignore", __file__, "--serve", group, way, "--folder", str(folder)]

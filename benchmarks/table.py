@@ -55,13 +55,13 @@ would hardly pay under CUDA graphs or `torch.compile`, which captures the forwar
 """.strip()
 
 
-def timed(results: dict, kind: str) -> list[str]:
+def timed(results: dict, name: str) -> list[str]:
     """The lines of a table of ratios; a pair of columns for each number of threads."""
-    runs = {key: value for key, value in results.items() if key.startswith(f"{kind}, ")}
+    runs = {key: value for key, value in results.items() if key.startswith(f"{name}, ")}
     if not runs:
         return []
-    lines = ["", f"## {TITLES[kind]}", "", f"Goal: {GOALS[kind]}.", ""]
-    threads = [key.removeprefix(f"{kind}, ") for key in runs]
+    lines = ["", f"## {TITLES[name]}", "", f"Goal: {GOALS[name]}.", ""]
+    threads = [key.removeprefix(f"{name}, ") for key in runs]
     lines += ["| | " + " | ".join(f"CPU, {t} | wall, {t}" for t in threads) + " |"]
     lines += ["|---" * (1 + 2 * len(threads)) + "|"]
     for method in next(iter(runs.values())):
@@ -90,8 +90,8 @@ def main() -> None:
     lines = HEAD.format(**results).splitlines()
     if "note" in results:  # by whoever ran it, on what else the machine did
         lines += ["", results["note"]]
-    for kind in TITLES:
-        lines += timed(results, kind)
+    for name in TITLES:
+        lines += timed(results, name)
     if "inside" in results:
         lines += plain(
             "CPU time in LoReFT's own code",

@@ -1,4 +1,4 @@
-"""After the first step of a training: what is to be trained and got no gradient is named."""
+"""A training run warns, by name, of trainable tensors that got no gradient in its first step."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What `peft-reft train` says of its arguments and of the rows it is given, before and instead of training."""
+"""`peft-reft train` checks its arguments and its rows before it loads a model."""
 
 import dataclasses
 import json

@@ -73,7 +73,7 @@ class Chat:
 
 
 class Writer:
-    """Writes chats from scripts, a letter for each message.
+    """Writes chats from scripts, a symbol for each message.
 
     s: system, u: user, a: assistant, r: assistant with its reasoning, c: a tool call, d: two tool calls, t: a result.
     """
@@ -89,7 +89,7 @@ class Writer:
         """A chat with random contents.
 
         Args:
-            script: a letter for each message.
+            script: a symbol for each message.
             leads: what contents may begin with; they then end with anything. Without `leads` every content begins and
                 ends with a letter or a digit, and none is empty.
             empty: the share of contents that are empty.
@@ -100,25 +100,26 @@ class Writer:
             options["tools"] = [_TOOL]
         chat = Chat(options=options)
         called: list[str] = []  # tools that were called and have not answered
-        for letter in script:
+        for symbol in script:
             index = len(chat.messages)
-            if letter in "cd":
-                values = [self._number() for _ in range(1 if letter == "c" else 2)]
+            if symbol in "cd":
+                values = [self._number() for _ in range(1 if symbol == "c" else 2)]
                 called = [self.rng.choice(["multiply", "pow"]) for _ in values]
                 chat.messages.append(self.renderer.call(called, values))
                 chat.contents += [Content("assistant", index, text=value, core=value) for value in values]
                 continue
             text, core = self._content(leads, empty)
-            if letter == "t":
+            if symbol == "t":
                 role = "tool"
                 name = called.pop(0) if called else "multiply"
                 message = self._result(name, text, core, result)
                 if result == "number":
-                    text = core = core[2:]
+                    core = core[2:]  # without "kw"
+                    text = core
             else:
-                role = {"s": "system", "u": "user"}.get(letter, "assistant")
+                role = {"s": "system", "u": "user"}.get(symbol, "assistant")
                 message = {"role": role, "content": self.renderer.content(text)}
-            if letter == "r":
+            if symbol == "r":
                 thoughts, core_of_thoughts = self._content()
                 message["reasoning_content"] = thoughts
                 message["thinking"] = thoughts
@@ -340,9 +341,9 @@ class Row:
         """
         if character == len(self.text):
             return len(self.ids)
-        # The last token of a text can depend on what follows it, so the text is encoded alone and before a letter.
-        letter = "x" if self.text[character] != "x" else "y"
-        forms = [self.text[:character], self.text[:character] + letter]
+        # The last token of a text can depend on the text behind it, so it is encoded alone and before another letter.
+        other = "x" if self.text[character] != "x" else "y"
+        forms = [self.text[:character], self.text[:character] + other]
         found = 0
         for form in forms:
             ids = self.renderer.ids_of_part(form)
