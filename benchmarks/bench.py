@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin make any contention look like cost
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -197,7 +198,7 @@ def orthogonalisation(rounds: int) -> dict[str, dict[str, float]]:
             optimizer = torch.optim.SGD([weights.R], lr=1e-4)
             gradient = torch.randn(r, d)
 
-            def rotate(weights=weights, optimizer=optimizer, gradient=gradient) -> None:  # type: ignore[no-untyped-def]
+            def rotate(weights: Any = weights, optimizer: Any = optimizer, gradient: torch.Tensor = gradient) -> None:
                 weights.rotation().backward(gradient)
                 optimizer.step()  # moves R, so that it is not orthonormal any more
                 optimizer.zero_grad()
