@@ -83,6 +83,11 @@ bench: $(BIN)/.installed
 	$(BIN)/python -W ignore benchmarks/bench.py --out docs/performance.json $(ARGS)
 	$(BIN)/python benchmarks/table.py docs/performance.json docs/performance.md
 
+# CPU time in LoReFT's own code; ARGS="--against TREE" compares with another tree (git worktree add TREE COMMIT).
+.PHONY: bench-own
+bench-own: $(BIN)/.installed
+	$(BIN)/python -W ignore benchmarks/own.py $(ARGS)
+
 # The same workload with pyreft and adapters, in environments with the versions that they pin.
 $(VENV)-pyreft/.installed $(VENV)-adapters/.installed:
 	$(PYTHON) -m venv $(@D)

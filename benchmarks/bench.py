@@ -2,39 +2,36 @@
 
     python benchmarks/bench.py [--rounds 15] [--threads 1 2] [--only train decode] [--out docs/performance.json]
 
-Random weights of SmolLM2-135M's shape (speed does not depend on the values), float32. Every method has the same
-parameters in memory and is timed in turns with all others; a ratio is the median over rounds. *Floor*: forward, and
-the backward of activations (no weight's gradient) down to the output of the lowest block, which no method can spare.
+Random weights of SmolLM2-135M's shape (speed does not depend on the values), float32. All methods share the base's
+parameters in memory and are timed in turns; a ratio is the median over rounds. The *floor* is what every method needs:
+the forward, and the backward of activations (without gradients of weights) down to the output of the lowest block.
 """
 
 import argparse
-import inspect
 import json
 import os
 import platform
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin make any contention look like cost
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from measure import SMOLLM2, Ratio, Saved, clock, interleave, share
+from measure import Ratio, Saved, clock, interleave, share
+from own import measure as measure_own
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
+from workload import SMOLLM2, batch, build, leave_identity, prompts, training_step
 
-from peft_reft import LoReftConfig, runtime
-from peft_reft.edits.apply import _AddEdits
+from peft_reft import LoReftConfig
 from peft_reft.edits.formulas import INTERVENTIONS
-from peft_reft.edits.rotation import _Orthonormalise
-from peft_reft.tuner.layer import LoReftLayer
 
 METHODS = {
     "LoRA r=8 (q, v)": lambda: LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "v_proj"]),
@@ -49,28 +46,9 @@ METHODS = {
 }
 
 
-def build(sizes: dict[str, int]) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**sizes)).eval().requires_grad_(False)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model
-
-
 def adapted(base: nn.Module, method: str) -> PeftModel:
-    model = get_peft_model(share(base), METHODS[method]())
-    with torch.no_grad():  # away from the identity, where a method might have nothing to do
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and not name.endswith(".R"):
-                parameter.add_(0.01 * torch.randn_like(parameter))
-    return model
-
-
-def batch(rows: int, length: int, prompt: int) -> dict[str, torch.Tensor]:
-    ids = torch.randint(3, 49152, (rows, length), generator=torch.Generator().manual_seed(1))
-    labels = ids.clone()
-    labels[:, :prompt] = -100
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    """A copy of `base` with an adapter of that method."""
+    return leave_identity(get_peft_model(share(base), METHODS[method]()))
 
 
 def floor(base: nn.Module) -> nn.Module:
@@ -80,34 +58,24 @@ def floor(base: nn.Module) -> nn.Module:
     return model
 
 
-def step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
-    """A training step: forward, backward and AdamW."""
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=1e-5) if weights else None
-    model.train()
-
-    def run() -> None:
-        model(**inputs).loss.backward()
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return run
+# Over the floor, or over the base, in turns.
 
 
 def train(base: nn.Module, rounds: int, checkpointing: bool = False) -> dict[str, Ratio]:
+    """A training step over the floor."""
     inputs = batch(4, 128, 64)
     methods = ["LoRA r=8 (q, v)", "LoReFT r=4 f7+l7"] if checkpointing else METHODS
     models = {"floor": floor(base), **{name: adapted(base, name) for name in methods}}
     if checkpointing:
         for model in models.values():
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return interleave({name: step(model, inputs) for name, model in models.items()}, "floor", rounds)
+    steps = {name: training_step(model, inputs) for name, model in models.items()}
+    return interleave(steps, "floor", rounds)
 
 
 def prefill(base: nn.Module, rounds: int) -> dict[str, Ratio]:
-    inputs = batch(4, 64, 64)
-    del inputs["labels"]
+    """The forward of a batch of prompts, over the base."""
+    inputs = prompts(4, 64)
 
     def run(model: nn.Module) -> Callable[[], object]:
         model.eval()
@@ -118,7 +86,7 @@ def prefill(base: nn.Module, rounds: int) -> dict[str, Ratio]:
 
 
 class Watch(StoppingCriteria):
-    """The clock after the first token, which the prefill made, and after the last."""
+    """Reads the clock after each token. The first token belongs to the prefill."""
 
     def __init__(self) -> None:
         self.readings: list[tuple[float, float]] = []
@@ -129,9 +97,8 @@ class Watch(StoppingCriteria):
 
 
 def decode(base: nn.Module, rounds: int, new: int = 9) -> dict[str, Ratio]:
-    """The steps of `generate` after the first token."""
-    inputs = batch(4, 64, 64)
-    del inputs["labels"]
+    """The steps of `generate` after the first token, over the base."""
+    inputs = prompts(4, 64)
 
     def run(model: nn.Module) -> Callable[[], object]:
         def steps() -> tuple[tuple[float, float], tuple[float, float]]:
@@ -149,12 +116,12 @@ def decode(base: nn.Module, rounds: int, new: int = 9) -> dict[str, Ratio]:
 
 
 def saved_for_backward(base: nn.Module) -> dict[str, dict[str, float]]:
-    """Bytes that autograd keeps over the floor; and the goal, twice the gathered tokens."""
+    """MiB that autograd keeps over the floor, and the goal: twice the gathered tokens."""
     inputs = batch(4, 128, 64)
 
     def count(model: nn.Module) -> int:
         model.train()
-        model(**inputs).loss.backward()  # R is brought in form, caches are filled
+        model(**inputs).loss.backward()  # R becomes orthonormal, caches are filled
         model.zero_grad()
         saved = Saved(model)
         with saved():
@@ -162,15 +129,18 @@ def saved_for_backward(base: nn.Module) -> dict[str, dict[str, float]]:
         loss.backward()
         return saved.bytes
 
-    at_least = count(floor(base))
-    goal = 2 * 4 * 14 * SMOLLM2["hidden_size"] * 4 * SMOLLM2["num_hidden_layers"]
-    return {
-        name: {"MiB over the floor": (count(adapted(base, name)) - at_least) / 2**20, "goal for f7+l7": goal / 2**20}
-        for name in METHODS
-    }
+    of_floor = count(floor(base))
+    edited_tokens = 4 * (7 + 7)  # rows * positions
+    bytes_of_edited = edited_tokens * SMOLLM2["hidden_size"] * 4 * SMOLLM2["num_hidden_layers"]
+    found = {}
+    for name in METHODS:
+        more = count(adapted(base, name)) - of_floor
+        found[name] = {"MiB over the floor": more / 2**20, "goal for f7+l7": 2 * bytes_of_edited / 2**20}
+    return found
 
 
 def on_disk(base: nn.Module) -> dict[str, dict[str, float]]:
+    """Sizes of what `save_pretrained` writes."""
     found = {}
     for name in METHODS:
         model = adapted(base, name)
@@ -210,7 +180,7 @@ def injection() -> dict[str, float]:
 
 
 def orthogonalisation(rounds: int) -> dict[str, dict[str, float]]:
-    """R and its gradient for 32 layers, over the floor of a step of 1 x 512 tokens: one block of each, times 32."""
+    """R and its gradient for one layer, over the floor of a step of 1 x 512 tokens through one block."""
     found = {}
     for d, inner, heads in ((4096, 11008, 32), (8192, 28672, 64)):
         config = LlamaConfig(
@@ -228,9 +198,9 @@ def orthogonalisation(rounds: int) -> dict[str, dict[str, float]]:
             optimizer = torch.optim.SGD([weights.R], lr=1e-4)
             gradient = torch.randn(r, d)
 
-            def rotate(weights=weights, optimizer=optimizer, gradient=gradient) -> None:  # type: ignore[no-untyped-def]
+            def rotate(weights: Any = weights, optimizer: Any = optimizer, gradient: torch.Tensor = gradient) -> None:
                 weights.rotation().backward(gradient)
-                optimizer.step()  # so that R has something to be brought back from
+                optimizer.step()  # moves R, so that it is not orthonormal any more
                 optimizer.zero_grad()
 
             runs[f"r={r}"] = rotate
@@ -241,9 +211,8 @@ def orthogonalisation(rounds: int) -> dict[str, dict[str, float]]:
 
 
 def many_adapters(base: nn.Module, rounds: int, count: int = 64) -> dict[str, Ratio]:
-    """A batch of 64 rows, each with an adapter of its own, over the base; and all rows with one adapter."""
-    inputs = batch(count, 64, 64)
-    del inputs["labels"]
+    """Prefill of 64 rows, over the base: each row with its own adapter, and all rows with one adapter."""
+    inputs = prompts(count, 64)
     models = {}
     for name in ("LoReFT r=4 f7+l7", "LoRA r=8 (q, v)"):
         model = adapted(base, name)
@@ -264,97 +233,59 @@ def many_adapters(base: nn.Module, rounds: int, count: int = 64) -> dict[str, Ra
 
 
 def profile(base: nn.Module, steps: int = 3) -> dict[str, dict[str, float]]:
-    """Operations that LoReFT adds to a step, a layer: how many, and their own microseconds."""
-    inputs, layers = batch(4, 128, 64), SMOLLM2["num_hidden_layers"]
-    found = []
+    """Operations that LoReFT adds to a training step: how many in a layer, and their own microseconds."""
+    inputs = batch(4, 128, 64)
+    counted = []
     for model in (floor(base), adapted(base, "LoReFT r=4 f7+l7")):
-        run = step(model, inputs)
+        run = training_step(model, inputs)
         run()
         with torch.profiler.profile() as profiler:
             for _ in range(steps):
                 run()
-        found.append({e.key: (e.count, e.self_cpu_time_total) for e in profiler.key_averages()})
-    without, ours = found
-    ours = {name: value for name, value in ours.items() if "mm" not in name and "Profiler" not in name}
-    rows = {
-        name: {
-            "calls": (count - without.get(name, (0, 0.0))[0]) / steps / layers,
-            "us": (microseconds - without.get(name, (0, 0.0))[1]) / steps / layers,
-        }
-        for name, (count, microseconds) in ours.items()
-    }
-    added = {name: row for name, row in rows.items() if row["calls"] > 0}
-    return dict(sorted(added.items(), key=lambda item: -item[1]["us"])[:12])
-
-
-@contextmanager
-def own_time() -> Iterator[Callable[[Callable[[], object], int], tuple[float, float]]]:
-    """Gives `measure(run, times)`: median CPU seconds of a `run` in LoReFT's own code, and in all else; one thread.
-
-    A difference of two long times has the scatter of both. This is a sum of short ones, and has hardly any; what it
-    cannot see is what LoReFT does to the caches of others.
-    """
-    spent = [0.0]
-
-    def timed(function: Callable[..., object]) -> Callable[..., object]:
-        def run(*args: object, **kwargs: object) -> object:
-            began = time.thread_time()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                spent[0] += time.thread_time() - began
-
-        return run
-
-    def measure(run: Callable[[], object], times: int) -> tuple[float, float]:
-        run()
-        found = []
-        for _ in range(times):
-            spent[0], began = 0.0, time.thread_time()
-            run()
-            found.append((spent[0], time.thread_time() - began - spent[0]))
-        return statistics.median(own for own, _ in found), statistics.median(other for _, other in found)
-
-    places = [
-        (LoReftLayer, "forward"),
-        (_AddEdits, "backward"),
-        (_Orthonormalise, "backward"),
-        (torch.optim.AdamW, "step"),
-        (runtime, "_before_forward"),
-        (runtime, "_after_forward"),
-        (runtime, "_prepare_inputs"),
-    ]
-    originals = [inspect.getattr_static(owner, name) for owner, name in places]
-    torch.set_num_threads(1)
-    try:
-        for (owner, name), original in zip(places, originals):
-            function = timed(getattr(owner, name))
-            setattr(owner, name, staticmethod(function) if isinstance(original, staticmethod) else function)
-        yield measure
-    finally:
-        for (owner, name), original in zip(places, originals):
-            setattr(owner, name, original)
-
-
-def inside(base: nn.Module, steps: int = 10) -> dict[str, dict[str, float]]:
-    """CPU time spent in LoReFT's own code, over that of all else in the same steps."""
-    given = {"attention_mask": torch.ones(4, 64, dtype=torch.long), "input_ids": batch(4, 64, 64)["input_ids"]}
-    found: dict[str, dict[str, float]] = {}
-    with own_time() as measure:
-        for method in METHODS:
-            if not method.startswith("LoReFT"):
-                continue
-            model = adapted(base, method)
-            evaluated = adapted(base, method).eval()
-            runs: dict[str, Callable[[], object]] = {
-                "training step": step(model, batch(4, 128, 64)),
-                "prefill": torch.inference_mode()(lambda m=evaluated: m(**given, logits_to_keep=1)),
-                "prefill and 8 steps of decoding": lambda m=evaluated: m.generate(**given, max_new_tokens=9),
+        counted.append({event.key: (event.count, event.self_cpu_time_total) for event in profiler.key_averages()})
+    of_floor, of_loreft = counted
+    times_layers = steps * SMOLLM2["num_hidden_layers"]
+    added = {}
+    for name, (calls, microseconds) in of_loreft.items():
+        if "mm" in name or "Profiler" in name:  # the floor's matrix products scatter more than LoReFT adds
+            continue
+        calls_of_floor, microseconds_of_floor = of_floor.get(name, (0, 0.0))
+        if calls > calls_of_floor:
+            added[name] = {
+                "calls": (calls - calls_of_floor) / times_layers,
+                "us": (microseconds - microseconds_of_floor) / times_layers,
             }
-            found[method] = {}
-            for name, run in runs.items():
-                own, other = measure(run, steps)
-                found[method][name] = own / other
+    slowest_first = sorted(added.items(), key=lambda item: -item[1]["us"])
+    return dict(slowest_first[:12])
+
+
+def inside(base: nn.Module, times: int = 10) -> dict[str, dict[str, float]]:
+    """CPU time in LoReFT's own code and the optimizer, over that of all else in the same calls; one thread."""
+    torch.set_num_threads(1)
+    inputs = prompts(4, 64)
+    found: dict[str, dict[str, float]] = {}
+    for method in METHODS:
+        if not method.startswith("LoReFT"):
+            continue
+        trained = adapted(base, method)
+        evaluated = adapted(base, method).eval()
+
+        def prefill(model: nn.Module = evaluated) -> None:
+            with torch.inference_mode():
+                model(**inputs, logits_to_keep=1)
+
+        def generate(model: nn.Module = evaluated) -> None:
+            model.generate(**inputs, max_new_tokens=9)
+
+        runs: dict[str, tuple[PeftModel, Callable[[], object]]] = {
+            "training step": (trained, training_step(trained, batch(4, 128, 64))),
+            "prefill": (evaluated, prefill),
+            "prefill and 8 steps of decoding": (evaluated, generate),
+        }
+        found[method] = {}
+        for name, (model, run) in runs.items():
+            own, other = measure_own(model, run, times, with_optimizer=True)
+            found[method][name] = own / other
     return found
 
 
@@ -375,7 +306,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[*TIMED, *UNTIMED, "injection", "orthogonalisation"])
     parser.add_argument("--out", type=Path, help="add the results to this JSON file")
     args = parser.parse_args()
-    results: dict[str, object] = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
+    results: dict[str, object] = {}
+    if args.out and args.out.exists():
+        results = json.loads(args.out.read_text())
     results["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, fp32"
     results["rounds"] = args.rounds
     base = build(SMOLLM2)
@@ -384,13 +317,15 @@ def main() -> None:
             for threads in args.threads:
                 torch.set_num_threads(threads)
                 ratios = TIMED[name](base, args.rounds)
-                results[f"{name}, {threads} thread{'s' * (threads > 1)}"] = {k: vars(v) for k, v in ratios.items()}
+                title = f"{name}, {threads} {'thread' if threads == 1 else 'threads'}"
+                results[title] = {method: vars(ratio) for method, ratio in ratios.items()}
         elif name in UNTIMED:
             results[name] = UNTIMED[name](base)
         else:
             torch.set_num_threads(1)
             results[name] = injection() if name == "injection" else orthogonalisation(args.rounds)
-        tqdm.write(json.dumps({k: v for k, v in results.items() if k.startswith(name)}, indent=1))
+        new = {title: result for title, result in results.items() if title.startswith(name)}
+        tqdm.write(json.dumps(new, indent=1))
         if args.out:
             args.out.write_text(json.dumps(results, indent=1) + "\n")
 

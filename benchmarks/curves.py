@@ -2,14 +2,14 @@
 
     python benchmarks/curves.py --out docs/performance.png
 
-A model of 4 blocks of SmolLM2's width, fp32, one thread; one thing changes at a time. Above: CPU milliseconds of a
-training step in LoReFT's own code (of adapters: of a prefill of 64 rows). Below: seconds to generate 32 tokens, as in
-the paper's figure of generation time.
+A model of 4 blocks of SmolLM2's width, fp32, one thread; one thing changes at a time. Above: milliseconds of CPU time
+in LoReFT's own code and the optimizer during a training step (for adapters: during a prefill of 64 rows). Below:
+seconds to generate 32 tokens, as in the paper's figure of generation time.
 """
 
 import argparse
 import os
-import sys
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -19,16 +19,14 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from bench import batch, build, own_time, step
-from measure import SMOLLM2, share
-from peft import get_peft_model
+from measure import interleave, share
+from own import measure
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from tqdm import tqdm
+from workload import SMOLLM2, batch, build, prompts, training_step
 
 from peft_reft import LoReftConfig
-
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
-from overhead import generation, lora
 
 SMALL = {**SMOLLM2, "num_hidden_layers": 4, "vocab_size": 2048}
 USUAL = dict(task_type="CAUSAL_LM", r=4, positions="f7+l7")
@@ -36,63 +34,81 @@ WIDTHS = {256: 4, 576: 9, 1024: 16, 2048: 32}
 
 
 def inputs_of(rows: int = 4) -> dict[str, torch.Tensor]:
-    inputs = batch(rows, 128, 64)
-    return {name: value.fmod(SMALL["vocab_size"]) for name, value in inputs.items()}  # keeps -100
+    return batch(rows, 128, 64, SMALL["vocab_size"])
 
 
-def loreft(base: nn.Module, **kwargs: object) -> nn.Module:
+def loreft(base: nn.Module, **kwargs: object) -> PeftModel:
     return get_peft_model(share(base), LoReftConfig(**{**USUAL, **kwargs}))
 
 
 def curves(times: int) -> dict[str, dict[int, float]]:
-    """Milliseconds of CPU in LoReFT's own code: by what changes, at each value."""
+    """Milliseconds of CPU time in LoReFT's own code: what changes -> its value -> the time."""
     base = build(SMALL)
-    found: dict[str, dict[int, float]] = {"batch": {}, "width d": {}, "adapters": {}}
-    with own_time() as measure:
 
-        def of_step(model: nn.Module, rows: int = 4) -> float:
-            return 1e3 * measure(step(model, inputs_of(rows)), times)[0]
+    def of_step(model: PeftModel, rows: int = 4) -> float:
+        step = training_step(model, inputs_of(rows))
+        own, _ = measure(model, step, times, with_optimizer=True)
+        return 1e3 * own
 
-        found["rank r"] = {r: of_step(loreft(base, r=r)) for r in (1, 2, 4, 8, 16, 32, 64)}
-        found["positions p + s"] = {2 * n: of_step(loreft(base, positions=f"f{n}+l{n}")) for n in (1, 2, 4, 8, 16, 32)}
-        found["layers"] = {n: of_step(loreft(base, layers=list(range(n)))) for n in (1, 2, 3, 4)}
-        found["batch"] = {rows: of_step(loreft(base), rows) for rows in (1, 2, 4, 8)}
-        for width, heads in WIDTHS.items():
-            sizes = dict(hidden_size=width, intermediate_size=8 * width // 3, num_attention_heads=heads)
-            found["width d"][width] = of_step(loreft(build({**SMALL, **sizes, "num_key_value_heads": heads})))
-        model = loreft(base).eval()
-        for n in range(1, 64):
-            model.add_adapter(f"a{n}", LoReftConfig(**USUAL))
-        names = ["default", *(f"a{n}" for n in range(1, 64))]
-        inputs = {name: value[:, :32] for name, value in inputs_of(64).items() if name != "labels"}
-        for n in (1, 4, 16, 64):
-            chosen = [names[row % n] for row in range(64)]
-            run = torch.inference_mode()(lambda chosen=chosen: model(**inputs, adapter_names=chosen))
-            found["adapters"][n] = 1e3 * measure(run, times)[0]
+    found: dict[str, dict[int, float]] = {
+        "rank r": {r: of_step(loreft(base, r=r)) for r in (1, 2, 4, 8, 16, 32, 64)},
+        "positions p + s": {2 * n: of_step(loreft(base, positions=f"f{n}+l{n}")) for n in (1, 2, 4, 8, 16, 32)},
+        "layers": {n: of_step(loreft(base, layers=list(range(n)))) for n in (1, 2, 3, 4)},
+        "batch": {rows: of_step(loreft(base), rows) for rows in (1, 2, 4, 8)},
+        "width d": {},
+        "adapters": {},
+    }
+    for width, heads in WIDTHS.items():
+        sizes = dict(hidden_size=width, intermediate_size=8 * width // 3, num_attention_heads=heads)
+        found["width d"][width] = of_step(loreft(build({**SMALL, **sizes, "num_key_value_heads": heads})))
+    model = loreft(base).eval()
+    for n in range(1, 64):
+        model.add_adapter(f"a{n}", LoReftConfig(**USUAL))
+    names = ["default", *(f"a{n}" for n in range(1, 64))]
+    inputs = {name: value[:, :32] for name, value in inputs_of(64).items() if name != "labels"}
+    for n in (1, 4, 16, 64):
+        chosen = [names[row % n] for row in range(64)]
+
+        def prefill(chosen: list[str] = chosen) -> None:
+            with torch.inference_mode():
+                model(**inputs, adapter_names=chosen)
+
+        own, _ = measure(model, prefill, times)
+        found["adapters"][n] = 1e3 * own
     return found
 
 
 def times_to_generate(rounds: int) -> dict[str, dict[str, dict[int, float]]]:
-    """Seconds to generate 32 tokens: by what changes, for each method, at each value."""
+    """Seconds to generate 32 tokens: what changes -> method -> the value -> seconds."""
     base = build(SMALL)
-    inputs = {name: value[:, :64] for name, value in inputs_of().items() if name != "labels"}
-    every = [*range(4)]
+    every = [*range(SMALL["num_hidden_layers"])]
 
-    def edit(**kwargs: object) -> LoReftConfig:
+    def loreft_config(**kwargs: object) -> LoReftConfig:
         return LoReftConfig(**{**USUAL, **kwargs})
 
+    def lora_config(layers: list[int], r: int = 8) -> LoraConfig:
+        targets = ["q_proj", "v_proj"]
+        return LoraConfig(task_type="CAUSAL_LM", r=r, target_modules=targets, layers_to_transform=layers)
+
     sweeps = {
-        "positions p + s": {2 * n: {"LoReFT": edit(positions=f"f{n}+l{n}")} for n in (1, 4, 16)},
-        "rank r": {r: {"LoReFT": edit(r=r), "LoRA": lora(every, r)} for r in (1, 8, 64)},
-        "layers": {n: {"LoReFT": edit(layers=every[:n]), "LoRA": lora(every[:n])} for n in (1, 2, 4)},
+        "positions p + s": {2 * n: {"LoReFT": loreft_config(positions=f"f{n}+l{n}")} for n in (1, 4, 16)},
+        "rank r": {r: {"LoReFT": loreft_config(r=r), "LoRA": lora_config(every, r)} for r in (1, 8, 64)},
+        "layers": {n: {"LoReFT": loreft_config(layers=every[:n]), "LoRA": lora_config(every[:n])} for n in (1, 2, 4)},
     }
+    settings = dict(prompts(4, 64, SMALL["vocab_size"]), do_sample=False, max_new_tokens=32, min_new_tokens=32)
     found: dict[str, dict[str, dict[int, float]]] = {}
     for what, points in sweeps.items():
-        measured = generation(base, points, inputs, 32, rounds)
-        found[what] = {"base": dict.fromkeys(points, measured["base"])}
-        for name, (more, *_) in measured["more"].items():
+        runs = {"base": partial(share(base).eval().generate, **settings)}
+        for value, configs in points.items():
+            for method, config in configs.items():
+                model = get_peft_model(share(base), config).eval()
+                runs[f"{method} {value}"] = partial(model.generate, **settings)
+        ratios = interleave(runs, "base", rounds)
+        seconds = ratios.pop("base").milliseconds / 1e3
+        found[what] = {"base": dict.fromkeys(points, seconds)}
+        for name, ratio in ratios.items():
             method, value = name.split()
-            found[what].setdefault(method, {})[int(value)] = measured["base"] + more
+            found[what].setdefault(method, {})[int(value)] = seconds * ratio.wall
     return found
 
 

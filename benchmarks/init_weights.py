@@ -4,8 +4,8 @@
         --out docs/init_weights.json
     python benchmarks/init_weights.py --table docs/init_weights.json
 
-For each task and start: one seed at three learning rates, then three seeds at the best of them (by test accuracy of
-the sweep's seed; both starts are treated alike). The data is TREC question types (Li & Roth 2002): `train.txt` and
+For each task and start: one seed at three learning rates, then three seeds at the best of these (by the test accuracy
+of the first seed; both starts are treated alike). The data is TREC question types (Li & Roth 2002): `train.txt` and
 `test.txt` with lines of `label text`.
 """
 
@@ -42,7 +42,7 @@ def read(path: Path) -> list[tuple[int, str]]:
 
 
 def encode(tokenizer, rows: list[tuple[int, str]], causal: bool) -> dict[str, torch.Tensor]:
-    """A batch; for the decoder the prompt `question Category:` and one word as its completion."""
+    """A batch. For the decoder a row is the prompt `question Category:` and a completion of one word."""
     if not causal:
         batch = tokenizer([text for _, text in rows], padding=True, return_tensors="pt")
         return {**batch, "labels": torch.tensor([label for label, _ in rows])}

@@ -1,4 +1,4 @@
-"""Side by side in one process: interleaved rounds, each compared with the same round of a reference."""
+"""Timing side by side in one process: interleaved rounds, each compared with the same round of a reference."""
 
 import copy
 import statistics
@@ -10,28 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-SMOLLM2 = dict(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    tie_word_embeddings=True,
-)
-
 
 @dataclass
 class Ratio:
-    """Median over rounds of time over the reference's in the same round, with quartiles; and fastest over fastest."""
+    """Time over that of the reference: median over rounds, each over the reference's same round, with quartiles."""
 
     wall: float
     wall_quartiles: tuple[float, float]
     cpu: float
     cpu_quartiles: tuple[float, float]
     wall_best: float
-    """Fastest round over the reference's fastest: what is left when the machine's neighbours were quiet."""
+    """Fastest round over the reference's fastest: the rounds that others on the machine disturbed least."""
     cpu_best: float
+    """The same in CPU time."""
     milliseconds: float
     """Median wall time of one call."""
 
@@ -42,20 +33,21 @@ def clock() -> tuple[float, float]:
 
 
 def interleave(runs: dict[str, Callable[[], object]], reference: str, rounds: int) -> dict[str, Ratio]:
-    """Time `runs` in turns, the order turned by one each round, so that a slow moment of the machine hits all alike.
+    """Time `runs` in turns. Each round begins with another run, so a slow moment of the machine hits all alike.
 
     Args:
-        runs: name -> what to time. One that returns two `clock` readings is timed between these.
-        reference: the name that the others are divided by.
-        rounds: how often each is timed, after one call that is not.
+        runs: name -> what to time. If it returns two `clock` readings, the time between these counts.
+        reference: name of the run whose time the others are divided by.
+        rounds: how often each is timed, after one call that is not timed.
     """
     names = list(runs)
     wall: dict[str, list[float]] = {name: [] for name in names}
     cpu: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
         runs[name]()
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
             began = clock()
             returned = runs[name]()
             ended = clock()
@@ -72,26 +64,30 @@ def interleave(runs: dict[str, Callable[[], object]], reference: str, rounds: in
     def best(times: dict[str, list[float]], name: str) -> float:
         return min(times[name]) / min(times[reference])
 
-    return {
-        name: Ratio(
-            *ratio(wall, name),
-            *ratio(cpu, name),
-            best(wall, name),
-            best(cpu, name),
-            1e3 * statistics.median(wall[name]),
+    found = {}
+    for name in names:
+        wall_median, wall_quartiles = ratio(wall, name)
+        cpu_median, cpu_quartiles = ratio(cpu, name)
+        found[name] = Ratio(
+            wall=wall_median,
+            wall_quartiles=wall_quartiles,
+            cpu=cpu_median,
+            cpu_quartiles=cpu_quartiles,
+            wall_best=best(wall, name),
+            cpu_best=best(cpu, name),
+            milliseconds=1e3 * statistics.median(wall[name]),
         )
-        for name in names
-    }
+    return found
 
 
 def share(model: nn.Module) -> nn.Module:
-    """A copy of `model` with the same parameters in memory: methods are compared on one set of weights."""
+    """A copy of `model` that shares its parameters in memory, so that all methods run on one set of weights."""
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, shared)
 
 
 class Saved:
-    """Bytes that autograd keeps for the backward, each storage once; parameters, which are there anyway, left out."""
+    """Bytes that autograd keeps for the backward. Each storage counts once; the model's own tensors do not count."""
 
     def __init__(self, model: nn.Module) -> None:
         self.storages: dict[int, int] = {}
@@ -102,7 +98,7 @@ class Saved:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._own and storage.data_ptr() not in self.storages:
             self.storages[storage.data_ptr()] = storage.nbytes()
-            self._kept.append(tensor)  # or its address could be given to the next
+            self._kept.append(tensor)  # otherwise another tensor could get its address
         return tensor
 
     @contextmanager

@@ -3,9 +3,8 @@
     python benchmarks/others.py pyreft [--rounds 15] [--threads 1 2] [--out docs/performance.json]
     python benchmarks/others.py adapters ...
 
-They pin old versions of transformers, so nothing but the ratio to the floor of their own process can be compared:
-LoReFT of rank 4 at f7+l7 on all 30 blocks of SmolLM2-135M's shape, fp32, a training step of 4 x 128 and a prefill of
-4 x 64.
+They pin old versions of transformers, so only the ratio to the floor of their own process can be compared. LoReFT of
+rank 4 at f7+l7 on all 30 blocks of SmolLM2-135M's shape, fp32; a training step of 4 x 128 and a prefill of 4 x 64.
 """
 
 import argparse
@@ -17,15 +16,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from measure import SMOLLM2, Ratio, interleave, share
+from measure import Ratio, interleave, share
 from transformers import LlamaConfig, LlamaForCausalLM
+from workload import SMOLLM2, batch
 
 
 def adapted_by_pyreft(base, prompt: int, rows: int):
     import pyreft
     from pyreft.dataset import get_intervention_locations
 
-    places = [
+    representations = [
         {
             "layer": layer,
             "component": "block_output",
@@ -34,16 +34,16 @@ def adapted_by_pyreft(base, prompt: int, rows: int):
         }
         for layer in range(30)
     ]
-    model = pyreft.get_reft_model(share(base), pyreft.ReftConfig(representations=places))
+    model = pyreft.get_reft_model(share(base), pyreft.ReftConfig(representations=representations))
     each = get_intervention_locations(
         last_position=prompt, positions="f7+l7", num_interventions=30, share_weights=True, pad_mode="last"
     )
-    where = torch.tensor([each] * rows).permute(1, 0, 2).tolist()
+    locations = torch.tensor([each] * rows).permute(1, 0, 2).tolist()  # intervention, row, position
     weights = [p for i in model.interventions.values() for p in i.parameters()]
 
     def forward(**inputs):
         labels = inputs.pop("labels", None)
-        return model(inputs, unit_locations={"sources->base": (None, where)}, labels=labels)[1]
+        return model(inputs, unit_locations={"sources->base": (None, locations)}, labels=labels)[1]
 
     return forward, weights
 
@@ -60,19 +60,17 @@ def adapted_by_adapters(base, prompt: int, rows: int):
     return model, [p for n, p in model.named_parameters() if "reft" in n]
 
 
+def output_requires_grad(module, args, output):
+    """A forward hook of a block: the gradient begins at its output. In older versions that is a tuple."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    hidden.requires_grad_()
+
+
 def measure(adapted, base, rounds: int) -> dict[str, Ratio]:
-    ids = torch.randint(3, 49152, (4, 128), generator=torch.Generator().manual_seed(1))
-    labels = ids.clone()
-    labels[:, :64] = -100
-    training = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    prefill = {"input_ids": ids[:, :64], "attention_mask": torch.ones_like(ids[:, :64])}
+    training = batch(4, 128, 64)
+    prefill = {name: training[name][:, :64] for name in ("input_ids", "attention_mask")}
     floor = share(base)
-    lowest = floor.model.layers[0]
-    lowest.register_forward_hook(
-        lambda module, args, out: (
-            (out[0].requires_grad_(), *out[1:]) if isinstance(out, tuple) else out.requires_grad_()
-        )
-    )
+    floor.model.layers[0].register_forward_hook(output_requires_grad)
     forward, weights = adapted(base, 64, 4)
     optimizer = torch.optim.AdamW(weights, lr=1e-5)
 
@@ -99,11 +97,13 @@ def main() -> None:
     torch.manual_seed(0)
     base = LlamaForCausalLM(LlamaConfig(**SMOLLM2)).eval().requires_grad_(False)
     adapted = {"pyreft": adapted_by_pyreft, "adapters": adapted_by_adapters}[args.library]
-    results = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
+    results = {}
+    if args.out and args.out.exists():
+        results = json.loads(args.out.read_text())
     for threads in args.threads:
         torch.set_num_threads(threads)
         found = {name: vars(ratio) for name, ratio in measure(adapted, base, args.rounds).items()}
-        others = results.setdefault(f"others, {threads} thread{'s' * (threads > 1)}", {})
+        others = results.setdefault(f"others, {threads} {'thread' if threads == 1 else 'threads'}", {})
         others |= {f"{args.library}: {name}": ratio for name, ratio in found.items()}
         print(json.dumps(found, indent=1))
         if args.out:

@@ -3,10 +3,10 @@
     python benchmarks/serving.py --page docs/serving.md --out docs/serving.json
 
 Each way of serving has an engine in its own process. All engines start first. Then they run the same requests in
-turns, one at a time, round by round, so that a slow moment of the machine hits all alike. The model has
-SmolLM2-135M's shape and random weights, in fp32. Requests come all at once and choose among the adapters in turn.
-There are two groups: compiled, as vLLM does by default, and not compiled, as vLLM runs LoRA on a CPU. Each is
-compared with the base of its group.
+turns, one engine at a time, round by round, so a slow moment of the machine hits all alike. The model has the shape of
+SmolLM2-135M with random weights, fp32. All requests come at once; each names the next adapter. One group of engines is
+compiled, as vLLM does by default. The other is not compiled, as vLLM runs LoRA on a CPU. Each engine is compared with
+the base of its group.
 """
 
 import argparse
@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import SMOLLM2
 from tqdm import tqdm
+from workload import SMOLLM2
 
 LOADS = {
     "decode-heavy": dict(requests=64, prompt=16, new=32),
@@ -39,7 +39,7 @@ VLLM = dict(
 
 
 def prepare(folder: Path, layers: int) -> None:
-    """Saves a model's config and one adapter of each kind; engines load them by many names."""
+    """Write a model's config and one adapter of each spec and method. Engines load an adapter under many names."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -59,7 +59,7 @@ def prepare(folder: Path, layers: int) -> None:
 
 
 class Engine:
-    """A process with one engine, which runs a load when it is told to."""
+    """A process with one engine. It runs a load when `run` asks for it."""
 
     def __init__(self, group: str, way: str, folder: Path) -> None:
         command = [sys.executable, "-W", "ignore", __file__, "--serve", group, way, "--folder", str(folder)]

@@ -1,4 +1,4 @@
-"""docs/performance.md from the results of bench.py and curves.py.
+"""Write docs/performance.md from the results of bench.py, others.py and curves.py.
 
 python benchmarks/table.py docs/performance.json docs/performance.md
 """
@@ -25,10 +25,10 @@ GOALS = {
 }
 HEAD = """# Performance
 
-Written by `make bench`; do not edit. {machine}; {rounds} rounds, in each of which every method runs once, in turns; a
-ratio is the median over rounds of the time over that of the reference in the same round, with its quartiles; behind
-the semicolon, the fastest round over the reference's fastest, which neighbours on the machine disturb least.
-SmolLM2-135M's shape, random weights. The *floor* is what no method can spare: the forward, and the backward of
+`make bench` writes this page; do not edit it. {machine}; {rounds} rounds. In each round every method runs once, in
+turns. A ratio is the median over rounds, with quartiles; in each round the time is divided by that of the reference.
+Behind the semicolon stands the fastest round over the reference's fastest, which neighbours on the machine disturb
+least. SmolLM2-135M's shape, random weights. The *floor* is what every method needs: the forward, and the backward of
 activations down to the output of the lowest block.
 """
 
@@ -36,32 +36,32 @@ activations down to the output of the lowest block.
 GPU = """
 ## What is left of a training step, and why
 
-The goal of 1 % of a step is missed by up to a fifth of it ("CPU time in LoReFT's own code"). What is left, in the
-order of the table above: AdamW on the adapter's own parameters, which every method has; the gradient of the hidden
-states, which the backward copies once a layer before it adds to it, since autograd may have handed the same tensor to
-another branch (a residual sum does) and nobody may change it in place; gathers and scatter-adds of the edited rows;
-and dispatches of a few microseconds each, which a wider model does not feel.
+The goal is 1 % of a step. LoReFT misses it by up to a fifth ("CPU time in LoReFT's own code"). In the order of the
+table above, the time goes to AdamW on the adapter's own parameters, which every method has; to a copy of the gradient
+of the hidden states, once a layer; to gathers and scatter-adds of the edited rows; and to calls of operations, a few
+microseconds each, which do not grow with the model's width. The copy is necessary: autograd may have given the same
+tensor to another branch (a residual sum does), so the backward may not change it in place.
 
 ## On a GPU
 
-Nothing here was run on one. What would differ: kernels are launched, and small ones cost their launch. An edited layer
-launches five in the forward (gather, A h + b, times `keep`, times B, scatter-add) and seven in the backward; a decode
-step without edited tokens launches none. One Triton kernel could take the five: a program for each tile of edited
-tokens loads their hidden states by index, keeps the r coordinates in registers, and adds the product with B back to
-the same rows, which no other program touches. The layout it would want is the one in use: `rows` (n,) int64 and `keep`
-(n, 1), shared by all layers; A and B (r, d) contiguous, those of all layers formed in one batched call; the edited
-tokens (n, d) saved for the backward. It would pay where launches bound a step, in decoding with `all` or `g` most;
-under CUDA graphs or `torch.compile`, which captures the forward without a break, hardly at all. Only what can be run
-here is landed.
+No number on this page was measured on a GPU. There, a small kernel costs as much as its launch. An edited layer
+launches five kernels in the forward (gather, A h + b, times `valid`, times B, scatter-add) and seven in the backward.
+A decode step without edited tokens launches none. One Triton kernel could replace the five. A program for each tile of
+edited tokens would load their hidden states by index, keep the r coordinates in registers, and add the product with B
+to the same rows, which no other program touches. The present layout fits it: `rows` (n,) int64 and `valid` (n, 1),
+shared by all layers; A and B (r, d) contiguous, computed for all layers in one batched call; the edited tokens (n, d)
+saved for the backward. The kernel would pay if launches bound a step, most of all while decoding with `all` or `g`. It
+would hardly pay under CUDA graphs or `torch.compile`, which captures the forward without a break.
 """.strip()
 
 
-def timed(results: dict, kind: str) -> list[str]:
-    runs = {key: value for key, value in results.items() if key.startswith(f"{kind}, ")}
+def timed(results: dict, name: str) -> list[str]:
+    """The lines of a table of ratios; a pair of columns for each number of threads."""
+    runs = {key: value for key, value in results.items() if key.startswith(f"{name}, ")}
     if not runs:
         return []
-    lines = ["", f"## {TITLES[kind]}", "", f"Goal: {GOALS[kind]}.", ""]
-    threads = [key.removeprefix(f"{kind}, ") for key in runs]
+    lines = ["", f"## {TITLES[name]}", "", f"Goal: {GOALS[name]}.", ""]
+    threads = [key.removeprefix(f"{name}, ") for key in runs]
     lines += ["| | " + " | ".join(f"CPU, {t} | wall, {t}" for t in threads) + " |"]
     lines += ["|---" * (1 + 2 * len(threads)) + "|"]
     for method in next(iter(runs.values())):
@@ -76,31 +76,29 @@ def timed(results: dict, kind: str) -> list[str]:
 
 
 def plain(title: str, about: str, rows: dict[str, dict[str, float]]) -> list[str]:
+    """The lines of a table of numbers."""
     columns = list(next(iter(rows.values())))
     lines = ["", f"## {title}", "", about, "", "| | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
-    return lines + [
-        "| "
-        + " | ".join(
-            [name, *(f"{row[column]:.4g}" if row[column] % 1 else f"{row[column]:,.0f}" for column in columns)]
-        )
-        + " |"
-        for name, row in rows.items()
-    ]
+    for name, row in rows.items():
+        cells = [f"{row[column]:.4g}" if row[column] % 1 else f"{row[column]:,.0f}" for column in columns]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return lines
 
 
 def main() -> None:
     results = json.loads(Path(sys.argv[1]).read_text())
     lines = HEAD.format(**results).splitlines()
-    if "note" in results:  # of whoever ran it: what else the machine did
+    if "note" in results:  # by whoever ran it, on what else the machine did
         lines += ["", results["note"]]
-    for kind in TITLES:
-        lines += timed(results, kind)
+    for name in TITLES:
+        lines += timed(results, name)
     if "inside" in results:
         lines += plain(
             "CPU time in LoReFT's own code",
-            "Over that of all else in the same steps; median, one thread. A difference of two long times has the "
-            "scatter of both (the quartiles above), a sum of short ones has not. It counts hooks, edits, their "
-            "backward, R and the optimiser, and cannot see effects on caches.",
+            "Over the time of all else in the same steps; median, one thread. A difference of two long times has the "
+            "scatter of both (the quartiles above); a sum of short ones has hardly any. It counts hooks, wrapped "
+            "methods, edits, their backward, R and the optimiser. It cannot see effects on caches. `make bench-own` "
+            "prints the milliseconds, and compares two versions.",
             results["inside"],
         )
     if "saved" in results:
@@ -112,16 +110,16 @@ def main() -> None:
     if "disk" in results:
         lines += plain(
             "On disk",
-            "Goal: parameters x 4 bytes, less than 2 KB of config, less than 100 bytes a tensor. The last cannot be: "
-            "the name that PEFT gives a tensor (`base_model.model.model.layers.29.` and so on) and its entry in the "
-            "header of safetensors (type, shape, offsets) are longer already.",
+            "Goal: parameters x 4 bytes, less than 2 KB of config, less than 100 bytes a tensor. The last goal cannot "
+            "be reached: PEFT's name of a tensor (`base_model.model.model.layers.29.` and so on) and its entry in the "
+            "header of safetensors (type, shape, offsets) are longer.",
             results["disk"],
         )
     if "orthogonalisation" in results:
         lines += plain(
             "Orthogonalisation",
             "R and its gradient, over the floor of a step of 1 x 512 tokens of one block of that shape. Goal: at most "
-            "0.01. (In a model those of all layers are computed together, which is faster than one by one, as here.)",
+            "0.01. (A model computes R of all layers together, which is faster than one by one, as here.)",
             results["orthogonalisation"],
         )
     if "injection" in results:
@@ -130,9 +128,9 @@ def main() -> None:
     if "profile" in results:
         lines += plain(
             "Where the overhead goes",
-            "A training step of LoReFT r=4 f7+l7 less one of the floor, by `torch.profiler`, for each of 30 layers: "
-            "operations that LoReFT adds, by their own time. The floor runs `aten::mul`, `add` and `copy_` too, on "
-            "much larger tensors, and what they show is mostly the scatter of those.",
+            "A training step of LoReFT r=4 f7+l7 minus one of the floor, by `torch.profiler`, for each of 30 layers: "
+            "the operations that LoReFT adds, by their own time. The floor runs `aten::mul`, `add` and `copy_` too, "
+            "on much larger tensors, so these rows show mostly scatter.",
             results["profile"],
         )
     lines += ["", *GPU.splitlines()]

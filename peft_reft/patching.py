@@ -1,9 +1,9 @@
 """Every method of another library that this package wraps or adds, on one page.
 
-No file of another library is changed, and no method is replaced without calling the original. `wrap`, `add_method` and
-`wrap_method` refuse whatever `PATCHES` does not list, so the table is complete.
+No file of another library is changed, and every wrapper calls the original, or raises. The functions below accept only
+names that `PATCHES` lists, so the table is complete.
 
-To *wrap* `Owner.name` means that `Owner.name(*args)` calls `wrapper(original, *args)` from then on.
+If `Owner.name` is *wrapped*, `Owner.name(*args)` calls `wrapper(original, *args)`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Patch:
-    """Why a name of another library is wrapped or added, since when, and how that ends."""
+    """Why a name of another library is wrapped or added, and when that ends."""
 
     library: str
     since: str
-    """The oldest version that this was run with."""
+    """The oldest version of the library with which the tests ran."""
     why: str
-    undone: str = "when the process ends; it calls the original for everything that is not LoReFT"
+    undone: str = "when the process ends; for everything that is not LoReFT it calls the original"
+    """When the original stands alone again."""
 
 
 _WITH_THE_ADAPTER = "when the model's last LoReFT adapter is unloaded or deleted"
@@ -43,23 +44,23 @@ PATCHES: dict[str, Patch] = {
     "RepoCard.save": Patch(
         "huggingface_hub",
         "1.0",
-        "Trainers write a card over ours that does not import this package (`card`).",
+        "A trainer replaces our card by one that does not say `import peft_reft` (`card`).",
     ),
-    # When an adapter is added to a model. These are attributes of that model, not of its class.
+    # When an adapter is added to a model. These are attributes of that model; its class stays as it is.
     "Module.forward": Patch(
-        "torch", "2.6", "Some libraries call `model.forward`, which runs no hooks (`tuner.hooks`).", _WITH_THE_ADAPTER
+        "torch", "2.6", "Some libraries call `model.forward`, which skips hooks (`tuner.hooks`).", _WITH_THE_ADAPTER
     ),
     "Module.generate": Patch(
         "transformers", "5.5.4", "Only the call knows where the prompts end (`tuner.generate`).", _WITH_THE_ADAPTER
     ),
     "Module.generate_batch": Patch(
-        "transformers", "5.5.4", "Its forwards do not say where prompts end: refused.", _WITH_THE_ADAPTER
+        "transformers", "5.5.4", "Its forwards do not say where prompts end, so it raises.", _WITH_THE_ADAPTER
     ),
     "Module.prepare_inputs_for_generation": Patch(
         "transformers", "5.5.4", "Each forward of `generate` is told which step it is.", _WITH_THE_ADAPTER
     ),
     "Module._gradient_checkpointing_func": Patch(
-        "transformers", "5.5.4", "Recomputation needs the positions of its forward.", _WITH_THE_ADAPTER
+        "transformers", "5.5.4", "A recomputed block needs the positions of its forward.", _WITH_THE_ADAPTER
     ),
     "Module.checkpoint_fn": Patch(
         "torch", "2.6", "The same, for torch's CheckpointWrapper (FSDP).", _WITH_THE_ADAPTER
@@ -85,9 +86,13 @@ PATCHES: dict[str, Patch] = {
 }
 
 
+_ORIGINAL = "_before_peft_reft"
+"""Attribute of a wrapped function: the original."""
+
+
 def check_listed(owner: type, name: str) -> None:
     """Raise LookupError if `PATCHES` does not list `name` for `owner` or for one of its base classes."""
-    if not any(f"{each.__name__}.{name}" in PATCHES for each in owner.__mro__):
+    if not any(f"{base.__name__}.{name}" in PATCHES for base in owner.__mro__):
         raise LookupError(f"{owner.__name__}.{name} is not in peft_reft.patching.PATCHES: list it there.")
 
 
@@ -97,17 +102,18 @@ def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     Args:
         owner: a class, whose method is wrapped for all its instances; or one object.
         name: of the method.
-        wrapper: takes the original and its arguments (of a class's method, the instance first).
+        wrapper: takes the original, then the arguments of the call. For a method of a class the first of them is the
+            instance.
     """
     check_listed(owner if isinstance(owner, type) else type(owner), name)
-    inner = getattr(owner, name)
-    inner = getattr(inner, "_before_peft_reft", inner)
+    found = getattr(owner, name)
+    original = getattr(found, _ORIGINAL, found)  # `found` may be a wrapper of ours
 
-    @wraps(inner)
+    @wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(inner, *args, **kwargs)
+        return wrapper(original, *args, **kwargs)
 
-    wrapped._before_peft_reft = inner  # type: ignore[attr-defined]
+    setattr(wrapped, _ORIGINAL, original)
     setattr(owner, name, wrapped)
 
 
@@ -118,15 +124,15 @@ def add_method(owner: type, name: str, function: Callable[..., Any]) -> None:
 
 
 def add_member(enum: type[Enum], name: str) -> None:
-    """Give an enum of strings the member `name`, unless it has it.
+    """Give an enum of strings the member `name`, unless it has one of that name.
 
-    An enum with members cannot be subclassed. The member is made the way `enum` makes one, so lookup, iteration,
+    An enum with members cannot be subclassed. This makes the member as `enum` itself does, so lookup, iteration,
     pickling and JSON work on it.
     """
     check_listed(enum, name)
     if name in enum.__members__:
         return
-    member: Any = str.__new__(enum, name)  # type: ignore[type-var]
+    member: Any = str.__new__(enum, name)  # type: ignore[type-var]  # `enum` is a subclass of str, too
     member._name_ = name
     member._value_ = name
     member.__objclass__ = enum
@@ -140,40 +146,48 @@ def add_member(enum: type[Enum], name: str) -> None:
 
 
 class WrappedMethod(partial[Any]):
-    """A wrapped method of one model: not a bound method, which could not be pickled.
+    """A wrapped method of one model. It is a `partial`, because a bound wrapper could not be pickled.
 
-    Its arguments are the model, and what stood in the model's own dictionary before (None: nothing, so the method of
-    the model's class is the original).
+    Its arguments are the model, and what the model's own dictionary held before under the method's name. If it held
+    nothing (None), the original is the method of the model's class.
     """
 
     __signature__: inspect.Signature
 
 
 def wrap_method(model: nn.Module, name: str, wrapper: Callable[..., Any], more: tuple[str, ...] = ()) -> None:
-    """Have `model.name(*args)` call `wrapper(model, inner, *args)`, for this model alone.
-
-    The signature stays, because Trainer and `generate` read it, with the arguments `more` added. It has no
-    annotations, some of which cannot be pickled.
+    """Have `model.name(*args)` call `wrapper(model, inner, *args)`. Other models of the class are not affected.
 
     Args:
         model: whose method is wrapped.
         name: of the method.
         wrapper: takes the model, `inner` (see `original_of`), and the arguments of the call.
-        more: names of further keyword arguments.
+        more: names of keyword arguments that the signature gains. Trainer and `generate` read the signature.
     """
     check_listed(type(model), name)
-    signature = inspect.signature(getattr(model, name))
-    parameters = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()]
-    added = [inspect.Parameter(each, inspect.Parameter.KEYWORD_ONLY, default=None) for each in more]
-    last = [each for each in parameters if each.kind is inspect.Parameter.VAR_KEYWORD]
-    parameters = [each for each in parameters if each not in last] + added + last
     wrapped = WrappedMethod(wrapper, model, model.__dict__.get(name))
-    wrapped.__signature__ = inspect.Signature(parameters)
+    wrapped.__signature__ = _signature_with(getattr(model, name), more)
     model.__dict__[name] = wrapped
 
 
+def _signature_with(method: Callable[..., Any], more: tuple[str, ...]) -> inspect.Signature:
+    """The signature of `method` with the keyword arguments `more`, in front of its `**kwargs`.
+
+    It has no annotations, because some cannot be pickled.
+    """
+    named, rest = [], []
+    for parameter in inspect.signature(method).parameters.values():
+        bare = parameter.replace(annotation=inspect.Parameter.empty)
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            rest.append(bare)
+        else:
+            named.append(bare)
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in more]
+    return inspect.Signature([*named, *added, *rest])
+
+
 def unwrap_method(model: nn.Module, name: str) -> None:
-    """Undo `wrap_method`; nothing happens if the method is not wrapped."""
+    """Undo `wrap_method`. If the method is not wrapped, nothing happens."""
     wrapped = model.__dict__.get(name)
     if not isinstance(wrapped, WrappedMethod):
         return
@@ -184,5 +198,15 @@ def unwrap_method(model: nn.Module, name: str) -> None:
 
 
 def original_of(module: nn.Module, name: str, inner: Any) -> Callable[..., Any]:
-    """The method that is wrapped: `inner`; if that is None, the method of the class of `module`, maybe a replica."""
-    return partial(getattr(type(module), name), module) if inner is None else inner
+    """The method that is wrapped.
+
+    Args:
+        module: the model, or a replica of it that `nn.DataParallel` runs.
+        name: of the method.
+        inner: what the model's own dictionary held before `wrap_method`; None: nothing, so the original is the method
+            of the class of `module`.
+    """
+    if inner is None:
+        return partial(getattr(type(module), name), module)
+    original: Callable[..., Any] = inner
+    return original

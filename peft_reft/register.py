@@ -1,4 +1,4 @@
-"""Tell PEFT, its files and the trainers of LoReFT. `import peft_reft` calls this."""
+"""Register LoReFT with PEFT. `import peft_reft` calls this."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def add_peft_type() -> None:
 
 
 def register() -> None:
-    """Register config and model classes with PEFT. A second call does no harm."""
+    """Register the classes of config and model with PEFT, and wrap what `card` and `files` need.
+
+    A second call, as after `importlib.reload`, replaces the classes.
+    """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
     from .card import complete_all_cards
@@ -32,7 +35,7 @@ def register() -> None:
 
     peft_type = PeftType(NAME)
     for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
-        mapping.pop(peft_type, None)  # a reloaded module brings new classes, and PEFT refuses to register twice
+        mapping.pop(peft_type, None)  # PEFT refuses to register a method twice
     register_peft_method(name=NAME.lower(), config_cls=LoReftConfig, model_cls=LoReftModel, prefix=LoReftModel.prefix)
     complete_all_cards()
     guard_files()
@@ -40,9 +43,9 @@ def register() -> None:
 
 
 def _add_trainer_callbacks(config: LoReftConfig) -> None:
-    """Have every Trainer call ours, as soon as there is an adapter to train."""
+    """Have every Trainer call ours, once there is an adapter to train."""
     if config.inference_mode and "transformers.trainer" not in sys.modules:
         return
-    from .integrations.trainer import add_default_callbacks  # imports transformers' Trainer; serving does without it
+    from .integrations.trainer import add_default_callbacks  # imports transformers' Trainer, which serving never needs
 
     add_default_callbacks()

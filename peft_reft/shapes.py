@@ -1,7 +1,7 @@
-"""Annotations with dtypes and shapes: `Int[Tensor, "batch seq"]` is a tensor of ints, two-dimensional.
+"""Annotations with dtype and shape: `Int[Tensor, "batch seq"]` is a tensor of integers with two dimensions.
 
-They are jaxtyping's. The tests check them at every call (`tests/test_shapes.py`); without jaxtyping, which no user
-needs, an annotation says the same to a reader and nothing to Python.
+They come from jaxtyping. The tests check them at every call (`tests/test_shapes.py`). Users do not need jaxtyping:
+without it an annotation tells a reader the same, and Python sees a plain `Tensor`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ else:
     except ImportError:
 
         class Shaped:
-            """Stands for jaxtyping's annotations."""
+            """Stands in for jaxtyping's annotations: `Shaped[Tensor, "batch seq"]` is `Tensor`."""
 
             def __class_getitem__(cls, item: Any) -> Any:
                 return item[0]

@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peft_reft import LoReftConfig, chat_marks
-from peft_reft.integrations.trainer import LoReftTraining
+from peft_reft.integrations.trainer import FindMarksAndLogFirstRow
 from peft_reft.positions.chat.template import find_marks
 from peft_reft.positions.turns import answers_of
 
@@ -328,7 +328,7 @@ def test_a_warning_names_the_chats_that_are_not_told(name):
         marks = chat_marks(tokenizer)
     with warnings.catch_warnings(record=True) as by_trainer:
         warnings.simplefilter("always")
-        LoReftTraining().on_init_end(None, None, None, model=model, processing_class=tokenizer)
+        FindMarksAndLogFirstRow().on_init_end(None, None, None, model=model, processing_class=tokenizer)
     assert model.peft_config["default"].response_template == marks["response_template"]
     for caught in (by_hand, by_trainer):
         texts = [str(warning.message) for warning in caught]

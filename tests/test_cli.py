@@ -1,5 +1,6 @@
 """The command `peft-reft`: what a user types, and what they read."""
 
+import ast
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from peft_reft import LoReftConfig
+from peft_reft.cli import main as command_line
 from peft_reft.cli.main import main
 
 PARITY = Path(__file__).parent / "parity"
@@ -274,7 +276,8 @@ def test_chat_with_an_adapter_of_raw_prompts(adapter, monkeypatch, capsys):
 def test_train_says_how_to_ask(template, words, tmp_path, model_id, capsys):
     given = {"max_steps": "1", "response_template": template, "instruction_template": "[[4, 7], [4, 6]]"}
     assert main(train_arguments(tmp_path, model_id, **given)) == 0
-    assert f"peft-reft generate {tmp_path / 'out'}" in (said := capsys.readouterr().out) and words in said
+    said = capsys.readouterr().out
+    assert f"peft-reft generate {tmp_path / 'out'}" in said and words in said
     config = LoReftConfig.from_pretrained(tmp_path / "out")
     assert config.response_template == json.loads(template)
     assert config.instruction_template == [[4, 7], [4, 6]]
@@ -396,6 +399,16 @@ def test_help(capsys):
     said = capsys.readouterr().out
     for words in ("--learning_rate", "--load_in_4bit", "--positions", "Exit codes", "--act-fn"):
         assert words in said
+
+
+def test_the_command_line_imports_no_command():
+    """`peft-reft --help` starts as fast as `import peft_reft`: a command's module is imported when it runs."""
+    body = ast.parse(Path(command_line.__file__).read_text()).body
+    relative = [node.module for node in body if isinstance(node, ast.ImportFrom) and node.level]
+    others = [alias.name for node in body if isinstance(node, ast.Import) for alias in node.names]
+    others += [node.module for node in body if isinstance(node, ast.ImportFrom) and not node.level]
+    assert relative == ["errors"]
+    assert {name.partition(".")[0] for name in others} <= set(sys.stdlib_module_names)
 
 
 def test_the_installed_script():

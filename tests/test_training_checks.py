@@ -1,4 +1,4 @@
-"""After the first step of a training: what is to be trained and got no gradient is named."""
+"""A training run warns, by name, of trainable tensors that got no gradient in its first step."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import DEFAULT_CALLBACKS
 
 from peft_reft import LoReftConfig
-from peft_reft.integrations.trainer_checks import TrainingChecks, warn_of_unmoved
+from peft_reft.integrations.trainer_checks import CheckGradients, warn_of_missing_gradients
 
 IDS = torch.randint(3, VOCAB, (4, 6), generator=torch.Generator().manual_seed(8))
 LABELS = IDS.masked_fill(torch.arange(6) < 3, -100)
@@ -37,7 +37,7 @@ class WithoutHead(Trainer):
 def trainer(model, folder, kind=Trainer, **settings):
     settings = dict(per_device_train_batch_size=2, max_steps=3, use_cpu=True, report_to="none", **settings)
     args = TrainingArguments(output_dir=str(folder), save_strategy="no", disable_tqdm=True, **settings)
-    own = [TrainingChecks] if TrainingChecks not in DEFAULT_CALLBACKS else []  # injection adds it there
+    own = [CheckGradients] if CheckGradients not in DEFAULT_CALLBACKS else []  # injection adds it there
     return kind(model=model, args=args, train_dataset=ROWS, callbacks=own)
 
 
@@ -46,7 +46,7 @@ def test_unmoved_tensors_are_named():
     hidden = model(input_ids=IDS, labels=LABELS, output_hidden_states=True).hidden_states
     hidden[-1].sum().backward()
     with pytest.warns(UserWarning, match="^LoReFT: 3 of 12 trainable tensors got no gradient") as warned:
-        warn_of_unmoved(model)
+        warn_of_missing_gradients(model)
     message = str(warned[0].message)
     assert "base_model.model.lm_head.loreft.loreft_weights.default.R" in message and "layers.0" not in message
 
@@ -54,8 +54,8 @@ def test_unmoved_tensors_are_named():
 def test_nothing_is_said_of_what_moves():
     model = adapted()
     model(input_ids=IDS, labels=LABELS).loss.backward()
-    warn_of_unmoved(model)
-    warn_of_unmoved(build("llama"))
+    warn_of_missing_gradients(model)
+    warn_of_missing_gradients(build("llama"))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -77,7 +77,7 @@ def test_a_trainer_of_all_targets_is_quiet(tmp_path):
 
 @pytest.mark.parametrize("name", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
 def test_where_gradients_are_elsewhere_nothing_is_said(monkeypatch, name):
-    model, check = adapted(), TrainingChecks()
+    model, check = adapted(), CheckGradients()
     state = TrainerState(is_world_process_zero=True)
     check.on_train_begin(None, state, None)
     with monkeypatch.context() as patch:

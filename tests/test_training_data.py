@@ -1,4 +1,4 @@
-"""What `peft-reft train` says of its arguments and of the rows it is given, before and instead of training."""
+"""`peft-reft train` checks its arguments and its rows before it loads a model."""
 
 import dataclasses
 import json
@@ -9,12 +9,15 @@ from datasets import Dataset
 from test_cli import ROWS, rows_file, train_arguments
 
 pytest.importorskip("trl")
+from peft import PeftConfig
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
-from peft_reft.cli import train as sft
+from peft_reft import LoReftConfig
+from peft_reft.cli import train
+from peft_reft.cli.arguments import check_path
 from peft_reft.cli.data import check_columns
 from peft_reft.cli.main import main
-from peft_reft.cli.paths import check_path
+from peft_reft.cli.train_arguments import build_parser
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -38,7 +41,7 @@ def trained_on(monkeypatch):
         seen.append((train_dataset, eval_dataset))
         raise Reached
 
-    monkeypatch.setattr(sft, "SFTTrainer", trainer)
+    monkeypatch.setattr(train, "SFTTrainer", trainer)
 
     def run(arguments):
         with pytest.raises(Reached):
@@ -84,14 +87,14 @@ def test_arguments_for_lora_in_a_file(tmp_path, capsys):
 
 def test_every_argument_of_trl_is_used_or_refused():
     """A new field of TRL's is refused until somebody looks at it."""
-    taken = {action.dest for action in sft.parser()._actions}
+    taken = {action.dest for action in build_parser()._actions}
     model = {field.name for field in dataclasses.fields(ModelConfig)}
     assert model - taken == {*OF_LORA, "use_rslora"}
     assert {field.name for field in dataclasses.fields(ScriptArguments)} - taken == {"ignore_bias_buffers"}
     assert {field.name for field in dataclasses.fields(DatasetMixtureConfig)} <= taken
-    assert {field.name for field in dataclasses.fields(sft.LoReftConfig)} - taken == {
+    assert {field.name for field in dataclasses.fields(LoReftConfig)} - taken == {
         "target_parameters",
-        *(field.name for field in dataclasses.fields(sft.PeftConfig)),
+        *(field.name for field in dataclasses.fields(PeftConfig)),
     }
 
 
@@ -159,7 +162,7 @@ def test_rows_to_evaluate_on_from_a_folder_and_from_a_second_file(tmp_path, trai
 def test_it_trains_and_evaluates(tmp_path, model_id, monkeypatch):
     losses = []
     monkeypatch.setattr(
-        sft.SaveOnInterrupt, "on_evaluate", lambda *_, metrics, **__: losses.append(metrics["eval_loss"])
+        train.SaveOnInterrupt, "on_evaluate", lambda *_, metrics, **__: losses.append(metrics["eval_loss"])
     )
     given = dict(eval_strategy="steps", eval_steps="1", test_split_size="0.25", max_steps="2")
     assert main(train_arguments(tmp_path, model_id, **given)) == 0

@@ -1,1 +1,8 @@
-"""Plugins for trainers, one module for each."""
+"""What this package adds to trainers and engines that have a plugin system.
+
+One module for each of them; a module uses only what that trainer or engine offers to plugins.
+
+- `trainer`: transformers' Trainer, and with it TRL's trainers, by callbacks. `trainer_checks`: what is checked there.
+
+axolotl, ms-swift and TRL's rollouts belong here too, when they come. The vLLM plugin has its own room, `serving/`.
+"""

@@ -1,7 +1,8 @@
-"""Under an unchanged Trainer: the marks of the chat template are found, and one row is shown before hours are spent.
+"""Under an unchanged Trainer: find the marks of the chat template, and log the first row with its edited tokens.
 
-transformers makes an object of each class in its list of default callbacks whenever a Trainer is made, and hands it
-the model and the tokenizer. So a class that is put there when an adapter is added to a model is in time for all.
+When a Trainer is made, transformers makes an object of each class in its list of default callbacks and hands it the
+model and the tokenizer. `add_default_callbacks` puts classes on that list when an adapter is added to a model, which
+is before the Trainer is made, or within.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ from ..tools.chat import loreft_configs, set_marks, warn_of_limits
 from ..tools.collator import DataCollatorForLoReft
 from ..tools.show import marked_row
 from ..tuner.forward import ATTRIBUTE, Attachment
-from .trainer_checks import TrainingChecks
+from .trainer_checks import CheckGradients, refuse_packing
 
 logger = logging.getLogger("peft_reft")
 
 
-class LoReftTraining(TrainerCallback):
-    """Finds the marks, shows the first row of a run, and notes at its end if no document had a mark."""
+class FindMarksAndLogFirstRow(TrainerCallback):
+    """Sets the marks of adapters that have none, logs the first row, and notes if no document has a mark."""
 
     def __init__(self) -> None:
         self.found: list[str] = []
-        """Adapters whose marks were set here."""
-        self.unmarked: list[str] = []
-        """Adapters that could have none: the tokenizer has no chat template."""
-        self.watch: FirstRows | None = None
+        """Names of the adapters whose marks this callback has set."""
+        self.without_template: list[str] = []
+        """Names of the adapters without marks whose tokenizer has no chat template."""
+        self.first_forwards: FirstForwards | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Set the marks of adapters that have none."""
@@ -43,120 +44,114 @@ class LoReftTraining(TrainerCallback):
         attachment = attachment_of(model)
         if attachment is None or not attachment.has_answers or tokenizer is None:
             return
-        unknown = [name for name, config in loreft_configs(model).items() if config.response_template is None]
-        if not unknown:
+        unmarked = [name for name, config in loreft_configs(model).items() if config.response_template is None]
+        if not unmarked:
             return
         found = find_marks(tokenizer)
         if found is None:
-            self.unmarked = unknown
+            self.without_template = unmarked
         elif found.problem is not None:
             warnings.warn(
-                "LoReFT cannot find the headers of the chat template, so it takes prompts from the labels alone: "
+                "LoReFT cannot find the headers of the chat template, so only the labels say where prompts end: "
                 f"{found.problem} Give `response_template` and `instruction_template` in the config if you train on "
                 "chats.",
                 stacklevel=2,
             )
         else:
             warn_of_limits(found)
-            self.found = set_marks(model, found.response_template, found.instruction_template, unknown)
+            self.found = set_marks(model, found.response_template, found.instruction_template, unmarked)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Watch the first forwards."""
-        attachment, tokenizer = attachment_of(model), kwargs.get("processing_class")
-        configs = loreft_configs(model) if attachment is not None else {}
-        if attachment is None or tokenizer is None or not configs:
+        """Check how rows are packed, hand the marks to the collator, and watch the first forwards."""
+        attachment = attachment_of(model)
+        tokenizer = kwargs.get("processing_class")
+        if attachment is None or tokenizer is None:
             return
-        for config in configs.values():
+        configs = list(loreft_configs(model).values())
+        if not configs:
+            return
+        for config in configs:
             refuse_packing(args, config)
-        name = next(iter(configs))
-        hand_marks_on(kwargs.get("train_dataloader"), configs[name])
-        self.watch = FirstRows(
-            attachment, getattr(tokenizer, "tokenizer", tokenizer), configs[name], state.is_world_process_zero
+        first = configs[0]
+        give_marks_to_collator(kwargs.get("train_dataloader"), first)
+        self.first_forwards = FirstForwards(
+            attachment,
+            getattr(tokenizer, "tokenizer", tokenizer),  # a processor has a tokenizer
+            first,
+            logs=state.is_world_process_zero,
         )
-        attachment.first_batch = self.watch
+        attachment.first_batch = self.first_forwards
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """If no document of the run had a mark, say so in the config: each document is one prompt and one answer."""
+        """If no document had a mark, say so in the config (`[]`): each document is one prompt and one answer."""
         attachment = attachment_of(model)
         if attachment is not None:
             attachment.first_batch = None
-        if self.watch is not None and self.watch.seen and not self.watch.marked:
-            set_marks(model, [], [], [*self.found, *self.unmarked])
-        self.watch = None
+        watched = self.first_forwards
+        if watched is not None and watched.row_seen and not watched.mark_seen:
+            set_marks(model, [], [], [*self.found, *self.without_template])
+        self.first_forwards = None
 
 
-def hand_marks_on(dataloader: Any, config: LoReftConfig) -> None:
-    """Let a collator of ours, which may hold a config of its own, read batches by the marks that were found."""
+def give_marks_to_collator(dataloader: Any, config: LoReftConfig) -> None:
+    """Write the marks of `config` into the config of a `DataCollatorForLoReft`, if that one has none.
+
+    The collator may have been made with a config of its own, before the marks were found.
+    """
     collator = getattr(dataloader, "collate_fn", None)
     while collator is not None and not isinstance(collator, DataCollatorForLoReft):
-        collator = getattr(collator, "data_collator", None)  # transformers' RemoveColumnsCollator
+        collator = getattr(collator, "data_collator", None)  # transformers wraps collators (RemoveColumnsCollator)
     if collator is not None and collator.config.response_template is None:
         collator.config.response_template = config.response_template
         collator.config.instruction_template = config.instruction_template
 
 
-def refuse_packing(args: Any, config: LoReftConfig) -> None:
-    """Refuse TRL's ways of packing that cut documents, for specs that count from a document's beginning.
+class FirstForwards:
+    """Called with the inputs of training forwards: logs the first row, and reads on until a row has a mark."""
 
-    Raises:
-        ValueError: names the setting, the spec, and what to use. Cut beginnings (`keep_end`), which do no harm where
-            no row is that long, are warned of.
-    """
-    strategy = getattr(args, "packing_strategy", None) if getattr(args, "packing", False) else None
-    groups = [group for group in config.layout if group.counts_from_beginning]
-    if strategy in ("wrapped", "bfd_split") and groups and not config.edits_everything:
-        raise ValueError(
-            f"packing_strategy={strategy!r} cuts documents, so a row starts in the middle of a document, where "
-            f"{'+'.join(map(str, groups))} of positions={config.positions!r} would edit other tokens than `generate` "
-            "does. Keep documents whole: packing_strategy='bfd'."
-        )
-    if getattr(args, "truncation_mode", None) == "keep_end" and getattr(args, "max_length", None) and groups:
-        warnings.warn(
-            f"LoReFT: truncation_mode='keep_end' cuts the beginning of documents longer than max_length="
-            f"{args.max_length}, and {'+'.join(map(str, groups))} of positions={config.positions!r} then edits other "
-            "tokens than `generate` does, which nothing in such a row shows. Use truncation_mode='keep_start', or "
-            "leave long rows out.",
-            stacklevel=2,
-        )
-
-
-class FirstRows:
-    """Called with the inputs of training forwards: logs the first row, and looks for marks until one is found."""
-
-    def __init__(self, attachment: Attachment, tokenizer: Any, config: LoReftConfig, shows: bool) -> None:
+    def __init__(self, attachment: Attachment, tokenizer: Any, config: LoReftConfig, logs: bool) -> None:
         self.attachment = attachment
         self.tokenizer = tokenizer
         self.config = config
-        self.shows = shows
-        self.seen = self.marked = False
+        self.logs = logs
+        """Whether this process logs the first row."""
+        self.row_seen = False
+        self.mark_seen = False
 
     def __call__(self, given: dict[str, Any]) -> None:
+        """Look at the inputs of one forward.
+
+        Args:
+            given: the model's inputs by name; `input_ids` has the shape (batch, seq).
+        """
         ids = given.get("input_ids")
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
             self.attachment.first_batch = None
             return
-        if self.shows and not self.seen:
-            self._show({name: value for name, value in given.items() if value is not None})
-        self.seen = True
+        if self.logs and not self.row_seen:
+            self._log_first_row({name: value for name, value in given.items() if value is not None})
+        self.row_seen = True
         marks = Marks.of(self.config.response_template, self.config.instruction_template)
         if self.attachment.has_answers and marks is not None and marks.response:
-            read = Batch.read({"input_ids": ids, "attention_mask": given.get("attention_mask")}, ids, True)
-            self.marked = self.marked or bool(read.turns(marks).marked.any())
-        if self.marked or not self.attachment.has_answers:
-            self.attachment.first_batch = None
+            # Without the labels: only marks count here.
+            inputs = {"input_ids": ids, "attention_mask": given.get("attention_mask")}
+            turns = Batch.read(inputs, ids, has_answers=True).turns(marks)
+            self.mark_seen = self.mark_seen or bool(turns.marked.any())
+        if self.mark_seen or not self.attachment.has_answers:
+            self.attachment.first_batch = None  # there is nothing more to look for
 
-    def _show(self, given: dict[str, Any]) -> None:
+    def _log_first_row(self, given: dict[str, Any]) -> None:
         try:
             text = marked_row(self.tokenizer, given, self.config)
-        except Exception as error:  # nobody's training ends because a row cannot be shown
+        except Exception as error:  # a row that cannot be shown must not end a training
             logger.info("The first row cannot be shown: %s", error)
             return
-        _make_visible()
+        _make_logs_visible()
         logger.info("LoReFT edits the tokens in brackets. The first row of this run:\n%s", text)
 
 
-def _make_visible() -> None:
-    """Let the row be seen where nobody has said where logs go."""
+def _make_logs_visible() -> None:
+    """Let the row go to standard error if the user has not set up logging."""
     if not logger.hasHandlers():
         logger.addHandler(logging.StreamHandler())
     if logger.level == logging.NOTSET:
@@ -164,15 +159,22 @@ def _make_visible() -> None:
 
 
 def attachment_of(model: nn.Module | None) -> Attachment | None:
-    """The attachment of the base model inside `model`, or None."""
-    modules = [] if model is None else model.modules()
-    return next((module.__dict__[ATTRIBUTE] for module in modules if ATTRIBUTE in module.__dict__), None)
+    """The attachment of the base model inside `model`; None if no LoReFT adapter was added to it."""
+    if model is None:
+        return None
+    for module in model.modules():
+        if ATTRIBUTE in module.__dict__:
+            attachment: Attachment = module.__dict__[ATTRIBUTE]
+            return attachment
+    return None
 
 
 def add_default_callbacks() -> None:
-    """Have every Trainer that is made from now on call the callbacks of this package. Calling it again is harmless."""
+    """Have every Trainer that is made from now on call the callbacks of this package. A second call does nothing."""
     from transformers import trainer
 
-    for callback in (LoReftTraining, TrainingChecks):
-        if all(each.__name__ != callback.__name__ for each in trainer.DEFAULT_CALLBACKS if isinstance(each, type)):
+    # Compared by name, because a reloaded module has new classes.
+    names = {callback.__name__ for callback in trainer.DEFAULT_CALLBACKS if isinstance(callback, type)}
+    for callback in (FindMarksAndLogFirstRow, CheckGradients):
+        if callback.__name__ not in names:
             trainer.DEFAULT_CALLBACKS.append(callback)

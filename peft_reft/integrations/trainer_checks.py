@@ -1,4 +1,4 @@
-"""After the first backward of a training run: warn of what is to be trained and gets no gradient."""
+"""Checks of a training run: how its rows are packed, and whether the first backward reaches every trainable tensor."""
 
 from __future__ import annotations
 
@@ -9,45 +9,74 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from ..config import LoReftConfig
 from ..tuner.layer import LoReftLayer
 
-_SHOWN = 8
-_ELSEWHERE = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
-"""Environment variables that accelerate sets while a parameter's gradient is not in `grad`, or in pieces."""
+_SHOWN = 8  # names in a warning
+_WITHOUT_GRAD = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
+"""Environment variables by which accelerate says that gradients are not in `grad`, or only in pieces."""
 
 
-def warn_of_unmoved(model: nn.Module) -> None:
-    """Warn, by name, of LoReFT parameters that are to be trained and got no gradient.
+def refuse_packing(args: Any, config: LoReftConfig) -> None:
+    """Refuse TRL's ways of packing that cut documents, if the spec counts from a document's beginning.
 
-    The module that they edit was not called, or what it returned was not used: no optimizer will ever move them.
-
-    Args:
-        model: after a backward, before gradients are set to None.
-
-    Examples:
-        >>> loss.backward()  # doctest: +SKIP
-        >>> warn_of_unmoved(model)  # doctest: +SKIP
+    Raises:
+        ValueError: names the setting, the spec, and what to use. `truncation_mode="keep_end"` only warns: it does no
+            harm if no row is longer than `max_length`.
     """
-    trained = {
-        f"{name}.{own}": parameter
-        for name, module in model.named_modules()
-        if isinstance(module, LoReftLayer)
-        for own, parameter in module.named_parameters()
-        if parameter.requires_grad
-    }
-    unmoved = [name for name, parameter in trained.items() if parameter.grad is None]
-    if unmoved:
-        more = f" and {len(unmoved) - _SHOWN} more" if len(unmoved) > _SHOWN else ""
+    from_beginning = [group for group in config.layout if group.counts_from_beginning]
+    if not from_beginning:
+        return
+    groups = "+".join(map(str, from_beginning))
+    strategy = getattr(args, "packing_strategy", None) if getattr(args, "packing", False) else None
+    if strategy in ("wrapped", "bfd_split") and not config.edits_everything:
+        raise ValueError(
+            f"packing_strategy={strategy!r} cuts documents, so a row starts in the middle of a document, where "
+            f"{groups} of positions={config.positions!r} would edit other tokens than `generate` does. Keep documents "
+            "whole: packing_strategy='bfd'."
+        )
+    if getattr(args, "truncation_mode", None) == "keep_end" and getattr(args, "max_length", None):
         warnings.warn(
-            f"LoReFT: {len(unmoved)} of {len(trained)} trainable tensors got no gradient in the first training step, "
-            f"and will not be trained: {', '.join(unmoved[:_SHOWN])}{more}. The modules they edit are not called in "
-            "this training, or what they return is not used; leave them out of `target_modules` or `layers`.",
+            f"LoReFT: truncation_mode='keep_end' cuts the beginning of documents longer than max_length="
+            f"{args.max_length}, and {groups} of positions={config.positions!r} then edits other tokens than "
+            "`generate` does. Nothing in such a row shows it. Use truncation_mode='keep_start', or leave long rows "
+            "out.",
             stacklevel=2,
         )
 
 
-class TrainingChecks(TrainerCallback):
-    """Calls `warn_of_unmoved` before the first optimizer step of each training run, on the main process."""
+def warn_of_missing_gradients(model: nn.Module) -> None:
+    """Warn, by name, of trainable LoReFT tensors that have no gradient. No optimizer will ever move them.
+
+    The module that such a tensor edits was not called, or its output was not used.
+
+    Args:
+        model: after a backward, before the gradients are set to None.
+
+    Examples:
+        >>> loss.backward()  # doctest: +SKIP
+        >>> warn_of_missing_gradients(model)  # doctest: +SKIP
+    """
+    trainable = {}
+    for module_name, module in model.named_modules():
+        if isinstance(module, LoReftLayer):
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    trainable[f"{module_name}.{name}"] = parameter
+    missing = [name for name, parameter in trainable.items() if parameter.grad is None]
+    if missing:
+        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        names = ", ".join(missing[:_SHOWN])
+        warnings.warn(
+            f"LoReFT: {len(missing)} of {len(trainable)} trainable tensors got no gradient in the first training "
+            f"step, and will not be trained: {names}{more}. The modules they edit are not called in this training, "
+            "or their output is not used; leave them out of `target_modules` or `layers`.",
+            stacklevel=2,
+        )
+
+
+class CheckGradients(TrainerCallback):
+    """Calls `warn_of_missing_gradients` before the first optimizer step of each run, on the main process."""
 
     def __init__(self) -> None:
         self.checked = False
@@ -56,7 +85,7 @@ class TrainingChecks(TrainerCallback):
         self.checked = False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        elsewhere = any(os.environ.get(name, "false").lower() == "true" for name in _ELSEWHERE)
-        if not self.checked and state.is_world_process_zero and not elsewhere:
-            warn_of_unmoved(kwargs["model"])
+        without_grad = any(os.environ.get(name, "false").lower() == "true" for name in _WITHOUT_GRAD)
+        if not self.checked and state.is_world_process_zero and not without_grad:
+            warn_of_missing_gradients(kwargs["model"])
         self.checked = True

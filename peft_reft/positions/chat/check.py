@@ -1,4 +1,4 @@
-"""The check of a chat template's marks on random chats, which needs no knowledge of the template."""
+"""The check of a chat template's marks on random chats. It knows nothing of the template."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 
 from ..turns import answers_of
-from .render import LEADS, THINKING, Ids, Renderer, Writer
+from .render import LEADS, THINKING, Chat, Ids, Renderer, Row, Writer
 
 
 def fault_of(
@@ -21,12 +21,15 @@ def fault_of(
         prompt         user ...  [answer 0]  user ...  []           the asked answer begins where the prompt ends
 
     Args:
+        renderer: the chat template.
+        response: headers behind which an answer begins, as token ids.
+        instruction: headers at which an answer has ended, as token ids.
         tools: whether chats have tools.
         rounds: how many random chats.
     """
     rng = random.Random(1)
     writer = Writer(renderer, rng)
-    seen = {True: 0, False: 0}
+    of_assistant = of_others = 0  # contents that were checked
     for _ in range(rounds):
         chat = writer.chat(
             _script(renderer, rng, tools),
@@ -37,28 +40,53 @@ def fault_of(
         row = renderer.row(chat)
         if row is None:
             continue
-        spans = answers_of(row.ids, response, instruction)
-        for said, first, behind in row.places:
-            start, end = row.column(first), row.column(behind)
-            if start == end:
+        answers = answers_of(row.ids, response, instruction)
+        for content, start, end in row.places:
+            first, behind = row.column(start), row.column(end)
+            if first == behind:  # the content has no token of its own
                 continue
-            seen[said.role == "assistant"] += 1
-            inside = any(a <= start and end <= b for a, b in spans)
-            outside = all(end <= a or b <= start for a, b in spans)
-            if not (inside if said.role == "assistant" else outside):
-                return f"a content of the {said.role} is not told: {row.text[max(0, first - 100) : behind]!r}"
-        for i, message in enumerate(chat.messages):
-            if i and message["role"] == "assistant" and chat.messages[i - 1]["role"] != "assistant":
-                prompt = renderer.row(chat.until(i - 1, generation_prompt=True))
-                if prompt is not None and row.ids[: len(prompt.ids)] == prompt.ids:
-                    given = len(prompt.ids)
-                    asked = answers_of(prompt.ids, response, instruction, given)
-                    if [(a, min(b, given)) for a, b in spans if a <= given] != asked:
-                        return f"an answer begins elsewhere if it is asked for: {prompt.text[-100:]!r}"
-    return None if min(seen.values()) else "it renders no random chat"
+            if content.role == "assistant":
+                of_assistant += 1
+                is_right = any(begin <= first and behind <= stop for begin, stop in answers)
+            else:
+                of_others += 1
+                is_right = all(behind <= begin or stop <= first for begin, stop in answers)
+            if not is_right:
+                side = "outside of" if content.role == "assistant" else "in"
+                text = row.text[max(0, start - 100) : end]
+                return f"a content of the {content.role} would be {side} an answer: {text!r}"
+        for prompt in _prompts(renderer, chat, row):
+            length = len(prompt.ids)
+            answers_up_to_prompt = [(begin, min(stop, length)) for begin, stop in answers if begin <= length]
+            if answers_of(prompt.ids, response, instruction, length) != answers_up_to_prompt:
+                return f"an answer would begin at another token if it is asked for: {prompt.text[-100:]!r}"
+    if of_assistant == 0 or of_others == 0:
+        return "the template renders no random chat"
+    return None
+
+
+def _prompts(renderer: Renderer, chat: Chat, row: Row) -> list[Row]:
+    """The prompts that ask for the answers of a chat, one for each answer whose prompt begins the chat token by token.
+
+    Args:
+        renderer: the chat template.
+        chat: a conversation.
+        row: the rendered conversation.
+    """
+    prompts = []
+    roles = [message["role"] for message in chat.messages]
+    for index in range(1, len(roles)):
+        begins_answer = roles[index] == "assistant" and roles[index - 1] != "assistant"
+        if not begins_answer:
+            continue
+        prompt = renderer.row(chat.until(index - 1, generation_prompt=True))
+        if prompt is not None and row.ids[: len(prompt.ids)] == prompt.ids:
+            prompts.append(prompt)
+    return prompts
 
 
 def _script(renderer: Renderer, rng: random.Random, tools: bool) -> str:
+    """The script of a random chat that the template should take."""
     script = "s" if renderer.system and rng.random() < 0.3 else ""
     for turn in range(rng.randrange(1, 4)):
         if turn and renderer.mid_system and rng.random() < 0.2:

@@ -1,0 +1,36 @@
+"""Checks of arguments that several commands take."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from typing import Any
+
+_A_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|zip|gz|zst|bz2|xz)$", re.IGNORECASE)
+
+
+def check_path(path_or_name: str) -> None:
+    """Raise ValueError if `path_or_name` can only be a path and nothing is there.
+
+    A loader would look for it on the Hub, which takes half a minute without a network.
+    """
+    begins_like_a_path = path_or_name.startswith((".", "~", os.sep))
+    is_nested = path_or_name.count("/") > 1 or "\\" in path_or_name  # a name on the Hub is "owner/name"
+    is_path = begins_like_a_path or is_nested or _A_FILE.search(path_or_name)
+    if is_path and not os.path.exists(path_or_name):
+        raise ValueError(f"There is no file or folder {path_or_name}.")
+
+
+def parse_positions(text: str) -> Any:
+    """The value of `--positions`: a spec as it is; or, from JSON, a mapping from ranges of layers to specs.
+
+    Raises:
+        ValueError: `text` begins like JSON and is not valid JSON.
+    """
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--positions {text} is no JSON: {error}.") from None

@@ -1,0 +1,191 @@
+"""The arguments of `peft-reft train`: those of TRL's classes that the command uses, and the fields of LoReftConfig."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import MISSING, fields, make_dataclass
+from dataclasses import field as dataclass_field
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
+import yaml
+from peft import PeftConfig
+from transformers import TrainingArguments
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+from ..config import LoReftConfig
+
+# The fields of TRL's classes that this command reads. It has no argument for the others, which it would ignore.
+_OF_MODEL = {
+    "model_name_or_path",
+    "model_revision",
+    "dtype",
+    "attn_implementation",
+    "load_in_8bit",
+    "load_in_4bit",
+    "bnb_4bit_quant_type",
+    "use_bnb_nested_quant",
+    "bnb_4bit_quant_storage",
+}
+_OF_SCRIPT = {"dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming"}
+_WITH_4BIT = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
+
+_INSTEAD = {
+    "lora_r": "--r",
+    "lora_alpha": "--learning_rate (LoReFT has no scaling)",
+    "lora_dropout": "--dropout",
+    "lora_target_modules": "--layers and --component, or --target_modules",
+    "lora_modules_to_save": "--modules_to_save",
+}
+"""What to give in place of the LoRA arguments of TRL's own command."""
+
+_OF_EVERY_METHOD = {field.name for field in fields(PeftConfig)}
+_REFUSED_BY_CONFIG = {"target_parameters"}  # LoReftConfig raises if it is set
+_HINTS = get_type_hints(LoReftConfig)
+
+
+def _types(hint: Any) -> set[Any]:
+    """The types that a hint allows, without their contents: `str | list[int]` is {str, list}."""
+    if get_origin(hint) in (Union, UnionType):
+        found: set[Any] = set()
+        for each in get_args(hint):
+            found |= _types(each)
+        return found
+    if get_origin(hint) is Literal:
+        return {type(value) for value in get_args(hint)}
+    return {get_origin(hint) or hint}
+
+
+def _part_of(whole: Any, names: Collection[str], more: list[Any]) -> Any:
+    """A dataclass with the fields `names` of the dataclass `whole`, and the fields `more`."""
+    hints = get_type_hints(whole)
+    taken = []
+    for field in fields(whole):
+        if field.name in names:
+            help_text = field.metadata["help"].replace(" Works only with LoRA.", "")
+            copied = dataclass_field(default=field.default, metadata={**field.metadata, "help": help_text})
+            taken.append((field.name, hints[field.name], copied))
+    return make_dataclass(f"{whole.__name__}Part", taken + more)
+
+
+def _loreft_argument(field: Any) -> tuple[str, Any, Any]:
+    """The argument for a field of LoReftConfig: name, type, dataclass field. Lists and mappings are given as JSON."""
+    hint = _HINTS[field.name]
+    types = _types(hint) - {type(None)}
+    if len(types) == 1 and types <= {str, float, bool}:
+        form = ""
+    elif str in types:
+        form = " Text or JSON."
+    else:
+        form = " JSON."
+    default = None if field.default is MISSING else field.default
+    argument = dataclass_field(default=default, metadata={"help": field.metadata["help"] + form})
+    return field.name, hint if hint in (float, bool) else str | None, argument
+
+
+_TEST_FILE = (
+    "test_file",
+    str | None,
+    dataclass_field(default=None, metadata={"help": "File of rows to evaluate on."}),
+)
+
+ModelArguments: Any = _part_of(ModelConfig, _OF_MODEL, [])
+DataArguments: Any = _part_of(ScriptArguments, _OF_SCRIPT, [_TEST_FILE])
+LoReftArguments: Any = make_dataclass(
+    "LoReftArguments",
+    [
+        _loreft_argument(field)
+        for field in fields(LoReftConfig)
+        if field.name not in _OF_EVERY_METHOD | _REFUSED_BY_CONFIG
+    ],
+)
+
+
+def build_parser() -> TrlParser:
+    """All arguments of TRL's `SFTConfig`, those of its other classes that are used here, and LoReFT's."""
+    classes: Any = (DataArguments, SFTConfig, ModelArguments, DatasetMixtureConfig, LoReftArguments)
+    parser = TrlParser(
+        classes,
+        prog="peft-reft train",
+        description="Finetune a causal LM with LoReFT: TRL's SFTTrainer, its arguments and those of LoReftConfig.",
+    )
+    parser.set_defaults(output_dir="outputs/loreft", learning_rate=1e-3, report_to="none")
+    if not torch.accelerator.is_available():
+        parser.set_defaults(bf16=False)  # TRL's default is True, which a CPU refuses
+    return parser
+
+
+def parse(words: list[str]) -> tuple[Any, TrainingArguments, Any, DatasetMixtureConfig, LoReftConfig]:
+    """Read the command line, and the YAML file that `--config` names.
+
+    Returns:
+        `DataArguments`, `SFTConfig`, `ModelArguments`, `DatasetMixtureConfig`, and the adapter's config.
+
+    Raises:
+        ValueError: an argument is unknown, has a wrong value, or would have no effect.
+    """
+    try:
+        parsed = build_parser().parse_args_and_config(words, return_remaining_strings=True)
+    except (yaml.YAMLError, TypeError) as error:
+        raise ValueError(f"The arguments, or the file that --config names, cannot be read: {error}") from error
+    data, args, model, mixture, loreft, unknown = parsed
+    _refuse_unknown(unknown)
+    _check_model(model)
+    return data, args, model, mixture, loreft_config(loreft)
+
+
+def _refuse_unknown(unknown: list[str]) -> None:
+    """Raise ValueError if there are unknown arguments; for those of LoRA it says what to give instead."""
+    flags = [word.removeprefix("--").partition("=")[0].replace("-", "_") for word in unknown if word.startswith("--")]
+    of_lora = [flag for flag in flags if flag.startswith("lora_") or flag in ("use_peft", "use_dora", "use_rslora")]
+    if of_lora:
+        instead = "".join(f" For --{flag} give {_INSTEAD[flag]}." for flag in of_lora if flag in _INSTEAD)
+        raise ValueError(
+            f"{', '.join(f'--{flag}' for flag in of_lora)}: for LoRA, which this command does not train. It always "
+            f"trains a LoReFT adapter.{instead}"
+        )
+    if unknown:
+        raise ValueError(f"Unknown arguments: {' '.join(unknown)}. `peft-reft train --help` lists all.")
+
+
+def _check_model(model: Any) -> None:
+    """Raise ValueError if the model is missing, or an argument for it would have no effect."""
+    if model.model_name_or_path is None:
+        raise ValueError("--model_name_or_path is missing: a folder, or a name on the Hub.")
+    if model.load_in_4bit and model.load_in_8bit:
+        raise ValueError("--load_in_4bit and --load_in_8bit exclude each other. Give one.")
+    for field in fields(model):
+        value = getattr(model, field.name)
+        if field.name in _WITH_4BIT and value != field.default and not model.load_in_4bit:
+            raise ValueError(f"--{field.name} {value} goes with --load_in_4bit true.")
+
+
+def loreft_config(arguments: Any) -> LoReftConfig:
+    """The config that the `LoReftArguments` describe. A field that was not given keeps its default."""
+    given = {}
+    for field in fields(arguments):
+        value = getattr(arguments, field.name)
+        if value != field.default:
+            given[field.name] = _read_value(field.name, value)
+    return LoReftConfig(task_type="CAUSAL_LM", **given)
+
+
+def _read_value(name: str, value: Any) -> Any:
+    """The value of a field of LoReftConfig, from the text of its argument.
+
+    Text is read as JSON if the field takes more than text. If it is not JSON, it stands for itself, or for a list of
+    one name (`--modules_to_save lm_head`).
+    """
+    types = _types(_HINTS[name])
+    if not isinstance(value, str) or types <= {str, type(None)}:
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        if str in types:
+            return value
+        if list[str] in get_args(_HINTS[name]):
+            return [value]
+        raise ValueError(f"--{name} {value!r} is no JSON. Expected {LoReftConfig.__annotations__[name]}.") from None
