@@ -11,6 +11,7 @@ import warnings
 from itertools import pairwise
 
 import pytest
+from conftest import DIMENSIONS
 from peft import get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -320,8 +321,7 @@ def test_a_warning_names_the_chats_that_are_not_told(name):
     """From `chat_marks` and from an unchanged Trainer's callback alike, and once."""
     template, untold = LIMITED[name]
     tokenizer = tokenizer_with(template)
-    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **DIMENSIONS))
     model = get_peft_model(base, LoReftConfig(task_type="CAUSAL_LM", positions="l1", r=2))
     with warnings.catch_warnings(record=True) as by_hand:
         warnings.simplefilter("always")

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from conftest import VOCAB, build
+from conftest import DIMENSIONS, VOCAB, build
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -20,7 +20,7 @@ NAMES = ["one", "__base__", "two", "one"]
 def classifier(name="llama"):
     if name != "llama":
         return build(name)
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    sizes = dict(DIMENSIONS, num_hidden_layers=2)
     return LlamaForSequenceClassification(LlamaConfig(vocab_size=VOCAB, pad_token_id=0, num_labels=3, **sizes)).eval()
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CAUSAL, HIDDEN, LAYERS, SEQ_CLS, VOCAB, build, randomise
+from conftest import CAUSAL, DIMENSIONS, HIDDEN, LAYERS, SEQ_CLS, VOCAB, build, randomise
 from peft import TaskType, get_peft_model
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
@@ -470,7 +470,7 @@ def test_one_decomposition_a_training_forward(monkeypatch, tie):
 
 def test_each_tower_is_edited_at_its_own_positions():
     """A model of texts and images: 7 tokens of two texts, 17 patches of three images."""
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    sizes = dict(DIMENSIONS, num_hidden_layers=2)
     tokens = dict(vocab_size=64, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     config = CLIPConfig(
         text_config=sizes | tokens, vision_config=dict(sizes, image_size=32, patch_size=8), projection_dim=16

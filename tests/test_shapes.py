@@ -1,4 +1,4 @@
-"""The annotations with shapes say what is true: at every call of the tests that run here, and of `make test-shapes`."""
+"""Annotations with shapes say what is true, at every call of the tests that run here and in `make test-shapes`."""
 
 import ast
 import importlib
@@ -98,9 +98,9 @@ def test_a_wrong_shape_raises(planted):
     planted.row_sums(ids)
     planted.row_sums(ids, ids > 0)
     for wrong in ([ids[0]], [ids.float()], [ids, ids[:, 1:] > 0]):
-        with pytest.raises(TypeCheckError, match="checking the parameters of planted_shapes.row_sums"):
+        with pytest.raises(TypeCheckError, match=r"checking the parameters of planted_shapes.row_sums"):
             planted.row_sums(*wrong)
-    with pytest.raises(TypeCheckError, match="checking the return value of planted_shapes.column_sums"):
+    with pytest.raises(TypeCheckError, match=r"checking the return value of planted_shapes.column_sums"):
         planted.column_sums(ids)
 
 
@@ -108,9 +108,9 @@ def test_a_wrong_shape_inside_a_list_or_a_dataclass_raises(planted):
     h = torch.ones(2, 3)
     planted.first([h], count="a type without a shape, which mypy checks")
     planted.Pair(h, h)
-    with pytest.raises(TypeCheckError, match="planted_shapes.first"):
+    with pytest.raises(TypeCheckError, match=r"planted_shapes.first"):
         planted.first([h[0]], count=1)
-    with pytest.raises(TypeCheckError, match="planted_shapes.Pair"):
+    with pytest.raises(TypeCheckError, match=r"planted_shapes.Pair"):
         planted.Pair(h, h.T)
 
 

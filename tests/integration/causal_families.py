@@ -6,12 +6,13 @@ A name that is in none of these tables is built with `SIZES` alone.
 import inspect
 from typing import Any
 
+import conftest
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-D, LAYERS, VOCAB = 32, 2, 64
+D, LAYERS, VOCAB = conftest.HIDDEN, 2, conftest.VOCAB
 
 NOT_BUILT = {
     "gemma3n": "its image tower needs `timm`; `gemma3n_text` is tried",
@@ -23,20 +24,14 @@ NOT_BUILT = {
 """Families that cannot be built tiny, or do not run by themselves, and why."""
 
 SIZES: dict[str, Any] = dict(
-    vocab_size=VOCAB,
-    hidden_size=D,
-    d_model=D,
-    intermediate_size=48,
+    conftest.SIZES,
     num_hidden_layers=LAYERS,
-    num_attention_heads=4,
+    d_model=D,
     num_key_value_heads=2,
     head_dim=8,
     max_position_embeddings=64,
     n_positions=64,
     sliding_window=4,  # less than the prompts, so that caches forget
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
     is_decoder=True,
     # Linear attention
     linear_head_dim=8,
@@ -80,11 +75,9 @@ VISION = dict(
     hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=4, patch_size=2
 )
 PART = dict(
-    vocab_size=VOCAB,
-    hidden_size=D,
-    intermediate_size=48,
+    conftest.DIMENSIONS,
     num_hidden_layers=LAYERS,
-    num_attention_heads=4,
+    vocab_size=VOCAB,
     num_key_value_heads=2,
     max_position_embeddings=64,
 )

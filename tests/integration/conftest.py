@@ -1,7 +1,6 @@
 """Tiny data sets, built in code: no network."""
 
 import gc
-from dataclasses import fields
 
 import datasets
 import pytest
@@ -18,16 +17,12 @@ def _imports_are_no_garbage():
     gc.unfreeze()
 
 
-def arguments(config, **settings):
-    """`config(**settings)`, by the names of the version of transformers that is installed."""
-    if "activation_checkpointing" not in {field.name for field in fields(config)}:
-        settings = {name.replace("activation_", "gradient_"): value for name, value in settings.items()}
-    return config(**settings)
+@pytest.fixture
+def spy(monkeypatch):
+    """Records which tokens are edited, from its `watch(model)` on."""
+    from .spy import Spy  # here: shape_checks.py must come before the package is imported
 
-
-def checkpoints(args):
-    """Whether training recomputes activations."""
-    return getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing
+    return Spy(monkeypatch)
 
 
 # (prompt, completion): long and short, one prompt of two tokens, fewer than f2+l2 want.

@@ -6,27 +6,19 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import randomise
+from conftest import HIDDEN as D
+from conftest import SIZES as ALL_SIZES
+from conftest import VOCAB, randomise
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from peft_reft import LoReftConfig
 
-R, D, LAYERS, VOCAB, NEW = 4, 32, 2, 64, 4
+R, LAYERS, NEW = 4, 2, 4
 IMAGE = 60  # the token that stands for a piece of an image
 SPEC = "f2+l2"
 
-SIZES = dict(
-    vocab_size=VOCAB,
-    hidden_size=D,
-    intermediate_size=48,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=4,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+SIZES = dict(ALL_SIZES, num_hidden_layers=LAYERS, max_position_embeddings=64)
 GQA = dict(num_key_value_heads=2)
 HEAD = dict(GQA, head_dim=8)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)

@@ -14,12 +14,9 @@ from trl import SFTConfig, SFTTrainer
 
 from peft_reft import DataCollatorForLoReft, LoReftConfig
 
-from .conftest import arguments, checkpoints
+from .training import WARNINGS, arguments, checkpoints, losses, moved, trainable
 
-pytestmark = [
-    # transformers 5.23, about TRL 1.16's own default
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
-]
+pytestmark = WARNINGS
 
 R = 4
 
@@ -31,8 +28,8 @@ class Watch(TrainerCallback):
         self.gradients, self.stop = [], stop
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.gradients.append({name: None if p.grad is None else p.grad.clone() for name, p in trainable.items()})
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.gradients.append({name: None if p.grad is None else p.grad.clone() for name, p in trained.items()})
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = control.should_training_stop or state.global_step == self.stop
@@ -44,22 +41,10 @@ def make(tokenizer, tmp_path):
 
     def make(data, base=None, loreft=None, collate=False, edits=True, watch=None, trainer=None, **kwargs):
         config = LoReftConfig(task_type="CAUSAL_LM", **dict(dict(r=R, positions="f2+l2"), **(loreft or {})))
-        settings = dict(
-            output_dir=str(tmp_path / "out"),
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=1,
-            save_strategy="no",
-            max_steps=3,
-            per_device_train_batch_size=4,
-            learning_rate=1e-2,
-            max_grad_norm=0.0,  # gradients as they are
-        )
+        settings = dict(max_steps=3, per_device_train_batch_size=4, max_grad_norm=0.0)  # gradients as they are
         sft = SFTTrainer(
             build("llama") if base is None else base,
-            args=arguments(SFTConfig, **{**settings, **kwargs}),
+            args=arguments(SFTConfig, tmp_path, **{**settings, **kwargs}),
             train_dataset=data,
             processing_class=tokenizer,
             peft_config=config,
@@ -73,14 +58,6 @@ def make(tokenizer, tmp_path):
         return sft
 
     return make
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def adapter(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def assert_same(actual, expected):
@@ -102,14 +79,7 @@ def run(trainer):
     """(losses, gradients of every step, final adapter) of training."""
     trainer.train()
     (watch,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, Watch))
-    return losses(trainer), watch.gradients, adapter(trainer.model)
-
-
-def moved(trainer):
-    """Names of the trainable parameters that training changes."""
-    before = adapter(trainer.model)
-    trainer.train()
-    return {name for name, p in adapter(trainer.model).items() if not torch.equal(p, before[name])}
+    return losses(trainer), watch.gradients, trainable(trainer.model)
 
 
 def batch_of(trainer):
@@ -130,11 +100,11 @@ def logits_of(model):
 def test_only_the_adapter_trains_and_all_of_it_moves_from_its_first_step(make, pairs):
     trainer = make(pairs, edits=False, max_steps=1)
     assert checkpoints(trainer.args)  # TRL's default
-    trainable = adapter(trainer.model)
-    assert len(trainable) == 3 * LAYERS and all(".loreft.loreft_weights.default." in name for name in trainable)
-    assert sum(p.numel() for p in trainable.values()) == LAYERS * (2 * R * HIDDEN + R)
-    base = {name: p.clone() for name, p in trainer.model.named_parameters() if name not in trainable}
-    assert moved(trainer) == set(trainable)
+    before = trainable(trainer.model)
+    assert len(before) == 3 * LAYERS and all(".loreft.loreft_weights.default." in name for name in before)
+    assert sum(p.numel() for p in before.values()) == LAYERS * (2 * R * HIDDEN + R)
+    base = {name: p.clone() for name, p in trainer.model.named_parameters() if name not in before}
+    assert moved(trainer.model, trainer.train) == set(before)
     assert_same({name: p for name, p in trainer.model.named_parameters() if name in base}, base)
 
 
@@ -219,8 +189,8 @@ def test_gradient_accumulation(make, pairs, collate):
 @pytest.mark.cell("Dtypes", "bf16 base, SFT")
 def test_bf16_base(make, pairs, autocast, tmp_path):
     trainer = make(pairs, base=build("llama").to(torch.bfloat16), bf16=autocast)
-    assert {p.dtype for p in adapter(trainer.model).values()} == {torch.float32}
-    assert moved(trainer) == set(adapter(trainer.model))
+    assert {p.dtype for p in trainable(trainer.model).values()} == {torch.float32}
+    assert moved(trainer.model, trainer.train) == set(trainable(trainer.model))
     assert all(0 < loss < 10 for loss in losses(trainer))
     trainer.save_model(str(tmp_path / "saved"))
     loaded = PeftModel.from_pretrained(build("llama").to(torch.bfloat16), tmp_path / "saved")
@@ -235,7 +205,7 @@ def test_bf16_base(make, pairs, autocast, tmp_path):
 )
 def test_other_settings_train(make, pairs, loreft):
     trainer = make(pairs, loreft=loreft, max_steps=1)
-    assert moved(trainer) == set(adapter(trainer.model))
+    assert moved(trainer.model, trainer.train) == set(trainable(trainer.model))
 
 
 @pytest.mark.parametrize("collate", [False, True], ids=["alone", "collator"])
@@ -250,7 +220,7 @@ def test_other_settings_train(make, pairs, loreft):
 def test_losses_and_noise_of_trl(make, pairs, settings, collate):
     """They change the loss and leave the positions where they are: a prompt's edits still decide it."""
     plain, other = make(pairs), make(pairs, collate=collate, **settings)
-    assert_same(adapter(other.model), adapter(plain.model))
+    assert_same(trainable(other.model), trainable(plain.model))
     batch = batch_of(other)
     if "loss_type" in settings:  # NEFTune's noise is of the embeddings
         with torch.no_grad():
@@ -337,7 +307,7 @@ def test_chats_that_are_trained_on_whole(make, chats, collate):
     trainer = make(chats, collate=collate)
     batch = batch_of(trainer)
     assert (batch["labels"][batch["attention_mask"].bool()] != -100).all()
-    assert moved(trainer) == set(adapter(trainer.model))
+    assert moved(trainer.model, trainer.train) == set(trainable(trainer.model))
     answers = batch_of(make(chats, assistant_only_loss=True))
     with torch.no_grad():
         found, expected = (trainer.model.eval()(**given).logits for given in (batch, answers))
@@ -351,7 +321,7 @@ def test_chats_that_are_trained_on_whole(make, chats, collate):
 @pytest.mark.cell("Trainers: SFT", 'plain text with `positions="all"`')
 def test_language_modelling_data_trains_where_generated_tokens_are_edited(make, texts):
     trainer = make(texts, loreft=dict(positions="all"))
-    assert moved(trainer) == set(adapter(trainer.model))
+    assert moved(trainer.model, trainer.train) == set(trainable(trainer.model))
 
 
 @pytest.mark.parametrize("settings", [dict(packing=True), dict(padding_free=True, max_length=None)], ids=str)
@@ -483,7 +453,7 @@ def test_without_labels_the_collator_has_the_positions(make, pairs, settings):
             expected = squared(outputs, batch["labels"])
         else:
             expected = LabelSmoother(epsilon=0.1)(outputs, batch["labels"], shift_labels=True)
-    assert moved(trainer) == set(adapter(trainer.model))
+    assert moved(trainer.model, trainer.train) == set(trainable(trainer.model))
     assert losses(trainer)[0] == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -548,7 +518,7 @@ def test_resuming_goes_on_as_if_never_stopped(make, pairs, loreft, tmp_path):
     resumed = make(pairs, output_dir=str(tmp_path / "run"), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert losses(resumed) == straight[0] and len(straight[0]) == 4
-    assert_same(adapter(resumed.model), straight[2])
+    assert_same(trainable(resumed.model), straight[2])
 
 
 @pytest.mark.parametrize("positions", ["f2+l2", {"0": "f2", "1-": "l3"}], ids=str)
@@ -563,7 +533,7 @@ def test_saved_and_loaded(make, pairs, tokenizer, tmp_path, positions):
 
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), saved)
     assert torch.equal(logits_of(loaded), expected)
-    assert not adapter(loaded)  # for inference
+    assert not trainable(loaded)  # for inference
     with loaded.disable_adapter():
         assert (logits_of(loaded) - expected).abs().max() > 1e-2
         assert torch.equal(logits_of(loaded), logits_of(AutoModelForCausalLM.from_pretrained(base)))
@@ -583,8 +553,8 @@ def test_a_loaded_adapter_trains_on(make, pairs, tokenizer, tmp_path):
     args = first.args
     args.max_steps = 2
     trainer = SFTTrainer(model, args=args, train_dataset=pairs, processing_class=tokenizer)
-    assert len(adapter(model)) == 3 * LAYERS
-    assert moved(trainer) == set(adapter(model))
+    assert len(trainable(model)) == 3 * LAYERS
+    assert moved(trainer.model, trainer.train) == set(trainable(model))
 
 
 def test_the_model_card_says_how_to_load(make, pairs, tmp_path):

@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 from peft_reft import DataCollatorForLoReft, LoReftConfig
 
-from .conftest import arguments
+from .training import arguments, losses, moved, trainable
 
 R = 2
 CONFIG = dict(task_type="SEQ_CLS", positions="f1", r=R)
@@ -38,21 +38,10 @@ def make(family, tokenizer, tmp_path):
         model = get_peft_model(build(family) if base is None else base, config)
         if edits:
             randomise(model)
-        settings = dict(
-            output_dir=str(tmp_path / "out"),
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=1,
-            save_strategy="no",
-            max_steps=3,
-            per_device_train_batch_size=8,
-            learning_rate=1e-2,
-        )
         collator = DataCollatorWithPadding(tokenizer)
         return Trainer(
             model,
-            args=arguments(TrainingArguments, **{**settings, **kwargs}),
+            args=arguments(TrainingArguments, tmp_path, **{"max_steps": 3, **kwargs}),
             train_dataset=rows(),
             eval_dataset=rows(7),
             data_collator=DataCollatorForLoReft(collator, config) if collate else collator,
@@ -60,14 +49,6 @@ def make(family, tokenizer, tmp_path):
         )
 
     return make
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def trainable(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def logits_of(model, tokenizer):
@@ -84,10 +65,7 @@ def test_adapter_and_head_train_and_nothing_else(make):
     assert sum(before[name].numel() for name in interventions) == LAYERS * (2 * R * HIDDEN + R)
     assert interventions != set(before)
     assert all(".classifier.modules_to_save.default." in name for name in set(before) - interventions)
-    frozen = {n: p.clone() for n, p in trainer.model.named_parameters() if n not in before}
-    trainer.train()
-    assert {n for n, p in trainable(trainer.model).items() if not torch.equal(p, before[n])} == set(before)
-    assert all(torch.equal(p, frozen[n]) for n, p in trainer.model.named_parameters() if n in frozen)
+    assert moved(trainer.model, trainer.train) == set(before)
 
 
 def test_training_learns_and_metrics_say_so(make):
@@ -157,9 +135,7 @@ def test_checkpointing_changes_nothing(make):
 def test_label_smoothing_needs_no_collator(make):
     """It keeps the labels from the model, which has no use for them when the task is not to generate."""
     trainer = make(edits=True, config=dict(positions="f1+l1"), label_smoothing_factor=0.1)
-    before = trainable(trainer.model)
-    trainer.train()
-    assert {n for n, p in trainable(trainer.model).items() if not torch.equal(p, before[n])} == set(before)
+    assert moved(trainer.model, trainer.train) == set(trainable(trainer.model))
 
 
 @pytest.mark.cell("Trainers: transformers", "SEQ_CLS: adapter and head saved and loaded")

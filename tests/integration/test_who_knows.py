@@ -22,8 +22,9 @@ from transformers import DynamicCache
 
 from peft_reft import DataCollatorForLoReft, LoReftConfig, chat_marks, prompt_lengths
 
-from .conftest import PAIRS, arguments
+from .conftest import PAIRS
 from .spy import Documents, expected_offsets
+from .training import arguments
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),  # TRL 1.16's default
@@ -99,19 +100,9 @@ class World:
         """Prompts that rollouts were given, where tokens do not say which part of a document they are."""
 
     def trainer(self, name, data, module="trl", positions="f2+l2", base=None, given=None, **settings):
-        defaults = dict(
-            output_dir=str(self.folder / "out"),
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            disable_tqdm=True,
-            save_strategy="no",
-            max_steps=1,
-            per_device_train_batch_size=4,
-            learning_rate=0.0,
-        )
+        defaults = dict(max_steps=1, per_device_train_batch_size=4, learning_rate=0.0)
         found = importlib.import_module(module)
-        args = arguments(getattr(found, f"{name}Config"), **{**defaults, **settings})
+        args = arguments(getattr(found, f"{name}Config"), self.folder, **{**defaults, **settings})
         trainer = getattr(found, f"{name}Trainer")(
             model=build("llama") if base is None else base,
             args=args,
