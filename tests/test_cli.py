@@ -62,7 +62,7 @@ def train_arguments(tmp_path, model_id, **more):
 
 
 def in_a_process(arguments, **kwargs):
-    """The installed script, as a shell runs it."""
+    """Run the installed script as a shell does."""
     script = Path(sys.executable).parent / "peft-reft"
     return subprocess.Popen(
         [str(script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
@@ -157,7 +157,7 @@ def test_generate_is_what_the_model_says(adapter, model_id, tokenizer, capsys):
 
 
 def says(adapter, **fields):
-    """Write fields into the saved config, as the end of a training run does."""
+    """Write fields into the saved config, as a training run does at its end."""
     path = Path(adapter) / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
@@ -211,7 +211,7 @@ CHATS = [
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("rows", "is_chat"), [(ROWS, False), (CHATS, True)], ids=["prompts", "chats"])
 def test_generate_asks_as_train_has_trained(rows, is_chat, tmp_path, model_id, tokenizer, capsys):
-    """What the data looked like is saved when training ends: each document one prompt and one answer, or a chat."""
+    """Training saves at its end whether each document was a chat, or one prompt and one answer."""
     (tmp_path / "data").mkdir()
     data = rows_file(tmp_path / "data", rows)
     assert main(train_arguments(tmp_path, model_id, dataset_name=data, learning_rate="0.1")) == 0
@@ -405,7 +405,7 @@ def test_the_installed_script():
 
 
 def test_train_under_accelerate_launch(tmp_path, model_id):
-    """Two processes on the CPU: one adapter, said once."""
+    """Two processes on the CPU save one adapter and print each line once."""
     launch = [
         sys.executable,
         "-m",

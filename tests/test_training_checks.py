@@ -1,4 +1,4 @@
-"""After the first step of a training: what is to be trained and got no gradient is named."""
+"""After the first training step a warning names the trainable tensors that got no gradient."""
 
 import subprocess
 import sys

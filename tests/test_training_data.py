@@ -1,4 +1,4 @@
-"""What `peft-reft train` says of its arguments and of the rows it is given, before and instead of training."""
+"""What `peft-reft train` says of its arguments and rows before it trains, or instead of training."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ def model_id(tmp_path, tokenizer):
 
 @pytest.fixture
 def trained_on(monkeypatch):
-    """The rows that reach the trainer, (training, evaluation), without training."""
+    """Return the rows that reach the trainer, (training, evaluation), without training."""
     seen = []
 
     class Reached(Exception):
@@ -83,7 +83,7 @@ def test_arguments_for_lora_in_a_file(tmp_path, capsys):
 
 
 def test_every_argument_of_trl_is_used_or_refused():
-    """A new field of TRL's is refused until somebody looks at it."""
+    """A new field of TRL is refused until we decide about it."""
     taken = {action.dest for action in sft.parser()._actions}
     model = {field.name for field in dataclasses.fields(ModelConfig)}
     assert model - taken == {*OF_LORA, "use_rslora"}

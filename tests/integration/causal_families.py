@@ -1,6 +1,6 @@
 """Every causal language model of transformers, built tiny: the sizes that each of their configs needs.
 
-A name that is in none of these tables is built with `SIZES` alone.
+A family that stands in none of these tables is built with `SIZES` alone.
 """
 
 import inspect
@@ -69,7 +69,7 @@ LATENT = dict(
     head_dim=4,
     num_key_value_heads=4,
 )
-"""Of those whose attention is latent, as DeepSeek's."""
+"""For latent attention, such as DeepSeek's."""
 
 VISION = dict(
     hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=4, patch_size=2
@@ -165,7 +165,7 @@ NAMES = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(NOT_BUILT))
 
 
 def build(name: str) -> PreTrainedModel:
-    """A tiny random model of that family, in float32."""
+    """Build a tiny random model of that family, in float32."""
     config_class = CONFIG_MAPPING[name]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config_class(**_sizes(config_class))).float().eval()
@@ -175,7 +175,7 @@ def build(name: str) -> PreTrainedModel:
 
 
 def _sizes(config: type[PretrainedConfig]) -> dict[str, Any]:
-    """The sizes that a config of that class has fields for, its parts' among them."""
+    """Return the sizes that a config of that class, or of its parts, has fields for."""
     special = SPECIAL.get(config.model_type, {})
     fields = set(inspect.signature(config).parameters) | set(config.attribute_map)
     sizes = _known(SIZES | (LATENT if "kv_lora_rank" in fields else {}), config, fields)

@@ -10,7 +10,7 @@ datasets.disable_progress_bars()
 
 @pytest.fixture(scope="package", autouse=True)
 def _imports_are_no_garbage():
-    """Every `train` collects garbage (accelerate), most of the time of a tiny one: leave out all that stays anyway."""
+    """Keep imported objects out of the garbage collection in each `train`, the most of a tiny training's time."""
     gc.collect()
     gc.freeze()
     yield
@@ -19,13 +19,13 @@ def _imports_are_no_garbage():
 
 @pytest.fixture
 def spy(monkeypatch):
-    """Records which tokens are edited, from its `watch(model)` on."""
+    """Return a `Spy`, which records the edited tokens after `watch(model)`."""
     from .spy import Spy  # here: shape_checks.py must come before the package is imported
 
     return Spy(monkeypatch)
 
 
-# (prompt, completion): long and short, one prompt of two tokens, fewer than f2+l2 want.
+# (prompt, completion): long and short ones, and a prompt of two tokens, fewer than f2+l2 asks for.
 PAIRS = [
     ("a b c d e f", "1 2 3"),
     ("g h i", "4 5"),

@@ -20,7 +20,7 @@ BOTH = pytest.mark.parametrize(
 
 
 def alternating(completions, **kwargs):
-    """Every group has a better and a worse answer."""
+    """Reward every second answer, so that each group has a better and a worse one."""
     return [float(n % 2) for n in range(len(completions))]
 
 
@@ -70,7 +70,7 @@ def test_rollout_and_training_edit_the_same_tokens(make, spy, which, checkpointi
 @CHECKPOINTING
 @pytest.mark.cell("Trainers: preferences and reinforcement", "GRPO, RLOO: log-probs of rollout and training agree")
 def test_logps_of_rollout_and_training_agree(make, which, checkpointing, monkeypatch):
-    """An adapter of random weights: what generate sampled from is what training scores, token by token."""
+    """With random weights, training scores the distribution that `generate` sampled from, token by token."""
     trainer = make(which, edits=True, activation_checkpointing=checkpointing, max_steps=1)
     sampled, scored, disabled = {}, {}, {}
     generate, score = trainer.model.generate, trainer._get_per_token_logps_and_entropies
@@ -148,7 +148,7 @@ def test_several_updates_of_one_rollout(make, spy):
 
 
 def test_truncated_answers_may_be_masked(make, spy):
-    """Rows whose answer is masked have no label: the prompt is what the mask leaves."""
+    """A row whose answer is masked has no label. Its prompt is what the mask leaves."""
     trainer = make((GRPOTrainer, GRPOConfig), mask_truncated_completions=True, max_completion_length=2)
     assert_all_moved(trainer.model, trainer.train)
     assert spy.train == spy.rollout
@@ -160,7 +160,7 @@ def test_truncated_answers_may_be_masked(make, spy):
     refused="an edit at a few tokens cannot be merged into weights",
 )
 def test_weights_cannot_be_pushed_to_vllm(make):
-    """Before TRL pushes the weights it merges: that must not pass silently, vLLM would roll out the base model."""
+    """TRL merges before it pushes weights. If that passed silently, vLLM would roll out the base model."""
     trainer = make((GRPOTrainer, GRPOConfig))
     with pytest.raises(ValueError, match="cannot be merged"):
         trainer.model.merge_adapter()

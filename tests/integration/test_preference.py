@@ -98,7 +98,7 @@ def test_dpo_starts_at_its_reference_and_edits_prompts_only(make, preferences, s
 
 
 def test_dpo_reference_is_the_base_model(make, preferences):
-    """With edits that are large, the reference is what the base model says."""
+    """The reference is the base model's output, also beside large edits."""
     trainer = make(DPOTrainer, DPOConfig, preferences, edits=True, activation_checkpointing=False)
     plain = make(DPOTrainer, DPOConfig, preferences, activation_checkpointing=False)
     batch = next(iter(trainer.get_train_dataloader()))
@@ -115,7 +115,7 @@ def test_dpo_reference_is_the_base_model(make, preferences):
 @pytest.mark.parametrize("precompute", [False, True], ids=["", "precomputed"])
 @pytest.mark.cell("Trainers: preferences and reinforcement", 'DPO from a trained adapter (copy "ref")')
 def test_dpo_from_a_trained_adapter(make, preferences, spy, precompute, tmp_path):
-    """TRL copies the adapter to "ref", parameter by parameter, by name: that copy is the reference and stays."""
+    """TRL copies the adapter's parameters by name to "ref". This copy is the reference and does not move."""
     first = get_peft_model(build("llama"), loreft())
     randomise(first)
     first.save_pretrained(tmp_path / "first")
@@ -136,7 +136,7 @@ def test_dpo_from_a_trained_adapter(make, preferences, spy, precompute, tmp_path
 
 @pytest.mark.cell("Gradient checkpointing", "DPO: two forwards before one backward")
 def test_dpo_checkpointing_changes_nothing(make, preferences):
-    """The policy's forward, then the reference's, then one backward."""
+    """The forwards of policy and reference come before one backward."""
     plain = make(DPOTrainer, DPOConfig, preferences, edits=True, activation_checkpointing=False)
     plain.train()
     for reentrant in (False, True):
@@ -209,6 +209,6 @@ def test_reward(make, preferences, spy, checkpointing):
         activation_checkpointing=checkpointing,
     )
     assert_all_moved(trainer.model, trainer.train, others=1)
-    # Prompt and answer together are what is judged.
+    # A reward model judges prompt and answer together.
     assert all(offsets == expected_offsets(len(tokens)) for tokens, offsets in spy.train)
     assert len(spy.train) == 16

@@ -1,4 +1,4 @@
-"""Bases in 4 and 8 bits: the adapter trains, is saved, and fits the quantised and the full base."""
+"""Base models in 4 and 8 bits: an adapter trains, is saved, and loads onto the quantised and the full base."""
 
 import pytest
 import torch

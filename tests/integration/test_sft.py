@@ -37,7 +37,7 @@ class Watch(TrainerCallback):
 
 @pytest.fixture
 def make(tokenizer, tmp_path):
-    """make(data, loreft=dict(...), **SFTConfig fields): an SFTTrainer whose adapter edits enough to see."""
+    """make(data, loreft=dict(...), **SFTConfig fields) returns an SFTTrainer whose adapter edits enough to see."""
 
     def make(data, base=None, loreft=None, collate=False, edits=True, watch=None, trainer=None, **kwargs):
         config = LoReftConfig(task_type="CAUSAL_LM", **dict(dict(r=R, positions="f2+l2"), **(loreft or {})))
@@ -61,7 +61,7 @@ def make(tokenizer, tmp_path):
 
 
 def assert_same(actual, expected):
-    """To the last bit."""
+    """Assert equality to the last bit."""
     assert actual.keys() == expected.keys() and actual
     for name in expected:
         assert torch.equal(actual[name], expected[name]), name
@@ -76,14 +76,14 @@ def assert_close(actual, expected, rtol=1e-4):
 
 
 def run(trainer):
-    """(losses, gradients of every step, final adapter) of training."""
+    """Train; return the losses, the gradients of every step, and the trained adapter."""
     trainer.train()
     (watch,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, Watch))
     return losses(trainer), watch.gradients, trainable(trainer.model)
 
 
 def batch_of(trainer):
-    """The first batch, as the trainer feeds it."""
+    """Return the first batch, as the trainer feeds it."""
     return next(iter(trainer.get_train_dataloader()))
 
 
@@ -131,7 +131,7 @@ def test_checkpointing_changes_nothing(make, pairs, positions):
 
 
 def test_training_learns(make, pairs):
-    """The head is frozen and small, which bounds the loss from below; the answers are learnt all the same."""
+    """The adapter learns the answers, although the frozen small head bounds the loss from below."""
     trainer = make(
         pairs,
         edits=False,
@@ -158,7 +158,7 @@ def test_the_collator_changes_no_bit(make, pairs, positions):
 
 
 def test_the_loss_is_that_of_the_edited_prompt(make, pairs):
-    """What TRL reports is the loss of the model called by hand, and other positions have another loss."""
+    """TRL reports the loss that the model returns when called by hand. Other positions have another loss."""
     trainer = make(pairs, max_steps=1, activation_checkpointing=False)
     batch = batch_of(trainer)
     with torch.no_grad():
@@ -218,7 +218,7 @@ def test_other_settings_train(make, pairs, loreft):
     ids=str,
 )
 def test_losses_and_noise_of_trl(make, pairs, settings, collate):
-    """They change the loss and leave the positions where they are: a prompt's edits still decide it."""
+    """They change the loss and not the positions: the edits of prompts still decide it."""
     plain, other = make(pairs), make(pairs, collate=collate, **settings)
     assert_same(trainable(other.model), trainable(plain.model))
     batch = batch_of(other)
@@ -241,7 +241,7 @@ def test_losses_and_noise_of_trl(make, pairs, settings, collate):
 
 @pytest.mark.cell("Trainers: SFT", "prompt-completion, conversational (the chat template adds tokens)")
 def test_conversations_of_one_turn(make, chat_pairs, tokenizer):
-    """The edited tokens are those that frame the user's words."""
+    """The edited tokens stand around the user's words."""
     plain = run(make(chat_pairs))
     trainer = make(chat_pairs, collate=True)
     batch = batch_of(trainer)
@@ -252,7 +252,7 @@ def test_conversations_of_one_turn(make, chat_pairs, tokenizer):
 
 
 def test_a_collator_whose_config_is_not_the_adapters(make, chats):
-    """The marks that a trainer finds reach it, too: labels of several turns alone would not do."""
+    """It gets the marks that the trainer finds. Labels of several turns alone would not suffice."""
     trainer = make(chats, assistant_only_loss=True)
     own = LoReftConfig(task_type="CAUSAL_LM", r=R, positions="f2+l2")
     trainer.data_collator = DataCollatorForLoReft(trainer.data_collator, own)
@@ -262,7 +262,7 @@ def test_a_collator_whose_config_is_not_the_adapters(make, chats):
 
 @pytest.mark.cell("Trainers: SFT", "multi-turn chats (`assistant_only_loss=True`)")
 def test_chats_of_several_turns(make, chats):
-    """`l` stands before every answer of the assistant, `f` at the start of the chat alone."""
+    """`l` edits before every answer of the assistant, `f` only at the start of the chat."""
     plain = run(make(chats, assistant_only_loss=True))
     trainer = make(chats, assistant_only_loss=True, collate=True)
     assert run(trainer)[0] == plain[0]
@@ -303,7 +303,7 @@ def test_language_modelling_data_is_refused(make, request, data, settings, colla
 @pytest.mark.parametrize("collate", [False, True], ids=["alone", "collator"])
 @pytest.mark.cell("Trainers: SFT", "multi-turn chats, every token trained on (TRL's default for `messages`)")
 def test_chats_that_are_trained_on_whole(make, chats, collate):
-    """Their prompts are known by the headers: what is edited is what `assistant_only_loss=True` edits."""
+    """The headers mark their prompts: the edited tokens are those of `assistant_only_loss=True`."""
     trainer = make(chats, collate=collate)
     batch = batch_of(trainer)
     assert (batch["labels"][batch["attention_mask"].bool()] != -100).all()
@@ -330,7 +330,7 @@ def test_language_modelling_data_trains_where_generated_tokens_are_edited(make, 
     "Trainers: SFT", "plain text, packed", refused="every token is supervised, so no row has a prompt to edit"
 )
 def test_language_modelling_data_is_refused_when_packed(make, texts, settings, collate):
-    """TRL masks the first label of each document then, so that each seems to have a prompt of one token."""
+    """In packed rows TRL masks the first label of each document, which then seems to have a prompt of one token."""
     trainer = make(texts, collate=collate, **{"max_length": 32, **settings})
     with pytest.raises(ValueError, match="nothing would train"):
         trainer.train()
@@ -348,7 +348,7 @@ def test_language_modelling_data_is_refused_when_packed(make, texts, settings, c
 )
 @pytest.mark.cell("Trainers: SFT", '`packing_strategy="bfd"`, `padding_free=True`')
 def test_packed_equals_padded(make, pairs, settings, positions, collate):
-    """All eight rows in each batch, so that the batches hold the same documents in whatever order."""
+    """Each batch holds all eight rows, so that packed and padded batches have the same documents in some order."""
     loreft = dict(positions=positions)
     padded = run(make(pairs, loreft=loreft, per_device_train_batch_size=8))
     trainer = make(pairs, loreft=loreft, per_device_train_batch_size=8, collate=collate, **settings)
@@ -389,7 +389,7 @@ def test_rows_that_start_inside_an_answer_are_refused(make, collate):
     "Trainers: SFT", '`packing_strategy="bfd_split"`', refused="a row starts inside a document, whose prompt is lost"
 )
 def test_split_documents_are_refused(make, collate):
-    """`bfd_split` puts the rest of a long document where its prompt is not."""
+    """`bfd_split` puts the rest of a long document into a row without its prompt."""
     trainer = make(Dataset.from_list(LONG), collate=collate, packing=True, packing_strategy="bfd_split", max_length=7)
     assert any(row["labels"][0] != -100 for row in trainer.train_dataset)
     with pytest.raises(ValueError, match=r"middle of a document.*packing_strategy='bfd'"):
@@ -401,7 +401,7 @@ def test_split_documents_are_refused(make, collate):
 @pytest.mark.cell("Trainers: SFT", "truncation from the left (`truncation_mode='keep_end'`)")
 @pytest.mark.parametrize("collate", [False, True], ids=["alone", "collator"])
 def test_truncation_from_the_left(make, pairs, collate):
-    """What is left of a prompt is one to every forward; a row cut inside its answer has none."""
+    """Every forward takes what is left of a prompt for the prompt. A row cut inside its answer has none."""
     assert run(make(pairs, max_length=8, truncation_mode="keep_end", collate=collate))[0]
     with pytest.raises(ValueError, match="No row of this training batch has a token for LoReFT to edit"):
         make(pairs.select([2]), max_length=3, truncation_mode="keep_end", collate=collate).train()
@@ -420,7 +420,7 @@ LOSS_FUNC = pytest.mark.filterwarnings("ignore:`compute_loss_func` is deprecated
 
 
 def squared(outputs, labels, num_items_in_batch=None):
-    """A loss of one's own: the mean square of the logits that predict supervised tokens."""
+    """A user's own loss: the mean square of the logits that predict supervised tokens."""
     return outputs.logits[:, :-1][labels[:, 1:] != -100].square().mean()
 
 
@@ -459,7 +459,7 @@ def test_without_labels_the_collator_has_the_positions(make, pairs, settings):
 
 @SMOOTHING
 def test_without_labels_a_prefix_alone_needs_no_collator(make, pairs):
-    """The first tokens of a prompt are where they are, wherever it ends; but a prompt may be shorter than that."""
+    """The first tokens of a prompt do not depend on its end, unless the prompt is shorter than the prefix."""
     loreft = dict(positions="f1")
     plain = run(make(pairs, loreft=loreft, label_smoothing_factor=0.1))
     assert run(make(pairs, loreft=loreft, label_smoothing_factor=0.1, collate=True))[0] == plain[0]
@@ -469,7 +469,7 @@ def test_without_labels_a_prefix_alone_needs_no_collator(make, pairs):
 
 @pytest.mark.cell("Trainers: SFT", "evaluation")
 def test_evaluation(make, pairs):
-    """Where labels reach the model the collator changes nothing."""
+    """If labels reach the model, the collator changes nothing."""
     results = []
     for collate in (False, True):
         trainer = make(pairs, collate=collate, trainer=dict(eval_dataset=pairs.select(range(5))))
@@ -483,7 +483,7 @@ def test_evaluation(make, pairs):
 @pytest.mark.parametrize("collate", [False, True], ids=["alone", "collator"])
 @pytest.mark.cell("Trainers: SFT", "`compute_metrics`")
 def test_metrics_are_of_edited_prompts(make, pairs, collate):
-    """TRL asks for the logits of an evaluation without labels: those of the loss's forward are remembered."""
+    """TRL computes the logits of an evaluation without labels. What the loss's forward found is remembered."""
     seen = []
 
     def compute_metrics(prediction):

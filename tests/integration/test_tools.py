@@ -26,7 +26,7 @@ CALL = '<tool_call>\n{"name": "lookup", "arguments": {"key": "%s"}}\n</tool_call
 
 
 def qwen_like():
-    """One token a byte, and those that Qwen's template has beside; the template as TRL knows it."""
+    """Make a tokenizer with one token a byte and the special tokens of Qwen's template, in the form that TRL knows."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -54,7 +54,7 @@ def lookup(key: str) -> str:
 
 
 class Write(LogitsProcessor):
-    """Has rows write the tokens given for them; None: whatever the model writes."""
+    """Make rows write the tokens given for them; None: what the model writes."""
 
     def __init__(self, texts, width):
         self.texts, self.width = texts, width
@@ -105,7 +105,7 @@ def test_rollouts_with_tools_edit_what_training_edits(tmp_path, monkeypatch):
     result = tokenizer.convert_tokens_to_ids("<tool_response>")
 
     def what_to_write(ids):
-        """The call that is next in this conversation; behind the last, a word."""
+        """Return the next call of this conversation; after the last call, a word."""
         word = next(word for word in CALLS if f"<|im_start|>user\n{word}<" in tokenizer.decode(ids))
         done = int((ids == result).sum())
         text = CALL % CALLS[word][done] if done < len(CALLS[word]) else f"So {word}.<|im_end|>"

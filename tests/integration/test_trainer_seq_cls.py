@@ -16,7 +16,7 @@ CONFIG = dict(task_type="SEQ_CLS", positions="f1", r=R)
 
 
 def rows(n=24):
-    """Rows of 5 to 10 tokens, whose first tells the class."""
+    """Make rows of 5 to 10 tokens; the first one tells the class."""
     generator = torch.Generator().manual_seed(5)
     words = [torch.randint(10, VOCAB, (4 + i % 6,), generator=generator).tolist() for i in range(n)]
     return [{"input_ids": [3 + i % 3, *words[i]], "label": i % 3} for i in range(n)]
@@ -88,7 +88,7 @@ def test_metrics_are_those_of_the_edited_model(make, tokenizer):
 
 
 def test_only_the_first_token_is_edited(make, family):
-    """The last block's output changes at column 0 of each row, on whichever side the padding is."""
+    """The last block's output changes at the first real token of each row, with padding on either side."""
     model = make(edits=True, config=dict(layers=[-1])).model.eval()
     ids = torch.randint(3, 64, (2, 6), generator=torch.Generator().manual_seed(0))
     right = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
@@ -103,7 +103,7 @@ def test_only_the_first_token_is_edited(make, family):
 
 
 def test_the_collator_changes_no_bit(make):
-    """Labels are one a row here, and say nothing of prompts."""
+    """A classifier has one label a row, which says nothing of prompts."""
     config = dict(positions="f1+l2")
     assert trained(make(edits=True, config=config)) == trained(make(edits=True, config=config, collate=True))
 
@@ -133,7 +133,7 @@ def test_checkpointing_changes_nothing(make):
 
 @pytest.mark.cell("Trainers: transformers", "SEQ_CLS with label smoothing")
 def test_label_smoothing_needs_no_collator(make):
-    """It keeps the labels from the model, which has no use for them when the task is not to generate."""
+    """Label smoothing keeps the labels from the model, and a classifier needs none to find its prompts."""
     trainer = make(edits=True, config=dict(positions="f1+l1"), label_smoothing_factor=0.1)
     assert moved(trainer.model, trainer.train) == set(trainable(trainer.model))
 

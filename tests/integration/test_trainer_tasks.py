@@ -63,7 +63,7 @@ def build(kind):
         family, sizes = SEQ2SEQ[kind]
         config = getattr(transformers, f"{family}Config")(**sizes)
         model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
-        if kind == "t5":  # its own init is so small that nothing could be seen
+        if kind == "t5":  # its own start is too small for edits to be seen
             for p in model.parameters():
                 p.data.mul_(2 if p.ndim > 1 else 1)
         return model.eval()
@@ -81,7 +81,7 @@ def words(n=16, least=5):
 
 
 def tensors(output):
-    """What of a model's output is a result."""
+    """Return the results in a model's output."""
     names = ("logits", "start_logits", "end_logits", "last_hidden_state")
     return [output[name] for name in names if output.get(name) is not None]
 
@@ -100,7 +100,7 @@ def assert_reloads(model, kind, folder, batch):
 
 
 def padded(kind):
-    """A batch of rows of several lengths."""
+    """Make a batch of rows of several lengths."""
     rows = words(4)
     width = max(map(len, rows))
     batch = {
@@ -135,7 +135,7 @@ def test_token_classification(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_labels_of_token_classification_end_no_prompt(tokenizer, tmp_path, training):
-    """They are (batch, seq), -100 and all, as those of a causal language model are."""
+    """They have the shape (batch, seq) and the -100 of a causal language model's labels, but mean no prompt."""
     trainer = tagging(tokenizer, tmp_path)
     model = trainer.model.eval()
     randomise(model)
@@ -202,7 +202,7 @@ def seq2seq(kind, positions="f2+l2"):
 def test_seq2seq_trains(kind, tokenizer, tmp_path):
     model = seq2seq(kind)
     assert all(".encoder." in name for name in trainable(model))
-    # Labels as long as the inputs: these are (batch, seq), too, and end no prompt.
+    # Labels as long as the inputs have the shape (batch, seq), too, and end no prompt.
     rows = [{"input_ids": row, "labels": row[::-1]} for row in words()]
     collator = DataCollatorForSeq2Seq(tokenizer, model)
     args = arguments(Seq2SeqTrainingArguments, tmp_path)
