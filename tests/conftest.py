@@ -97,6 +97,14 @@ def tokenizer():
     return make_tokenizer()
 
 
+@pytest.fixture
+def model_id(tmp_path, tokenizer):
+    """A folder with a tiny model and its tokenizer."""
+    build("llama").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
 def make_tokenizer():
     """One token a word; ids 0, 1, 2 are pad, bos, eos as in the tiny models; ChatML."""
     backend = Tokenizer(WordLevel({word: n for n, word in enumerate(SPECIAL + WORDS)}, unk_token="<unk>"))

@@ -224,7 +224,7 @@ def test_all_of_it_is_edited_however_it_is_cut(marks):
 
 @pytest.mark.parametrize("family", ["gemma3", "gpt2", "mistral"])
 @pytest.mark.parametrize("spec", ["f2+l2", "p", "g2", "all"])
-def test_the_caches_of_other_families(family, spec):
+def test_caches_of_other_families_equal_one_forward(family, spec):
     model = adapted(spec, family, **MARKS)
     found, _ = in_pieces(model, [CHAT], [8, 9, 10, 12, 18, 21, 26])
     close(found, at_once(model, [CHAT]))
@@ -232,7 +232,7 @@ def test_the_caches_of_other_families(family, spec):
 
 @pytest.mark.parametrize("tie", ["group", "model"])
 @pytest.mark.parametrize("spec", ["f2+l2", "p+g", "f2+l2+g3"])
-def test_other_ties(tie, spec):
+def test_other_ties_in_pieces_equal_one_forward(tie, spec):
     model = adapted(spec, tie=tie, **MARKS)
     found, _ = in_pieces(model, [CHAT], [8, 9, 12, 18, 26])
     close(found, at_once(model, [CHAT]))

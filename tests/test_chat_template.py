@@ -338,7 +338,7 @@ def test_a_warning_names_the_chats_that_are_not_told(name):
 # What has no marks.
 
 
-def test_no_template():
+def test_a_tokenizer_without_a_template_has_no_marks():
     assert find_marks(tokenizer_with(None)) is None
 
 

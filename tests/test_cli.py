@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -20,13 +19,6 @@ from peft_reft.cli.main import main
 
 PARITY = Path(__file__).parent / "parity"
 ROWS = [{"prompt": "a b c d e f", "completion": " 1 2 3"}, {"prompt": "g h i", "completion": " 4 5"}] * 4
-
-
-@pytest.fixture
-def model_id(tmp_path, tokenizer):
-    build("llama").save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return str(tmp_path / "model")
 
 
 @pytest.fixture
@@ -381,14 +373,14 @@ def test_errors_are_a_line_without_a_traceback(arguments, said, capsys):
 
 
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["convert", "a", "b"], ["inspect", "a", "--nonsense"]])
-def test_wrong_arguments(arguments, capsys):
+def test_wrong_arguments_show_the_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
     assert "usage" in capsys.readouterr().err
 
 
-def test_help(capsys):
+def test_help_names_the_options(capsys):
     for arguments in ([], ["convert"], ["generate"], ["train"]):
         with pytest.raises(SystemExit) as stopped:
             main([*arguments, "--help"])

@@ -207,7 +207,7 @@ def test_merging_is_exact(family, fields, component):
 @GAINS_BIAS
 @pytest.mark.parametrize("component", ["attention", "mlp"])
 @pytest.mark.parametrize("family", list(CAUSAL))
-def test_every_family(family, component):
+def test_merging_is_exact_in_every_family(family, component):
     model = adapted(family, positions="all", component=component)
     expected = logits(model)
     torch.testing.assert_close(logits(model.merge_and_unload()), expected, atol=2e-5, rtol=1e-4)

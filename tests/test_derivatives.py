@@ -135,7 +135,7 @@ class Edit(torch.nn.Module):
 
 @pytest.mark.parametrize("count", [None, 3])
 @pytest.mark.parametrize("name", NAMES)
-def test_transforms(name, count):
+def test_transforms_of_torch_func_are_right(name, count):
     """Gradients, per-example gradients, forward mode, and one over the other are right."""
     module = skew(make(name, count=count))
     lead = () if count is None else (count,)

@@ -71,7 +71,7 @@ def run(model, inputs, **kwargs):
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.cell("Generation", "left-padded batches")
-def test_mixed_lengths(family, spec):
+def test_rows_of_mixed_lengths_equal_teacher_forcing(family, spec):
     model, rows = adapted(family, spec), prompts()
     out = run(model, left_padded(rows), do_sample=False)
     assert_same(model, out, rows)
@@ -99,7 +99,7 @@ def test_untied_weights(tie, spec):
     [dict(intervention="red", r=8), dict(gate=True), dict(act_fn="tanh"), dict(r={"0": 1, "1-": 6})],
     ids=str,
 )
-def test_every_formula(formula, spec):
+def test_every_formula_equals_teacher_forcing(formula, spec):
     """An edit is the same in place without gradients, in a decoding step, and with gradients."""
     model = get_peft_model(
         build("llama"), LoReftConfig(task_type="CAUSAL_LM", **{"r": 4, "positions": spec, **formula})
@@ -139,7 +139,7 @@ def test_ways_of_decoding(family, options, spec):
 @pytest.mark.parametrize("spec", ["f3+l2", "all", "g2"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.cell("Generation", "beams")
-def test_beams(family, spec):
+def test_beams_equal_teacher_forcing(family, spec):
     model, rows = adapted(family, spec), prompts()
     out = model.generate(
         **left_padded(rows),
@@ -163,7 +163,7 @@ def test_beams(family, spec):
 @pytest.mark.parametrize("spec", ["f3+l2", "g2", "all"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.cell("Generation", "assisted decoding")
-def test_assisted(family, spec):
+def test_assisted_decoding_writes_what_greedy_decoding_writes(family, spec):
     """Speculative decoding checks several candidates in one forward and takes rejected ones back."""
     model, row = adapted(family, spec), prompts([11])
     inputs = left_padded(row)
@@ -179,7 +179,7 @@ def test_assisted(family, spec):
 @pytest.mark.parametrize("spec", ["f3+l2", "g2"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.cell("Generation", "prompt lookup")
-def test_prompt_lookup(family, spec):
+def test_prompt_lookup_writes_what_greedy_decoding_writes(family, spec):
     model, row = adapted(family, spec), [prompts([6])[0].repeat(3)]  # repeats, so that there is something to look up
     inputs = left_padded(row)
     settings = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=VOCAB)  # a token there is not
@@ -191,7 +191,7 @@ def test_prompt_lookup(family, spec):
 @pytest.mark.parametrize("spec", ["f3+l2", "f2+g"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.cell("Generation", "`inputs_embeds`")
-def test_inputs_embeds(family, spec):
+def test_embeddings_equal_token_ids(family, spec):
     model, rows = adapted(family, spec), prompts()
     inputs = left_padded(rows)
     embeds = model.get_input_embeddings()(inputs["input_ids"])

@@ -28,7 +28,7 @@ def logits(model, **kwargs):
 @pytest.mark.parametrize(
     "fields", [{}, dict(tie="group"), dict(tie="model"), dict(intervention="red", r=8, gate=True)], ids=str
 )
-def test_hotswap(tmp_path, fields):
+def test_a_swapped_in_adapter_computes_as_a_loaded_one(tmp_path, fields):
     first, expected_first = saved(tmp_path, "first", 1, **fields)
     second, expected_second = saved(tmp_path, "second", 2, **fields)
     model = PeftModel.from_pretrained(build("llama"), first).eval()

@@ -96,7 +96,7 @@ def test_subspaces_and_two_sources():
 
 
 @pytest.mark.parametrize("settings", [{}, dict(num_beams=2), dict(use_cache=False)], ids=str)
-def test_generate(settings):
+def test_generate_writes_what_the_source_says(settings):
     """If every layer exchanges all of the last prompt token, `generate` writes the source's first token."""
     model = adapted(r=32, layers="all")
     settings = dict(max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True, **settings)
@@ -208,7 +208,7 @@ def test_without_a_source_nothing_is_edited():
     assert torch.equal(model(input_ids=BASE).logits, expected)
 
 
-def test_errors():
+def test_what_cannot_be_exchanged_raises():
     plain = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="no active adapter with intervention='interchange'"), interchange(plain, {}):
         pass
@@ -226,7 +226,7 @@ def test_errors():
     test_without_a_source_nothing_is_edited()
 
 
-def test_accuracy():
+def test_accuracy_counts_rows_whose_labels_are_all_right():
     logits = torch.eye(4)[torch.tensor([1, 2, 3])]
     assert interchange_accuracy(logits, torch.tensor([1, 2, 0])) == pytest.approx(2 / 3)
     # Of a causal language model: the logits of a token tell the next; a row is right if all its labels are.

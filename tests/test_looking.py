@@ -123,7 +123,7 @@ def test_edit_norms_of_layers_and_adapters():
     assert (~np.isnan(norms)).tolist() == [[[True, False, False, False]], [[False, False, False, True]]]
 
 
-def test_plot():
+def test_a_plot_shows_the_norms_and_the_tokens():
     import matplotlib
 
     matplotlib.use("Agg")

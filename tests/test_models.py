@@ -112,7 +112,7 @@ def test_hidden_states_show_what_the_next_block_gets():
     "layers, expected",
     [("all", [0, 1, 2]), ([0, -1], [0, 2]), ("1-", [1, 2]), ("0;2", [0, 2]), (-1, [2]), ("-2--1", [1, 2])],
 )
-def test_layers(layers, expected):
+def test_the_chosen_layers_are_edited(layers, expected):
     model = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", layers=layers))
     edited = [i for i, block in enumerate(model.get_base_model().model.layers) if hasattr(block, "loreft")]
     assert edited == expected
@@ -162,7 +162,7 @@ def test_a_linear_target_has_the_size_of_its_output():
         ("model", (R, HIDDEN), 1),
     ],
 )
-def test_ties(tie, shape, modules):
+def test_tie_says_which_tokens_share_weights(tie, shape, modules):
     """`tie` decides which tokens share weights: the edit of each token is the formula with its own weights."""
     config = LoReftConfig(task_type="CAUSAL_LM", r=R, positions="f3+l2", tie=tie, init_weights=False)
     model = get_peft_model(build("llama"), config).eval()

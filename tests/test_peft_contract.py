@@ -104,7 +104,7 @@ def test_casting_of_inputs_may_be_switched_off_and_changes_nothing():
     assert all(layer.cast_input_dtype_enabled for layer in layers(model))
 
 
-def test_status():
+def test_pefts_status_functions_see_the_adapters():
     model = get_peft_model(build("llama"), config())
     model.add_adapter("second", config(layers=[0]))
     status = get_model_status(model)

@@ -71,7 +71,7 @@ def test_an_edit_within_a_subspace_by_the_formula():
 
 
 @pytest.mark.parametrize("kind", ["lists", "tensor"])
-def test_each_row_its_own(kind):
+def test_each_row_has_its_own_subspaces(kind):
     model = adapted(layers=(0, 1, 2))
     rows = [[0, 1], [2], []]
     given = rows if kind == "lists" else torch.tensor([[0, 1], [-1, 2], [-1, -1]])
@@ -83,7 +83,7 @@ def test_each_row_its_own(kind):
 
 @pytest.mark.parametrize("settings", [{}, dict(num_beams=2), dict(use_cache=False)], ids=str)
 @pytest.mark.parametrize("positions", ["f2+l2", "all"])
-def test_generate(settings, positions):
+def test_generate_edits_within_each_rows_subspaces(settings, positions):
     """Rows of a batch equal each row alone, also with beams."""
     model = adapted(layers=(0, 1, 2), positions=positions)
     rows = [[0, 1], [2, 3], [0, 1, 2, 3]]
@@ -155,7 +155,7 @@ def test_the_collator_takes_them_from_the_examples():
     ],
     ids=str,
 )
-def test_bad_ones(subspaces, words):
+def test_subspaces_that_do_not_fit_raise(subspaces, words):
     model = adapted()
     with pytest.raises(ValueError, match=words):
         model(input_ids=IDS, subspaces=subspaces)

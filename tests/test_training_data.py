@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import pytest
-from conftest import build
 from datasets import Dataset
 from test_cli import ROWS, rows_file, train_arguments
 
@@ -17,13 +16,6 @@ from peft_reft.cli.main import main
 from peft_reft.cli.paths import check_path
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture
-def model_id(tmp_path, tokenizer):
-    build("llama").save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return str(tmp_path / "model")
 
 
 @pytest.fixture

@@ -51,11 +51,11 @@ ELSEWHERE = {
     ),
     "encoder-decoder models": "integration/test_trainer_tasks.py::test_seq2seq_edits_the_prompt_in_the_encoder",
     "padding, beams, static caches, chunked prefill, assistants, prompt lookup": (
-        "test_generate.py::test_mixed_lengths",
+        "test_generate.py::test_rows_of_mixed_lengths_equal_teacher_forcing",
         "test_generate.py::test_ways_of_decoding",
-        "test_generate.py::test_beams",
-        "test_generate.py::test_assisted",
-        "test_generate.py::test_prompt_lookup",
+        "test_generate.py::test_beams_equal_teacher_forcing",
+        "test_generate.py::test_assisted_decoding_writes_what_greedy_decoding_writes",
+        "test_generate.py::test_prompt_lookup_writes_what_greedy_decoding_writes",
     ),
     "vLLM: chats turn by turn, prefix cache, chunks that cut anywhere": (
         "serving/test_turns.py::test_a_chat_turn_by_turn",
