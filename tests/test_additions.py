@@ -1,6 +1,7 @@
-"""What CONTRIBUTING.md promises of a change: a new formula is one class, a new family of models at most a name.
+"""What CONTRIBUTING.md promises: a new formula is one class, and a new family of models at most a name.
 
-Each test adds one here, as a contributor would, and follows an adapter's whole life.
+Both are added here, as a contributor would add them, and live an adapter's whole life. A new position group:
+test_promises.py.
 """
 
 import math
