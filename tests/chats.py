@@ -104,7 +104,7 @@ def answers_of(row, document):
 
 
 def slots_of(document, spans, nth, groups):
-    """Return the slots of one answer's counted groups: a list of (group, slot within the group, column or -1)."""
+    """Slots of the counted groups of one answer: a list of (group, slot within the group, column or -1)."""
     p = sum(group.count for group in groups if group.kind == "f")
     s = sum(group.count for group in groups if group.kind == "l")
     skip = max(group.skip for group in groups)

@@ -17,11 +17,12 @@ from test_house import MODULES
 from peft_reft import shapes
 
 TESTS = Path(__file__).parent
-# What runs with the checks here: the edits, positions of every kind of batch, generation. `make test-shapes` runs all.
+# What runs with the checks here: edits, positions with and without marks, generation. `make test-shapes` runs all.
 RUN = [
     "test_shapes.py::test_the_plugin_checks_every_module",
     "test_edit.py",
-    "test_collator.py",
+    "test_collator.py::test_slots",
+    "test_collator.py::test_marks_need_no_labels",
     "test_generate.py",
     "test_subspaces.py",
 ]
