@@ -122,6 +122,11 @@ def test_the_plugin_checks_every_module(request):
                 assert hasattr(each, "__wrapped__"), f"{name}.{each.__name__}"
 
 
+def test_the_package_needs_no_jaxtyping():
+    code = "import sys; sys.modules['jaxtyping'] = None; import peft_reft, peft_reft.edits.apply"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
 def test_shapes_hold_at_every_call():
     # torch.compile cannot trace the checks.
     options = ["-n", "0", "-p", "shape_checks", "-k", "not compile and not graph"]

@@ -24,15 +24,9 @@ from peft_reft import DataCollatorForLoReft, LoReftConfig, chat_marks, prompt_le
 
 from .conftest import PAIRS
 from .spy import Documents, expected_offsets
-from .training import arguments
+from .training import WARNINGS, arguments
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),  # TRL 1.16's default
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_disable` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
-    # PEFT looks for a name in "loreft_", finds TRL's "ref" there by chance, and warns; keys are matched by structure.
-    pytest.mark.filterwarnings("ignore:Adapter name 'ref' should not be contained in the prefix:UserWarning"),
-]
+pytestmark = WARNINGS
 
 PAGE = Path(__file__).parents[2] / "docs" / "prompts.md"
 TOKENS = SPECIAL + WORDS

@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import LAYERS
 
-# What PEFT and TRL warn of in these trainings.
+# What PEFT and transformers warn of in trainings on preferences and rollouts.
 WARNINGS = [
     # PEFT looks for a name in "loreft_", finds TRL's "ref" there by chance, and warns; keys are matched by structure.
     pytest.mark.filterwarnings("ignore:Adapter name 'ref' should not be contained in the prefix:UserWarning"),
-    # transformers 5.23, about TRL 1.16's own default
+    # transformers 5.23 has another name for it; TRL 1.16 sets it by default.
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_disable` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
