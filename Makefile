@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 SMOLLM2 = outputs/SmolLM2-135M-Instruct
 
-.PHONY: quickstart test test-slow test-peft test-extras test-oldest support-table bench bench-curves bench-others test-vllm bench-vllm docs dist check format clean
+.PHONY: quickstart test test-shapes test-slow test-peft test-extras test-oldest support-table bench bench-curves bench-others test-vllm bench-vllm docs dist check format clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,11 @@ quickstart: $(BIN)/.installed $(SMOLLM2)/model.safetensors
 
 test: $(BIN)/.installed
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# The shapes that annotations in positions/, edits/ and tuner/ name, checked at every call; torch.compile cannot trace the
+# checks.
+test-shapes: $(BIN)/.installed
+	PYTHONPATH=tests $(BIN)/python -m pytest -n 2 -p shape_checks -k "not compile and not graph" $(ARGS)
 
 # The whole matrix of docs/support.md but for `test-extras`.
 test-slow: $(BIN)/.installed $(SMOLLM2)/model.safetensors
@@ -58,7 +63,8 @@ $(VENV)-oldest/.installed: pyproject.toml constraints-oldest.txt
 test-oldest: $(VENV)-oldest/.installed
 	$(VENV)-oldest/bin/python -m pytest -n 2 -W default \
 		--deselect "tests/integration/test_families.py::test_family[DeepseekV3]" -k "not fsdp" \
-		--ignore tests/test_support_table.py --ignore tests/integration/test_quantised.py --ignore tests/extras \
+		--ignore tests/test_support_table.py --ignore tests/test_shapes.py \
+		--ignore tests/integration/test_quantised.py --ignore tests/extras \
 		--deselect tests/test_registration.py::test_import_is_silent_and_needs_no_trainer $(ARGS)
 
 # docs/support.md and .json, from the results of the tests.
@@ -138,6 +144,7 @@ check: $(BIN)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 format: $(BIN)/.installed
 	$(BIN)/ruff check --fix .

@@ -23,7 +23,7 @@ ENTANGLED = Marks(response=((90, 91), (91,), (4, 5)), instruction=((91, 90), (5,
 
 @dataclass
 class Rows:
-    """A batch as nested lists (batch, seq); what is None is not known."""
+    """A batch as nested lists (batch, seq). None: not known."""
 
     real: list
     ids: list
@@ -33,7 +33,7 @@ class Rows:
     marks: Marks | None = None
 
     def turns(self):
-        """What the code makes of it."""
+        """Return what the code makes of the batch."""
 
         def tensor(rows):
             return None if rows is None else torch.tensor(rows)
@@ -48,7 +48,7 @@ class Rows:
         )
 
     def row(self, number):
-        """One row of it, by itself."""
+        """Return one row of the batch, by itself."""
         parts = (self.real, self.ids, self.labels, self.position_ids, self.answer_at)
         return Rows(*(None if part is None else part[number] for part in parts), self.marks)
 
@@ -57,7 +57,7 @@ class Rows:
 
 
 def documents_of(row):
-    """Columns of the real tokens of each document: one begins at the first of all and wherever positions restart."""
+    """Return the columns of each document's real tokens. A document begins wherever positions restart."""
     documents = []
     for column, is_real in enumerate(row.real):
         if is_real:
@@ -68,7 +68,7 @@ def documents_of(row):
 
 
 def header_at(row, document, i, templates):
-    """Length of the longest template that stands in a document from its token `i` on without a gap, or 0."""
+    """Return the length of the longest template that begins at token `i` of a document, without a gap, or 0."""
     longest = 0
     for template in templates:
         columns = document[i : i + len(template)]
@@ -79,7 +79,7 @@ def header_at(row, document, i, templates):
 
 
 def answers_of(row, document):
-    """(start, end) of each answer, as indices into `document`."""
+    """Return (start, end) of each answer, as indices into `document`."""
     marks = row.marks or Marks()
     headers = {i: header_at(row, document, i, marks.response) for i in range(len(document))}
     behind = {i + length for i, length in headers.items() if length}
@@ -130,7 +130,7 @@ def slots_of(document, spans, nth, groups):
 
 
 def oracle_row(row, groups):
-    """(counted, regions): one list of slots an answer; one list of columns for each open-ended group."""
+    """Return (counted, regions): a list of slots for each answer; a list of columns for each open-ended group."""
     counted, prompts, answers = [], [], []
     for document in documents_of(row):
         spans = answers_of(row, document)
@@ -149,7 +149,7 @@ def oracle_row(row, groups):
 
 
 def oracle(rows, groups):
-    """What `resolve` must return, as nested lists; and for each group the set of (row, slot, column) that it edits."""
+    """Return what `resolve` must return, as nested lists, and for each group its set of (row, slot, column)."""
     found = [oracle_row(rows.row(number), groups) for number in range(len(rows.real))]
     most = max(1, *(len(counted) for counted, _ in found))
     width = sum(group.count or 0 for group in groups)
@@ -172,7 +172,7 @@ def oracle(rows, groups):
 
 
 def in_runs(rng, seq):
-    """Booleans in runs of a few, as the turns of a chat are."""
+    """Draw booleans in runs, like the turns of a chat."""
     value, row = rng.random() < 0.5, []
     while len(row) < seq:
         row += [value] * rng.randint(1, 6)
@@ -181,7 +181,7 @@ def in_runs(rng, seq):
 
 
 def random_chat(rng, turns=4):
-    """One chat, which ends with a message of the assistant; headers are whole, their tail may have merged."""
+    """Draw a chat that ends with the assistant's message. Headers are whole; their tail may have merged."""
     ids = [rng.randrange(9) for _ in range(rng.randrange(4))]
     for _ in range(rng.randint(1, turns)):
         for _ in range(rng.choice([1, 1, 2])):  # a user, or results of tools
@@ -193,7 +193,7 @@ def random_chat(rng, turns=4):
 
 
 def _random_ids(rng, seq):
-    """Words among headers, whole and broken."""
+    """Draw words among headers, whole and broken."""
     ids = [rng.randrange(9) for _ in range(rng.randrange(3))]
     while len(ids) < seq:
         ids += rng.choice([RESPONSE, RESPONSE, STABLE, USER, USER, TOOL, [90], [91, 90], [END]])
@@ -237,7 +237,7 @@ def _random_row(rng, seq, packed):
 
 @st.composite
 def batches(draw, marks=(None, CHATML, CHATML, CHATML, ENTANGLED)):
-    """`Rows` of any kind."""
+    """Draw `Rows` of any kind."""
     rng = draw(st.randoms(use_true_random=True))  # seeded by hypothesis, but not shrunk: rows stay varied
     seq, packed = rng.choice([rng.randint(1, 12), rng.randint(12, 48)]), rng.random() < 0.4
     rows = [_random_row(rng, seq, packed) for _ in range(rng.randint(1, 3))]

@@ -15,26 +15,26 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 VOCAB, HIDDEN, LAYERS = 64, 32, 3
-_SIZES = dict(
+DIMENSIONS = dict(hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4)
+WIDER = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+"""As wide as kernels for quantised weights need."""
+SIZES = dict(
+    DIMENSIONS,
     vocab_size=VOCAB,
-    hidden_size=HIDDEN,
-    intermediate_size=48,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=4,
     max_position_embeddings=256,
     pad_token_id=0,
     bos_token_id=1,
     eos_token_id=2,
 )
-_GQA = dict(_SIZES, num_key_value_heads=2)
+GQA = dict(SIZES, num_key_value_heads=2)
 
 CAUSAL = {
-    "llama": ("LlamaForCausalLM", "LlamaConfig", _GQA),
-    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _GQA),
-    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", dict(_GQA, head_dim=8)),
-    "mistral": ("MistralForCausalLM", "MistralConfig", _GQA),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", GQA),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", GQA),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", dict(GQA, head_dim=8)),
+    "mistral": ("MistralForCausalLM", "MistralConfig", GQA),
     # A sliding window shorter than the prompts, so that its caches forget.
-    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", dict(_GQA, head_dim=8, sliding_window=8)),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", dict(GQA, head_dim=8, sliding_window=8)),
     "gpt2": (
         "GPT2LMHeadModel",
         "GPT2Config",
@@ -42,13 +42,13 @@ CAUSAL = {
             vocab_size=VOCAB, n_embd=HIDDEN, n_layer=LAYERS, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2
         ),
     ),
-    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", _SIZES),
-    "opt": ("OPTForCausalLM", "OPTConfig", dict(_SIZES, ffn_dim=48, word_embed_proj_dim=HIDDEN)),
-    "phi": ("PhiForCausalLM", "PhiConfig", _SIZES),
+    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SIZES),
+    "opt": ("OPTForCausalLM", "OPTConfig", dict(SIZES, ffn_dim=48, word_embed_proj_dim=HIDDEN)),
+    "phi": ("PhiForCausalLM", "PhiConfig", SIZES),
 }
 SEQ_CLS = {
-    "bert": ("BertForSequenceClassification", "BertConfig", dict(_SIZES, num_labels=3)),
-    "roberta": ("RobertaForSequenceClassification", "RobertaConfig", dict(_SIZES, num_labels=3)),
+    "bert": ("BertForSequenceClassification", "BertConfig", dict(SIZES, num_labels=3)),
+    "roberta": ("RobertaForSequenceClassification", "RobertaConfig", dict(SIZES, num_labels=3)),
 }
 
 
@@ -95,6 +95,14 @@ CHATML = (
 @pytest.fixture
 def tokenizer():
     return make_tokenizer()
+
+
+@pytest.fixture
+def model_id(tmp_path, tokenizer):
+    """A folder with a tiny model and its tokenizer."""
+    build("llama").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
 
 
 def make_tokenizer():

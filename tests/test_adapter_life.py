@@ -37,7 +37,7 @@ def logits(model, **kwargs):
 
 
 def traces(model):
-    """Everything that injection may leave on a model."""
+    """Return everything that injection may leave on a model."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
     return {
         "modules": [name for name, _ in model.named_modules()],
@@ -168,7 +168,7 @@ def test_adapter_names_choose_row_by_row():
     ],
 )
 def test_a_mixed_batch_equals_each_row_alone(tie, positions):
-    """Adapters alike (computed together), some of other formulas, one of another rank, and the base."""
+    """Rows with adapters that compute together, with other formulas, with another rank, and with the base alone."""
     shared = dict(tie=tie, positions=positions)
     model = adapted(**shared)
     model.add_adapter("alike", config(**shared))
@@ -353,7 +353,7 @@ def test_a_failed_second_adapter_leaves_the_first_as_it_was():
 
 
 def test_evaluation_after_an_optimiser_that_writes_behind_torchs_back():
-    """bitsandbytes and DeepSpeed update parameters through raw pointers; nothing cached may survive that."""
+    """bitsandbytes and DeepSpeed update parameters through raw pointers. Cached factors must not survive that."""
     model = adapted()
     for parameter in model.parameters():
         parameter.requires_grad_(False)  # frozen, as loaded for inference

@@ -1,4 +1,4 @@
-"""Caches in loops of one's own and from turn to turn: what they lead to equals one forward over the whole document."""
+"""Caches in a user's own loop and from turn to turn: the logits equal those of one forward over the document."""
 
 import copy
 import warnings
@@ -69,18 +69,18 @@ def log_probs(logits):
 
 @torch.no_grad()
 def at_once(model, ids, **given):
-    """(batch, seq, vocabulary): what every other way must equal."""
+    """Return log-probabilities (batch, seq, vocabulary) of one forward, which every other way must equal."""
     return log_probs(model(input_ids=torch.as_tensor(ids), use_cache=False, **given).logits)
 
 
 def with_prompt_of(length, ids):
-    """Labels that say how long the prompt is, the same in all rows."""
+    """Return labels that say how long the prompt is, the same in all rows."""
     return dict(labels=torch.tensor(ids).masked_fill(torch.arange(len(ids[0])) < length, -100))
 
 
 @torch.no_grad()
 def in_pieces(model, ids, cuts, cache=None, mask=None):
-    """Feed `ids` (batch, seq) cut at those columns; log-probabilities of all columns, and the cache."""
+    """Feed `ids` (batch, seq) cut at those columns. Return the log-probabilities of all columns, and the cache."""
     ids, found = torch.as_tensor(ids), []
     bounds = [0, *cuts, ids.shape[1]]
     for start, stop in pairwise(bounds):
@@ -114,7 +114,7 @@ def close(found, expected):
 @pytest.mark.parametrize("kind", ["none", "dynamic", "static"])
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_loop_of_ones_own(kind, spec):
-    """The prompt in one forward, with whatever empty cache; then tokens of the answer. No marks."""
+    """One forward takes the prompt, with an empty cache of any class; others take the answer. There are no marks."""
     model, ids = adapted(spec), [[3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [13, 14, 15, 16, 17, 18, 19, 20, 21, 22]]
     expected = at_once(model, ids, **with_prompt_of(6, ids))
     found, _ = in_pieces(model, ids, [6, 7, 8, 9], empty_cache(kind, model))
@@ -150,7 +150,7 @@ def test_with_padding_on_the_left(kind, spec):
 
 @pytest.mark.parametrize("spec", ["g2", "f2+l2+g3", "p+g1"])
 def test_generated_tokens_are_counted_in_a_loop_of_ones_own(spec):
-    """No longer than `gN` says: what comes behind is the base's again, as in `generate`."""
+    """Edits stop after N tokens, as `gN` says and `generate` does; what follows is the base's."""
     model, prompt = adapted(spec), torch.tensor([[3, 4, 5, 6, 7, 8]])
     written = model.generate(
         prompt, max_new_tokens=7, do_sample=False, return_dict_in_generate=True, output_logits=True
@@ -162,7 +162,7 @@ def test_generated_tokens_are_counted_in_a_loop_of_ones_own(spec):
 @pytest.mark.parametrize("kind", ["none", "dynamic", "static"])
 @pytest.mark.parametrize("cuts", [[6], [2], [5, 8]])
 def test_lora_needs_no_care(kind, cuts):
-    """The control: what this file asks of LoReFT is what LoRA does."""
+    """The control: LoRA passes what this file asks of LoReFT."""
     model = lora()
     found, _ = in_pieces(model, [CHAT], cuts, empty_cache(kind, model))
     close(found, at_once(model, [CHAT]))
@@ -172,7 +172,7 @@ def test_lora_needs_no_care(kind, cuts):
 
 
 def splits(spec):
-    """Columns before which a chat may be cut: not inside a header, nor among the last tokens of a prompt."""
+    """Return columns at which a chat may be cut: not inside a header, nor among the last tokens of a prompt."""
     suffix = {"f2+l2": 2, "l1": 1, "l3~1": 4, "f2+l2+g3": 2}.get(spec, 0)
     inside = {first + 1 for first in range(len(CHAT)) if CHAT[first : first + 2] in (USER, TOOL, ASSISTANT)}
     among = {column for start, _ in ENDS for column in range(start - suffix + 1, start)}
@@ -195,7 +195,7 @@ def test_a_chat_cut_anywhere(kind, spec):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_first_piece_without_a_header(spec):
-    """It is taken for a prompt, which a warning says; where that proves wrong, the piece behind it is refused."""
+    """It is taken for a prompt, and a warning says so. If a later piece proves that wrong, that piece is refused."""
     model = adapted(spec, **MARKS)
     expected = at_once(model, [CHAT])
     with warnings.catch_warnings(record=True) as caught:
@@ -213,7 +213,7 @@ def test_a_first_piece_without_a_header(spec):
 
 @pytest.mark.parametrize("marks", [{}, MARKS], ids=["no marks", "marks"])
 def test_all_of_it_is_edited_however_it_is_cut(marks):
-    """`all` asks for nothing, not even which of its tokens are prompt."""
+    """`all` need not know which of the tokens are prompt."""
     model = adapted("all", **marks)
     expected = at_once(model, [CHAT])
     with warnings.catch_warnings():
@@ -224,7 +224,7 @@ def test_all_of_it_is_edited_however_it_is_cut(marks):
 
 @pytest.mark.parametrize("family", ["gemma3", "gpt2", "mistral"])
 @pytest.mark.parametrize("spec", ["f2+l2", "p", "g2", "all"])
-def test_the_caches_of_other_families(family, spec):
+def test_caches_of_other_families_equal_one_forward(family, spec):
     model = adapted(spec, family, **MARKS)
     found, _ = in_pieces(model, [CHAT], [8, 9, 10, 12, 18, 21, 26])
     close(found, at_once(model, [CHAT]))
@@ -232,7 +232,7 @@ def test_the_caches_of_other_families(family, spec):
 
 @pytest.mark.parametrize("tie", ["group", "model"])
 @pytest.mark.parametrize("spec", ["f2+l2", "p+g", "f2+l2+g3"])
-def test_other_ties(tie, spec):
+def test_other_ties_in_pieces_equal_one_forward(tie, spec):
     model = adapted(spec, tie=tie, **MARKS)
     found, _ = in_pieces(model, [CHAT], [8, 9, 12, 18, 26])
     close(found, at_once(model, [CHAT]))
@@ -313,7 +313,7 @@ def test_generate_behind_a_loop_of_ones_own(spec):
 @pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
 @pytest.mark.parametrize("spec", ["f2+l2", "l3~1", "p", "g2", "all"])
 def test_a_prompt_in_chunks(spec, masked, kept):
-    """`prefill_chunk_size`, from the document's beginning or behind a history that a cache holds."""
+    """`prefill_chunk_size` cuts a prompt, at a document's beginning or behind a history that a cache holds."""
     model, ids = adapted(spec, **MARKS), torch.tensor([CHAT[:18]])
     options = dict(max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True)
     expected = model.generate(ids, **options)
@@ -326,7 +326,7 @@ def test_a_prompt_in_chunks(spec, masked, kept):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_prompt_lookup_then_the_next_turn(spec):
-    """Its cache was cropped where candidates were refused."""
+    """Prompt lookup crops its cache when candidates are refused."""
     model = adapted(spec, **MARKS)
     options = dict(max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True)
     first = model.generate(torch.tensor([[*CHAT[:8]]]), prompt_lookup_num_tokens=2, **options)
@@ -337,7 +337,7 @@ def test_prompt_lookup_then_the_next_turn(spec):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_row_that_ended_early(spec):
-    """What `generate` wrote behind a row's end is masked in the next turn: that row is as it would be alone."""
+    """The next turn masks what `generate` wrote behind a row's end. The row equals itself generated alone."""
     model = adapted(spec, **MARKS)
     rows = torch.tensor([CHAT[:8], [*CHAT[:3], 25, *CHAT[4:8]]])
     options = dict(max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
@@ -354,7 +354,7 @@ def test_a_row_that_ended_early(spec):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_beams_behind_a_cache(spec):
-    """A history kept for two beams."""
+    """A cache holds the history for two beams."""
     model, ids = adapted(spec, **MARKS), torch.tensor([CHAT[:18]])
     options = dict(max_new_tokens=3, num_beams=2, do_sample=False, return_dict_in_generate=True, output_logits=True)
     _, cache = in_pieces(model, [CHAT[:12]], [8])
@@ -365,7 +365,7 @@ def test_beams_behind_a_cache(spec):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_training_behind_a_kept_history(spec):
-    """Labels of a new turn, whose history a cache holds."""
+    """Labels come with a new turn; a cache holds its history."""
     model, ids = adapted(spec, **MARKS), torch.tensor([CHAT[:21]])
     expected = at_once(model, ids)
     _, cache = in_pieces(model, [CHAT[:12]], [8])
@@ -517,7 +517,7 @@ def test_rows_of_other_adapters_than_the_cache_holds(before, now, way):
 
 
 def test_a_cache_from_beam_search():
-    """Its rows were moved about while it was filled."""
+    """Beam search reorders the rows of a cache while it fills it."""
     model = adapted("f2+l2", **MARKS)
     out = model.generate(
         torch.tensor([CHAT[:8]]), max_new_tokens=4, num_beams=3, num_return_sequences=3, return_dict_in_generate=True
@@ -601,7 +601,7 @@ def test_a_cache_repeated_for_several_continuations(spec):
 
 @pytest.mark.parametrize("spec", ["f2+l2", "p"])
 def test_rows_that_were_moved_by_hand(spec):
-    """Right, or refused. `gN` is neither: what is remembered stays where it was, a limit that the docs name."""
+    """The result is right, or the cache is refused. `gN` is an exception that the docs name: its counts stay."""
     one, other = [1, *USER, 5, *ASSISTANT, 8, 9, 8], [1, *USER, 5, 6, 7, *ASSISTANT, 8]
     model, new = adapted(spec, **MARKS), torch.tensor([[7, *USER, 3, *ASSISTANT]] * 2)
     _, cache = in_pieces(model, [one, other], [])
@@ -620,7 +620,7 @@ def test_rows_that_were_moved_by_hand(spec):
 
 @pytest.mark.parametrize("cut", [6, 7])
 def test_a_header_completed_late_is_told(cut):
-    """Token 6, which `l2` names, had gone by when token 7 made the header; nothing can be done about it then."""
+    """`l2` names token 6, but only token 7 completes the header, when token 6 has been computed without an edit."""
     model = adapted("l3", **MARKS)
     first, rest = torch.tensor([CHAT[:cut]]), torch.tensor([CHAT[cut:9]])
     tail = CHAT[:3]  # an answer before, so that the first piece is not a prompt by itself
@@ -642,7 +642,7 @@ def test_a_header_completed_in_time_is_not_worth_a_word():
 
 @pytest.mark.parametrize("spec", ["p", "g"])
 def test_a_users_header_that_comes_in_two_is_refused(spec):
-    """Its first token was taken for the answer's."""
+    """The header's first token was taken for a token of the answer."""
     model = adapted(spec, **MARKS)
     with pytest.raises(ValueError, match="The cache holds"):
         in_pieces(model, [CHAT], [8, 13])
@@ -653,7 +653,7 @@ def test_a_users_header_that_comes_in_two_is_refused(spec):
 
 @pytest.mark.parametrize("spec", ["f2+l2", "l1", "p", "g", "g2"])
 def test_a_second_piece_without_marks_is_warned_of_or_refused(spec):
-    """Nobody says whether it is prompt or answer, nor whether the first piece was the prompt."""
+    """Nothing says whether it is prompt or answer, nor whether the first piece was the whole prompt."""
     model = adapted(spec)
     ids = [[3, 4, 5, 6, 7, 8, 9, 10, 11, 12]]
     with warnings.catch_warnings(record=True) as caught:
@@ -679,7 +679,7 @@ def test_a_second_piece_that_needs_no_prompts_end(spec):
 @pytest.mark.parametrize("cuts", [[6], [7, 8, 9], [6, 8]])
 @pytest.mark.parametrize("spec", SPECS)
 def test_prompt_lengths_behind_a_cache(cuts, spec):
-    """They count from the document's beginning: seven tokens are its prompt."""
+    """They count from the document's beginning: its prompt has seven tokens."""
     model, ids = adapted(spec), [[3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13], [14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24]]
     if cuts[0] == 6 and "l" in spec and spec != "all":
         cuts = [7, *cuts[1:]]  # the prompt's last tokens in one piece
@@ -693,7 +693,7 @@ def test_prompt_lengths_behind_a_cache(cuts, spec):
 
 @pytest.mark.parametrize("spec", ["f2+l2", "l2"])
 def test_prompt_lengths_of_a_prompt_in_pieces(spec):
-    """The first piece ends before the prompt does: nothing of it is the prompt's end."""
+    """The first piece ends before the prompt does, so none of its tokens is one of the prompt's last."""
     model, ids = adapted(spec), [[3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]]
     with peft_reft.prompt_lengths([9]):
         found, _ = in_pieces(model, ids, [5, 9])
@@ -701,7 +701,7 @@ def test_prompt_lengths_of_a_prompt_in_pieces(spec):
 
 
 def test_a_cache_is_not_tied_to_the_model():
-    """What is remembered rides on the cache: a second conversation knows nothing of the first."""
+    """A cache carries what is remembered, so a second conversation knows nothing of the first."""
     model = adapted("f2+l2+g3", **MARKS)
     other = [2, *USER, 30, 31, *ASSISTANT, 32, 33, *USER, 34, *ASSISTANT, 35, 36]
     expected = at_once(model, [CHAT]), at_once(model, [other])
@@ -720,7 +720,7 @@ def test_a_cache_is_not_tied_to_the_model():
 
 
 def test_several_tokens_behind_an_answer_without_marks_are_told():
-    """They may be a second prompt or more of the answer; nothing says which."""
+    """They may be a second prompt or the answer's next tokens, and nothing says which."""
     model = adapted("l2")
     with torch.no_grad():
         cache = model(input_ids=torch.tensor([CHAT[:6]]), use_cache=True).past_key_values

@@ -11,6 +11,7 @@ import warnings
 from itertools import pairwise
 
 import pytest
+from conftest import DIMENSIONS
 from peft import get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -39,7 +40,7 @@ SPECIAL = re.compile(
 
 @functools.lru_cache
 def trained() -> str:
-    """A byte-level BPE tokenizer, as JSON, that has merges in headers and in newlines."""
+    """Train a byte-level BPE tokenizer with merges in headers and in newlines; return it as JSON."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(WORDS), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -95,7 +96,7 @@ def result(content, i=0):
 
 
 def conversations():
-    """(name, messages, options of the template)."""
+    """Return (name, messages, options of the template) of each conversation."""
     ask, more = message("user", "Say 3 words, please"), message("user", " and\n\nonce more? ")
     yes, no = message("assistant", "Yes."), message("assistant", "\n\nNo: 17 times.\n")
     system = message("system", "Be brief!")
@@ -119,7 +120,7 @@ def conversations():
 
 
 def rendered(tokenizer, messages, options, generation_prompt=False):
-    """Token ids, or None if the template does not take these messages."""
+    """Return token ids, or None if the template does not take these messages."""
     for parts in (False, True):
         if parts:
             messages = [
@@ -149,7 +150,7 @@ SPECS = {
 
 
 def edited(spans, length, spec):
-    """The columns that a spec edits in a document with these answers."""
+    """Return the columns that a spec edits in a document with these answers."""
     out, previous = set(), 0
     for k, (start, end) in enumerate(spans):
         f, last = spec.get("f", 0), spec.get("l", 0)
@@ -164,7 +165,7 @@ def edited(spans, length, spec):
 
 
 def compare(tokenizer, found, tools=True):
-    """Compare each turn's prompt with the conversation that begins with it. How many were compared."""
+    """Compare each turn's prompt with the conversation that begins with it; return how many were compared."""
     compared = 0
     for name, messages, options in conversations():
         whole = rendered(tokenizer, messages, options)
@@ -187,7 +188,7 @@ def compare(tokenizer, found, tools=True):
 
 
 def told_apart(tokenizer, found):
-    """What the answers of a chat say, and what its prompts say."""
+    """Return the text of a chat's answers, and the text of its prompts."""
     ask, answer = message("user", "Where is Oslo?"), message("assistant", "In Norway, as kilometre 17 knows.")
     ids = rendered(tokenizer, [ask, answer, ask, answer], {})
     spans = answers_of(ids, found.response_template, found.instruction_template)
@@ -317,11 +318,10 @@ def test_a_system_message_that_is_not_told_in_mid_chat_leaves_the_rest():
 
 @pytest.mark.parametrize("name", LIMITED)
 def test_a_warning_names_the_chats_that_are_not_told(name):
-    """From `chat_marks` and from an unchanged Trainer's callback alike, and once."""
+    """`chat_marks` and the callback of an unchanged Trainer both warn, each once."""
     template, untold = LIMITED[name]
     tokenizer = tokenizer_with(template)
-    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **DIMENSIONS))
     model = get_peft_model(base, LoReftConfig(task_type="CAUSAL_LM", positions="l1", r=2))
     with warnings.catch_warnings(record=True) as by_hand:
         warnings.simplefilter("always")
@@ -338,7 +338,7 @@ def test_a_warning_names_the_chats_that_are_not_told(name):
 # What has no marks.
 
 
-def test_no_template():
+def test_a_tokenizer_without_a_template_has_no_marks():
     assert find_marks(tokenizer_with(None)) is None
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -22,13 +21,6 @@ from peft_reft.cli.main import main
 
 PARITY = Path(__file__).parent / "parity"
 ROWS = [{"prompt": "a b c d e f", "completion": " 1 2 3"}, {"prompt": "g h i", "completion": " 4 5"}] * 4
-
-
-@pytest.fixture
-def model_id(tmp_path, tokenizer):
-    build("llama").save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return str(tmp_path / "model")
 
 
 @pytest.fixture
@@ -64,7 +56,7 @@ def train_arguments(tmp_path, model_id, **more):
 
 
 def in_a_process(arguments, **kwargs):
-    """The installed script, as a shell runs it."""
+    """Run the installed script as a shell does."""
     script = Path(sys.executable).parent / "peft-reft"
     return subprocess.Popen(
         [str(script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
@@ -159,7 +151,7 @@ def test_generate_is_what_the_model_says(adapter, model_id, tokenizer, capsys):
 
 
 def says(adapter, **fields):
-    """Write fields into the saved config, as the end of a training run does."""
+    """Write fields into the saved config, as a training run does at its end."""
     path = Path(adapter) / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
@@ -213,7 +205,7 @@ CHATS = [
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("rows", "is_chat"), [(ROWS, False), (CHATS, True)], ids=["prompts", "chats"])
 def test_generate_asks_as_train_has_trained(rows, is_chat, tmp_path, model_id, tokenizer, capsys):
-    """What the data looked like is saved when training ends: each document one prompt and one answer, or a chat."""
+    """Training saves at its end whether each document was a chat, or one prompt and one answer."""
     (tmp_path / "data").mkdir()
     data = rows_file(tmp_path / "data", rows)
     assert main(train_arguments(tmp_path, model_id, dataset_name=data, learning_rate="0.1")) == 0
@@ -384,14 +376,14 @@ def test_errors_are_a_line_without_a_traceback(arguments, said, capsys):
 
 
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["convert", "a", "b"], ["inspect", "a", "--nonsense"]])
-def test_wrong_arguments(arguments, capsys):
+def test_wrong_arguments_show_the_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
     assert "usage" in capsys.readouterr().err
 
 
-def test_help(capsys):
+def test_help_names_the_options(capsys):
     for arguments in ([], ["convert"], ["generate"], ["train"]):
         with pytest.raises(SystemExit) as stopped:
             main([*arguments, "--help"])
@@ -418,7 +410,7 @@ def test_the_installed_script():
 
 
 def test_train_under_accelerate_launch(tmp_path, model_id):
-    """Two processes on the CPU: one adapter, said once."""
+    """Two processes on the CPU save one adapter and print each line once."""
     launch = [
         sys.executable,
         "-m",

@@ -22,7 +22,7 @@ MARKS = dict(response_template=[ASSISTANT], instruction_template=[USER])
 
 
 def stack(rows):
-    """A plain function for a collator: rows are all of one length."""
+    """Collate rows of one length: a plain function."""
     return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -31,20 +31,20 @@ def ids(length, seed=0):
 
 
 def row(prompt, completion, seed=0):
-    """One example of so many prompt and completion tokens."""
+    """Make an example with that many prompt and completion tokens."""
     tokens = ids(prompt + completion, seed)
     return {"input_ids": tokens, "labels": [-100] * prompt + tokens[prompt:]}
 
 
 def turns(*lengths, seed=0):
-    """A chat: tokens of the user, of the assistant, of the user ..., only the assistant's supervised."""
+    """Make a chat: tokens of the user, the assistant, the user, and so on. Only the assistant's are supervised."""
     tokens = ids(sum(lengths), seed)
     supervised = [which % 2 for which, length in enumerate(lengths) for _ in range(length)]
     return {"input_ids": tokens, "labels": [t if s else -100 for t, s in zip(tokens, supervised)]}
 
 
 def chat(*lengths, seed=0):
-    """As `turns`, with headers: a user's message begins with its own, and ends with the assistant's."""
+    """As `turns`, with headers: each user's message begins with the user's header and ends with the assistant's."""
     rows = turns(*lengths, seed=seed)
     for which, length in enumerate(lengths[::2]):
         assert length >= len(USER + ASSISTANT)
@@ -70,7 +70,7 @@ def padded(rows, side="right"):
 
 
 def packed(*rows):
-    """Each of `rows` is a list of documents; position ids restart with each, and there is no mask."""
+    """Pack `rows`, each a list of documents. Position ids restart with each document, and there is no mask."""
     batch = {
         "input_ids": [[t for doc in docs for t in doc["input_ids"]] for docs in rows],
         "labels": [[t for doc in docs for t in doc["labels"]] for docs in rows],
@@ -108,7 +108,7 @@ def adapted(config, seed=1):
 
 
 def collate(config, batch):
-    """What the collator makes of a batch, from a copy of it."""
+    """Return what the collator makes of a copy of a batch."""
     return DataCollatorForLoReft(lambda rows: dict(batch), config)([])
 
 
@@ -164,7 +164,7 @@ def test_without_labels_the_whole_row_is_the_prompt(positions):
 
 @pytest.mark.parametrize("positions", SPECS, ids=str)
 def test_marks_need_no_labels(positions):
-    """Whichever tokens are trained on: which ones are edited is told by the headers."""
+    """The headers say which tokens are edited, whichever tokens are trained on."""
     config = LoReftConfig(task_type="CAUSAL_LM", r=4, positions=positions, **MARKS)
     model = adapted(config).eval()
     for name in ("packed chats", "chats, right", "chats, left"):
@@ -310,7 +310,7 @@ def test_trls_collator(multiple):
 
 @pytest.mark.parametrize("multiple", [None, 16])
 def test_trls_collator_without_padding(multiple):
-    """Padding is no position, here neither, where a run of position ids 0 without a label is all that marks it."""
+    """Padding is no position, although only position ids of 0 without labels show it here."""
     documents = [row(4, 2, 1), row(2, 2, 2), row(7, 2, 3)]
     base = DataCollatorForLanguageModeling(0, padding_free=True, pad_to_multiple_of=multiple)
     batch = DataCollatorForLoReft(base, F2L2)(documents)
@@ -334,7 +334,7 @@ def test_trls_collator_of_packed_rows():
 
 
 def test_a_completion_mask_marks_answers_as_labels_do():
-    """TRL's collators of preference data give no labels, but a mask of the completions."""
+    """TRL's collators for preference data give a mask of the completions instead of labels."""
     batch = {"input_ids": torch.ones(1, 7, dtype=torch.long), "completion_mask": torch.tensor([[0, 0, 0, 0, 1, 1, 1]])}
     collator = DataCollatorForLoReft(lambda rows: dict(batch), F2L2)
     assert collator([])["intervention_positions"].tolist() == [[0, 1, 2, 3]]
@@ -413,7 +413,7 @@ def test_rows_that_start_inside_a_document():
 
 
 def test_chats_that_start_inside_a_document():
-    """The headers that are left say where answers begin, but not where the document did."""
+    """The headers that are left say where answers begin, but not where the document began."""
     cut = {
         name: value[:, 8:] for name, value in packed([CHATS[0]], [CHATS[0]]).items()
     }  # an answer's last token first
@@ -433,6 +433,6 @@ def test_several_answers_without_marks_where_no_later_prompt_matters(positions, 
 
 
 def test_a_batch_without_any_label_trains_nothing_and_is_let_through():
-    """As truncation may leave it: TRL's loss is zero then, and the next batch is fine."""
+    """Truncation may leave such a batch. TRL's loss is zero then, and the next batch trains."""
     batch = padded([turns(5), turns(4)])
     assert collate(F2L2, batch)["intervention_positions"].tolist() == [[0, 1, 3, 4], [0, 1, 2, 3]]

@@ -28,7 +28,7 @@ def logits(model, **kwargs):
 
 @torch.no_grad()
 def edit_of(model, layer=1):
-    """What is added to the output of block `layer`, of a model edited there alone."""
+    """Return what is added to the output of block `layer`, in a model edited there alone."""
     seen = {}
     block = model.get_base_model().model.layers[layer]
     handle = block.register_forward_hook(lambda module, args, output: seen.update(out=output.clone()))
@@ -97,7 +97,7 @@ PAIRS = [
 
 @pytest.mark.parametrize(("first", "second"), PAIRS, ids=str)
 def test_a_weighted_adapter_is_the_weighted_sum(first, second, tmp_path):
-    """Of the two edits, each computed by itself; also after saving and loading."""
+    """Its edit is the weighted sum of the two edits, each computed by itself; also after saving and loading."""
     model = adapted(layers=[1], **first)
     model.add_adapter("second", config(layers=[1], **second))
     randomise(model)
@@ -117,7 +117,7 @@ def test_a_weighted_adapter_is_the_weighted_sum(first, second, tmp_path):
 
 
 def test_a_weighted_adapter_on_layers_that_differ():
-    """Each layer has the ranks of those that edit it, and the edit that they make when active together."""
+    """A layer's rank is the sum of the ranks of the adapters that edit it. Its edit is theirs when both are active."""
     model = adapted(layers=[0, 1])
     model.add_adapter("second", config(layers=[1, 2], r=2))
     randomise(model)
@@ -207,7 +207,7 @@ def test_merging_is_exact(family, fields, component):
 @GAINS_BIAS
 @pytest.mark.parametrize("component", ["attention", "mlp"])
 @pytest.mark.parametrize("family", list(CAUSAL))
-def test_every_family(family, component):
+def test_merging_is_exact_in_every_family(family, component):
     model = adapted(family, positions="all", component=component)
     expected = logits(model)
     torch.testing.assert_close(logits(model.merge_and_unload()), expected, atol=2e-5, rtol=1e-4)
@@ -215,7 +215,7 @@ def test_every_family(family, component):
 
 @GAINS_BIAS
 def test_several_merged_and_scaled():
-    """Edits add, each of the output as it was: merged one after the other they must not compound."""
+    """Each edit is computed from the output as it was. Merged one after the other, edits add and do not compound."""
     fields = dict(positions="all", component="mlp")
     model = adapted(**fields)
     model.add_adapter("second", config(**fields, intervention="red", r=8))

@@ -1,4 +1,4 @@
-"""`LoReftConfig`: defaults, what it refuses and how it says so, saving, and layers."""
+"""`LoReftConfig`: its defaults, the values it refuses and its messages, saving, and layers."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from peft_reft.positions.layers import check_layers, resolve_layers
 
 
 def readable(value):
-    """A test's name; sets in order, or the workers of pytest-xdist would collect different tests."""
+    """Name a test. Sets are sorted, because the workers of pytest-xdist must collect the same tests."""
     return json.dumps(value, default=lambda v: sorted(v) if isinstance(v, set | frozenset) else str(v), skipkeys=True)
 
 
@@ -243,7 +243,7 @@ def test_the_cases_above_cover_every_field():
 
 
 def test_what_is_saved_is_the_same_every_time(tmp_path):
-    """Sets are saved sorted: their order depends on the hash seed."""
+    """Sets are saved sorted, because their own order depends on the hash seed."""
     names = [f"layers.{i}" for i in range(20)]
     LoReftConfig(target_modules=set(names), exclude_modules=set(names)).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -270,7 +270,7 @@ def test_a_mapping_by_ints_means_the_same_after_loading(positions, tmp_path):
     "fields", [{"positions": {(0, 1): "f5"}}, {"layers": frozenset({0, 1})}, {"layers": {0: "f5"}}], ids=readable
 )
 def test_what_is_accepted_can_be_saved_and_loaded(fields, tmp_path):
-    """Values of other types than the fields': refused at once, or understood for good; not lost after training."""
+    """A value of another type than the field's is refused at once, or survives saving and loading."""
     try:
         config = LoReftConfig(**fields)
     except ValueError:
@@ -290,7 +290,7 @@ def test_fields_of_a_newer_version_are_dropped_with_a_warning(loader, tmp_path):
 
 
 def test_a_value_of_a_newer_version_is_refused(tmp_path):
-    """Dropping it would run another formula than was trained."""
+    """Without it another formula would run than the one that was trained."""
     LoReftConfig().save_pretrained(tmp_path)
     filename = tmp_path / "adapter_config.json"
     filename.write_text(json.dumps({**json.loads(filename.read_text()), "intervention": "gatedreft"}))
@@ -356,7 +356,7 @@ def test_layout_has_the_groups_of_every_spec_once():
     ],
 )
 def test_specs_stand_in_the_order_of_their_layers(positions, specs):
-    """However the mapping was written: JSON sorts it, and slots of `intervention_positions` must not move by that."""
+    """The order of the mapping's keys, which JSON sorts, must not move slots of `intervention_positions`."""
     for items in (positions.items(), reversed(positions.items())):
         assert [str(spec) for spec in LoReftConfig(positions=dict(items)).specs] == specs
 
@@ -365,7 +365,7 @@ def test_specs_stand_in_the_order_of_their_layers(positions, specs):
 
 
 def naive_layers(parts, n_layers):
-    """`parts`: (first, last or None for "to the end"). The layers, or None where a part is out of range or empty."""
+    """Return the layers of `parts`, or None if one is out of range or empty. A part is (first, last or None)."""
     names = list(range(n_layers))
     chosen = set()
     for first, last in parts:

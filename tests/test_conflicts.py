@@ -1,4 +1,4 @@
-"""Targets whose edits would never be computed, or be saved for nothing, are refused before anything changes."""
+"""A target is refused before anything changes if its edit would never be computed, or would be saved in vain."""
 
 import pytest
 import torch

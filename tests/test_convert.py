@@ -81,7 +81,7 @@ def test_what_the_config_says(tmp_path):
 
 
 def over_peft(name, tmp_path):
-    """A folder as `pyreft` writes it around a `PeftModel`: paths of modules begin with PEFT's prefix."""
+    """Write a folder as `pyreft` does around a `PeftModel`: paths of modules begin with PEFT's prefix."""
     source, folder = Path(pyreft_folder(name)), tmp_path / "over_peft"
     folder.mkdir()
     for file in source.iterdir():
@@ -143,7 +143,7 @@ def test_adapters_do_not_say_which_formula():
 
 @pytest.mark.parametrize("name", sorted({*PYREFT} - {"loreft_by_path"}))
 def test_there_and_back(name, tmp_path):
-    """Their folder, from ours, from theirs: the same files, and in each of them what computes the same."""
+    """Their folder is converted into ours and back: the files are the same, and each computes the same."""
     act_fn = "relu" if name in RELU else None
     adapter = from_pyreft(pyreft_folder(name), "f2+l2", act_fn=act_fn)
     adapter.save(str(tmp_path / "ours"))
@@ -326,7 +326,7 @@ def test_a_file_of_another_method_is_refused(tmp_path):
 
 
 def test_a_converted_adapter_is_one_like_any_other(tmp_path):
-    """It has a card, names its base, goes on training, and saves what it loaded."""
+    """It has a card, names its base model, trains on, and saves what it loaded."""
     adapter = from_pyreft(pyreft_folder("loreft_untied"), "f2+l2", base=LLAMA)
     adapter.save(str(tmp_path / "new"))
     assert "import peft_reft" in (tmp_path / "new" / "README.md").read_text()

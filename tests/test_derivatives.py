@@ -19,12 +19,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWar
 
 
 def score(edit, upstream):
-    """A number that is not linear in the edit."""
+    """Return a number that is not linear in the edit."""
     return (edit * upstream).sum() + (edit.square() * upstream).sum()
 
 
 def second(loss, inputs, directions):
-    """Gradients of `loss`, and of their product with `directions`."""
+    """Return gradients of `loss`, and those of their product with `directions`."""
     first = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True, materialize_grads=True)
     along = sum((g * v).sum() for g, v in zip(first, directions, strict=True))
     return [*first, *torch.autograd.grad(along, inputs, allow_unused=True, materialize_grads=True)]
@@ -71,7 +71,7 @@ def values_of(module):
 
 
 def of_formula(name, values, h, upstream, directions):
-    """First and second derivatives by autograd, in float64; the last direction is that of h."""
+    """Return first and second derivatives by autograd, in float64; the last direction is that of h."""
     exact = double([*values.values(), h])
     edit = formula(name, dict(zip(values, exact)), exact[-1])
     return second(score(edit, upstream.double()), exact, [v.double() for v in directions])
@@ -80,7 +80,7 @@ def of_formula(name, values, h, upstream, directions):
 @pytest.mark.parametrize("count", [None, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_second_derivatives(name, count):
-    """Hessian-vector products; the parameters at first off the manifold, as after an optimiser's step."""
+    """Hessian-vector products are right, also with parameters off the manifold, as an optimiser's step leaves them."""
     module = skew(make(name, count=count))
     h, upstream = torch.randn(2, *(() if count is None else (count,)), N, D)
     h.requires_grad_()
@@ -106,7 +106,7 @@ def test_second_derivatives_of_several_side_by_side(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_learning_to_learn(name):
-    """A step of gradient descent, and the gradient through it by the weights that it began with (MAML)."""
+    """A step of gradient descent is differentiated by the weights that it began with (MAML)."""
     module, h, upstream = skew(make(name)), torch.randn(2, N, D), torch.randn(2, N, D)
 
     def run(edit, weights, upstream):
@@ -135,8 +135,8 @@ class Edit(torch.nn.Module):
 
 @pytest.mark.parametrize("count", [None, 3])
 @pytest.mark.parametrize("name", NAMES)
-def test_transforms(name, count):
-    """Gradients, gradients of each example, forward mode, and one over the other."""
+def test_transforms_of_torch_func_are_right(name, count):
+    """Gradients, per-example gradients, forward mode, and one over the other are right."""
     module = skew(make(name, count=count))
     lead = () if count is None else (count,)
     h, upstream = torch.randn(2, 5, *lead, N, D)

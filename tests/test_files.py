@@ -34,7 +34,7 @@ def config(**kwargs):
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """A folder with a base model and an adapter of it."""
+    """Make a folder with a base model and an adapter of it."""
     folder = tmp_path_factory.mktemp("good")
     build("llama").save_pretrained(folder / "base")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "base"), config())
@@ -129,7 +129,7 @@ def in_shards(folder):
 
 @pytest.fixture
 def bad(good, tmp_path):
-    """Makes a copy of the adapter with something wrong, and returns its folder."""
+    """Make a copy of the adapter with something wrong; return its folder."""
 
     def make(change):
         folder = tmp_path / "bad"

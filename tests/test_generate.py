@@ -43,7 +43,7 @@ def adapted(family, spec, **kwargs):
 
 @torch.no_grad()
 def teacher_forced(model, prompt, completion):
-    """Logits of each completion token, from one forward over prompt + completion, alone in its batch."""
+    """Return the logits of each completion token, from one forward over prompt + completion, alone in its batch."""
     ids = torch.cat([prompt, completion]).unsqueeze(0)
     labels = ids.clone()
     labels[:, : len(prompt)] = -100
@@ -52,7 +52,7 @@ def teacher_forced(model, prompt, completion):
 
 
 def assert_same(model, out, rows, copies=1, width=None):
-    """Every step's logits equal the teacher-forced ones, for every row."""
+    """Assert that the logits of every step equal the teacher-forced ones, in every row."""
     width = max(map(len, rows)) if width is None else width
     step_logits = torch.stack(out.logits, 1)
     for row in range(len(rows) * copies):
@@ -71,7 +71,7 @@ def run(model, inputs, **kwargs):
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.cell("Generation", "left-padded batches")
-def test_mixed_lengths(family, spec):
+def test_rows_of_mixed_lengths_equal_teacher_forcing(family, spec):
     model, rows = adapted(family, spec), prompts()
     out = run(model, left_padded(rows), do_sample=False)
     assert_same(model, out, rows)
@@ -85,7 +85,7 @@ def test_mixed_lengths(family, spec):
     [("group", "f3+l2"), ("group", "f2+g"), ("group", "f1+l2+g2"), ("position", "f3+l2"), ("position", "l2+g2")],
 )
 def test_untied_weights(tie, spec):
-    """Each group, or each position, has its own edit: the same in training, for prompts cut short or not."""
+    """Each group, or each position, has its own edit, the same as in training, also for short prompts."""
     config = LoReftConfig(task_type="CAUSAL_LM", r=4, positions=spec, tie=tie)
     model = get_peft_model(build("llama"), config).eval()
     randomise(model)
@@ -99,8 +99,8 @@ def test_untied_weights(tie, spec):
     [dict(intervention="red", r=8), dict(gate=True), dict(act_fn="tanh"), dict(r={"0": 1, "1-": 6})],
     ids=str,
 )
-def test_every_formula(formula, spec):
-    """In place without gradients, in a step of decoding, and with gradients: the same."""
+def test_every_formula_equals_teacher_forcing(formula, spec):
+    """An edit is the same in place without gradients, in a decoding step, and with gradients."""
     model = get_peft_model(
         build("llama"), LoReftConfig(task_type="CAUSAL_LM", **{"r": 4, "positions": spec, **formula})
     )
@@ -111,7 +111,7 @@ def test_every_formula(formula, spec):
 
 @pytest.mark.cell("Device layouts", "Continuous batching (`generate_batch`)", refused=PAGED)
 def test_continuous_batching_is_refused():
-    """Its forwards hold pieces of several requests, in a thread of transformers': so it is refused at its entrance."""
+    """Its forwards, in a thread of transformers, hold pieces of several requests. The call itself is refused."""
     with pytest.raises(ValueError, match="does not support continuous batching"):
         adapted("llama", "f3+l2").get_base_model().generate_batch([[5, 6, 7, 8], [3, 4, 5]])
 
@@ -139,7 +139,7 @@ def test_ways_of_decoding(family, options, spec):
 @pytest.mark.parametrize("spec", ["f3+l2", "all", "g2"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.cell("Generation", "beams")
-def test_beams(family, spec):
+def test_beams_equal_teacher_forcing(family, spec):
     model, rows = adapted(family, spec), prompts()
     out = model.generate(
         **left_padded(rows),
@@ -163,8 +163,8 @@ def test_beams(family, spec):
 @pytest.mark.parametrize("spec", ["f3+l2", "g2", "all"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.cell("Generation", "assisted decoding")
-def test_assisted(family, spec):
-    """Speculative decoding verifies several candidates in one forward, and takes the rejected ones back."""
+def test_assisted_decoding_writes_what_greedy_decoding_writes(family, spec):
+    """Speculative decoding checks several candidates in one forward and takes rejected ones back."""
     model, row = adapted(family, spec), prompts([11])
     inputs = left_padded(row)
     greedy = model.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=0)
@@ -179,7 +179,7 @@ def test_assisted(family, spec):
 @pytest.mark.parametrize("spec", ["f3+l2", "g2"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.cell("Generation", "prompt lookup")
-def test_prompt_lookup(family, spec):
+def test_prompt_lookup_writes_what_greedy_decoding_writes(family, spec):
     model, row = adapted(family, spec), [prompts([6])[0].repeat(3)]  # repeats, so that there is something to look up
     inputs = left_padded(row)
     settings = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=VOCAB)  # a token there is not
@@ -191,7 +191,7 @@ def test_prompt_lookup(family, spec):
 @pytest.mark.parametrize("spec", ["f3+l2", "f2+g"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.cell("Generation", "`inputs_embeds`")
-def test_inputs_embeds(family, spec):
+def test_embeddings_equal_token_ids(family, spec):
     model, rows = adapted(family, spec), prompts()
     inputs = left_padded(rows)
     embeds = model.get_input_embeddings()(inputs["input_ids"])
@@ -295,7 +295,7 @@ def test_decoding_a_token_at_a_time_by_hand():
     refused="a forward behind a cache does not say how long the prompt was",
 )
 def test_counted_generated_tokens_need_to_know_where_the_prompt_ended():
-    """A cache says what it holds. One that was made anew from another's tensors does not."""
+    """A cache knows what it holds. A new cache made of another's tensors does not."""
     model, prompt = adapted("llama", "g2"), prompts([9])[0]
     out = model(input_ids=prompt[None], use_cache=True)
     anew = DynamicCache([(layer.keys, layer.values) for layer in out.past_key_values.layers])
@@ -304,7 +304,7 @@ def test_counted_generated_tokens_need_to_know_where_the_prompt_ended():
 
 
 def test_continuing_from_a_filled_cache():
-    """One prompt has one end: a cache that was filled as if a beginning of it were all of it has edits too many."""
+    """A cache that was filled with part of a prompt, as if it were the whole, has edits too many."""
     model = adapted("llama", "l2")
     first, second = prompts([9, 5])
     whole = torch.cat([first, second])[None]

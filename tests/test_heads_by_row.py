@@ -1,11 +1,11 @@
-"""`adapter_names` for what PEFT trains beside LoReFT: each row has its adapter's heads and trained tokens."""
+"""`adapter_names` and what PEFT trains beside LoReFT: each row gets the heads and trained tokens of its adapter."""
 
 import sys
 import threading
 
 import pytest
 import torch
-from conftest import VOCAB, build
+from conftest import DIMENSIONS, VOCAB, build
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -20,7 +20,7 @@ NAMES = ["one", "__base__", "two", "one"]
 def classifier(name="llama"):
     if name != "llama":
         return build(name)
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    sizes = dict(DIMENSIONS, num_hidden_layers=2)
     return LlamaForSequenceClassification(LlamaConfig(vocab_size=VOCAB, pad_token_id=0, num_labels=3, **sizes)).eval()
 
 
@@ -43,7 +43,7 @@ def two_adapters(base, second=None, **fields):
 
 @torch.no_grad()
 def one_by_one(model, names=NAMES):
-    """Logits of each row, of a forward with its adapter alone."""
+    """Return the logits of each row, from a forward with its adapter alone."""
     found = []
     for row, name in enumerate(names):
         if name == "__base__":
@@ -134,7 +134,7 @@ def test_nothing_is_left_after_an_error():
 
 
 def test_names_count_in_their_own_thread():
-    """Other threads hand other names to the same heads, or none, at the same time."""
+    """At the same time other threads hand other names, or none, to the same heads."""
     head = classifier()
     model = two_adapters(head, task_type="SEQ_CLS").get_base_model().score
     hidden = torch.randn(2, 32)

@@ -13,7 +13,7 @@ IDS = torch.randint(3, VOCAB, (3, 9), generator=torch.Generator().manual_seed(5)
 
 
 def saved(tmp_path, name, seed, **kwargs):
-    """An adapter in a folder, and its logits."""
+    """Save an adapter; return its folder and its logits."""
     model = get_peft_model(build("llama"), LoReftConfig(**{"task_type": "CAUSAL_LM", "r": 4, **kwargs})).eval()
     randomise(model, seed=seed)
     model.save_pretrained(tmp_path / name)
@@ -28,7 +28,7 @@ def logits(model, **kwargs):
 @pytest.mark.parametrize(
     "fields", [{}, dict(tie="group"), dict(tie="model"), dict(intervention="red", r=8, gate=True)], ids=str
 )
-def test_hotswap(tmp_path, fields):
+def test_a_swapped_in_adapter_computes_as_a_loaded_one(tmp_path, fields):
     first, expected_first = saved(tmp_path, "first", 1, **fields)
     second, expected_second = saved(tmp_path, "second", 2, **fields)
     model = PeftModel.from_pretrained(build("llama"), first).eval()
@@ -43,7 +43,7 @@ def test_hotswap(tmp_path, fields):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize("warm", [False, True])
 def test_hotswap_under_compile(tmp_path, warm):
-    """The compiled graph goes on with the new weights: nothing is compiled again."""
+    """The compiled graph runs with the new weights, and nothing is compiled again."""
     first, expected_first = saved(tmp_path, "first", 1)
     second, expected_second = saved(tmp_path, "second", 2)
     model = PeftModel.from_pretrained(build("llama"), first).eval()
@@ -91,7 +91,7 @@ def test_names_and_merged_adapters(tmp_path):
 @pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.filterwarnings("ignore:Adapter other was active:UserWarning")
 def test_loading_and_dropping_while_generating_in_another_thread(tmp_path, by_row):
-    """Every answer is what the adapter gives that was asked for, whatever comes and goes beside it."""
+    """Every answer is that of the adapter that was asked for, whatever is loaded and dropped beside it."""
     first, _ = saved(tmp_path, "first", 1, positions="f2+l2+g")
     other, _ = saved(tmp_path, "other", 2, positions="all", r=2, tie="group")
     model = PeftModel.from_pretrained(build("llama"), first).eval()

@@ -1,4 +1,4 @@
-"""Interchange interventions: b + Rᵀ(Rs − Rb), s from a run on another input."""
+"""Interchange interventions: b + Rᵀ(Rs − Rb), with s from a run on another input."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def rotation(model):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("positions", ["l1", "f2+l2", "p"])
 def test_the_subspace_is_the_source_s(family, positions):
-    """By the formula, token by token, from hidden states of plain runs."""
+    """Edited states equal the formula, token by token, from the hidden states of plain runs."""
     model = adapted(family, positions=positions)
     b, s = block_output(model, input_ids=BASE), block_output(model, input_ids=SOURCE)
     with interchange(model, {"input_ids": SOURCE}):
@@ -53,7 +53,7 @@ def test_the_subspace_is_the_source_s(family, positions):
 
 
 def test_positions_of_their_own_in_base_and_source():
-    """The k-th slot of the source goes to the k-th of the base; where either is empty, nothing happens."""
+    """The k-th slot of the source goes to the k-th slot of the base. If either is empty, nothing happens."""
     model = adapted()
     b, s = block_output(model, input_ids=BASE), block_output(model, input_ids=SOURCE)
     there, here = torch.tensor([[1, 5], [0, -1], [2, 3]]), torch.tensor([[2, 7], [4, 6], [-1, 0]])
@@ -66,7 +66,7 @@ def test_positions_of_their_own_in_base_and_source():
 
 
 def test_texts_of_different_lengths_and_padding():
-    """`l1` is the last real token in each."""
+    """`l1` names the last real token of each text."""
     model = adapted()
     source = torch.cat([torch.zeros(3, 4, dtype=torch.long), SOURCE], 1)
     mask = (torch.arange(12) >= 4).long().expand(3, -1)
@@ -77,7 +77,7 @@ def test_texts_of_different_lengths_and_padding():
 
 
 def test_subspaces_and_two_sources():
-    """Rows 0-1 from one source and 2-3 from another; per row, too."""
+    """Coordinates 0-1 come from one source and 2-3 from another; each row of a batch may name its own."""
     model = adapted()
     r = rotation(model)
     b, s, t = (block_output(model, input_ids=ids) for ids in (BASE, SOURCE, OTHER))
@@ -96,8 +96,8 @@ def test_subspaces_and_two_sources():
 
 
 @pytest.mark.parametrize("settings", [{}, dict(num_beams=2), dict(use_cache=False)], ids=str)
-def test_generate(settings):
-    """An exchange of everything at the last prompt token of every layer: the source's first token comes out."""
+def test_generate_writes_what_the_source_says(settings):
+    """If every layer exchanges all of the last prompt token, `generate` writes the source's first token."""
     model = adapted(r=32, layers="all")
     settings = dict(max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True, **settings)
     mask = torch.ones_like(BASE)
@@ -117,7 +117,7 @@ def test_generate(settings):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
 def test_r_is_trained(checkpointing):
-    """The gradient of R by autograd through the formula; and nothing else moves."""
+    """R gets the gradient that autograd finds through the formula, and nothing else moves."""
     model = adapted(layers=[LAYERS - 1]).train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -157,7 +157,7 @@ def test_a_run_within_a_context_is_not_mistaken_for_the_source():
 
 
 def test_beside_an_adapter_of_another_kind():
-    """The source runs with it, too."""
+    """The source run edits with that adapter, too."""
     model = adapted(r=32, layers=[LAYERS - 1])
     tuned = LoReftConfig(task_type="CAUSAL_LM", r=2, positions="l1", layers=[0], init_weights=False)
     model.add_adapter("tuned", tuned)
@@ -168,13 +168,13 @@ def test_beside_an_adapter_of_another_kind():
 
 
 class Block(nn.Sequential):
-    """A module of one's own says how large its output is."""
+    """A user's own module, which says how large its output is."""
 
     out_features = 16
 
 
 def test_a_classifier_and_a_network_without_tokens():
-    """The hidden states of a network of one's own count as tokens: (batch, 1, d)."""
+    """The hidden states of a user's own network count as tokens: (batch, 1, d)."""
     torch.manual_seed(0)
     network = nn.Sequential(Block(nn.Linear(6, 16), nn.ReLU()), Block(nn.Linear(16, 16), nn.ReLU()), nn.Linear(16, 2))
     fields = dict(intervention="interchange", target_modules="1", positions="f1", r=16)
@@ -208,7 +208,7 @@ def test_without_a_source_nothing_is_edited():
     assert torch.equal(model(input_ids=BASE).logits, expected)
 
 
-def test_errors():
+def test_what_cannot_be_exchanged_raises():
     plain = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="no active adapter with intervention='interchange'"), interchange(plain, {}):
         pass
@@ -226,7 +226,7 @@ def test_errors():
     test_without_a_source_nothing_is_edited()
 
 
-def test_accuracy():
+def test_accuracy_counts_rows_whose_labels_are_all_right():
     logits = torch.eye(4)[torch.tensor([1, 2, 3])]
     assert interchange_accuracy(logits, torch.tensor([1, 2, 0])) == pytest.approx(2 / 3)
     # Of a causal language model: the logits of a token tell the next; a row is right if all its labels are.

@@ -38,7 +38,7 @@ def test_several_prompts_and_a_chat(capsys, tokenizer):
 
 
 def test_a_batch_is_read_as_the_model_reads_it(capsys, tokenizer):
-    """Padding is left out; labels say where the answer begins; given positions are used."""
+    """Padding is left out, labels say where the answer begins, and given positions are used."""
     ids = torch.tensor([[0, 0, 9, 10, 11, 12], [9, 10, 11, 12, 13, 14]])
     batch = {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": ids.masked_fill(ids < 12, -100)}
     config = LoReftConfig(task_type="CAUSAL_LM", positions="l1+g")
@@ -79,7 +79,7 @@ def test_what_cannot_be_shown(tokenizer, given):
     ("positions", "tie"), [("f1+l2", "layer"), ("f1+l2", "group"), ("p", "layer"), ("all", "group")]
 )
 def test_edit_norms(family, positions, tie):
-    """‖Φ(h) − h‖ / ‖h‖ from the hidden states of two runs, which differ from the edited block on."""
+    """Norms equal ‖Φ(h) − h‖ / ‖h‖ from the hidden states of an edited and a plain run."""
     layer = 1
     config = LoReftConfig(task_type="CAUSAL_LM", r=4, positions=positions, tie=tie, layers=[layer])
     model = get_peft_model(build(family), config).train()
@@ -123,7 +123,7 @@ def test_edit_norms_of_layers_and_adapters():
     assert (~np.isnan(norms)).tolist() == [[[True, False, False, False]], [[False, False, False, True]]]
 
 
-def test_plot():
+def test_a_plot_shows_the_norms_and_the_tokens():
     import matplotlib
 
     matplotlib.use("Agg")

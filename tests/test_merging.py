@@ -155,14 +155,14 @@ def test_merged_tied_embeddings_can_be_saved(tmp_path):
 
 @torch.no_grad()
 def without_offset(model):
-    """No b, and so nothing for a bias."""
+    """Zero every b, so that merging needs no bias."""
     for name, parameter in model.named_parameters():
         if name.endswith("default.b"):
             parameter.zero_()
 
 
 def test_a_new_bias_is_refused_unless_asked_for():
-    """TRL merges, sends `named_parameters()` by the base's names, and merges out: a bias would be lost on the way."""
+    """TRL merges, sends `named_parameters()` by the base's names, and unmerges. A new bias would not be sent."""
     model = adapted(component="mlp")
     before, names = logits(model), [name for name, _ in model.named_parameters()]
     with pytest.raises(ValueError, match=r"a Linear without a bias would get one.*TRL.*new_parameters=True"):
@@ -188,7 +188,7 @@ def test_an_edit_without_an_offset_needs_no_bias():
 
 
 def sent_by_trl(model):
-    """What TRL gives vLLM, by the base's names."""
+    """Return what TRL gives vLLM, by the base's names."""
     from trl.generation.vllm_generation import VLLMGeneration
 
     class Alone:
@@ -204,7 +204,7 @@ def sent_by_trl(model):
 
 @torch.no_grad()
 def rolled_out(family, weights):
-    """Logits of the model that vLLM would have: parameters by name, those it does not know left out."""
+    """Return the logits of the model that vLLM would have, with parameters by name and unknown ones left out."""
     base = build(family)
     for name, parameter in base.named_parameters():
         parameter.copy_(weights[name])

@@ -1,8 +1,8 @@
-"""Every family: inject, train, count, and find blocks; what is wrong with a model raises."""
+"""Every family: injection, training, parameter counts, finding blocks; errors that a model can cause."""
 
 import pytest
 import torch
-from conftest import CAUSAL, HIDDEN, LAYERS, SEQ_CLS, VOCAB, build, randomise
+from conftest import CAUSAL, DIMENSIONS, HIDDEN, LAYERS, SEQ_CLS, VOCAB, build, randomise
 from peft import TaskType, get_peft_model
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
@@ -25,7 +25,7 @@ def batch(task="CAUSAL_LM"):
 
 
 def one_step(model, inputs):
-    """Gradients of one step, and the parameters before it."""
+    """Return the gradients of one step, and the parameters before it."""
     model.train()
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in trainable.items()}
@@ -73,7 +73,7 @@ def test_identity_at_the_start(family):
 @pytest.mark.parametrize("component", ["block", "attention", "mlp"])
 @pytest.mark.parametrize("family", CAUSAL)
 def test_the_edit_lands_on_the_output_of_that_module_at_those_tokens(family, component):
-    """Against a second copy of the model in which plain hooks, written here, do the edit."""
+    """Compared with a copy of the model in which plain hooks, written here, make the edit."""
     config = LoReftConfig(task_type="CAUSAL_LM", r=R, positions="f2+l1", layers=[1], component=component)
     model = get_peft_model(build(family), config).eval()
     randomise(model)
@@ -112,7 +112,7 @@ def test_hidden_states_show_what_the_next_block_gets():
     "layers, expected",
     [("all", [0, 1, 2]), ([0, -1], [0, 2]), ("1-", [1, 2]), ("0;2", [0, 2]), (-1, [2]), ("-2--1", [1, 2])],
 )
-def test_layers(layers, expected):
+def test_the_chosen_layers_are_edited(layers, expected):
     model = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", layers=layers))
     edited = [i for i, block in enumerate(model.get_base_model().model.layers) if hasattr(block, "loreft")]
     assert edited == expected
@@ -162,7 +162,7 @@ def test_a_linear_target_has_the_size_of_its_output():
         ("model", (R, HIDDEN), 1),
     ],
 )
-def test_ties(tie, shape, modules):
+def test_tie_says_which_tokens_share_weights(tie, shape, modules):
     """`tie` decides which tokens share weights: the edit of each token is the formula with its own weights."""
     config = LoReftConfig(task_type="CAUSAL_LM", r=R, positions="f3+l2", tie=tie, init_weights=False)
     model = get_peft_model(build("llama"), config).eval()
@@ -279,7 +279,7 @@ def test_no_blocks_found_lists_the_candidates():
 
 
 class Attending(nn.Module):
-    """A network of one's own, without a config that says sizes: (batch, seq) of ids to (batch, seq, 3)."""
+    """A user's own network, without a config that says sizes: ids (batch, seq) to (batch, seq, 3)."""
 
     def __init__(self):
         super().__init__()
@@ -337,7 +337,7 @@ def test_a_target_outside_the_encoder_and_the_decoder_is_refused():
 
 
 def test_a_part_of_the_model_called_by_itself():
-    """The backbone is given token ids and reads them; a block is given hidden states alone and says so."""
+    """The backbone gets token ids and reads them. A block gets hidden states alone, and raises."""
     model = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", r=R)).eval()
     randomise(model)
     base, ids = model.get_base_model(), batch()["input_ids"]
@@ -421,7 +421,7 @@ def test_a_four_dimensional_mask_raises():
 @pytest.mark.parametrize("checkpointing", [{"use_reentrant": False}, {"use_reentrant": True}], ids=str)
 @pytest.mark.cell("Gradient checkpointing", "a training loop of your own")
 def test_gradient_checkpointing_changes_no_gradient(checkpointing):
-    """Two forwards with different prompts before one backward (as in DPO): each is recomputed with its own."""
+    """Two forwards with different prompts come before one backward, as in DPO. Each recomputes its own prompts."""
 
     def run(checkpointing):
         model = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", r=R)).train()
@@ -443,7 +443,7 @@ def test_gradient_checkpointing_changes_no_gradient(checkpointing):
 
 
 def test_each_of_several_groups_is_trained_by_its_own_tokens_alone():
-    """Open-ended groups are computed one by one; only generated tokens are edited in the second, and here are none."""
+    """Open-ended groups are computed one by one. The second edits generated tokens alone, and here there are none."""
     config = LoReftConfig(task_type="CAUSAL_LM", r=R, positions="p+g", tie="group", layers=[0])
     model = get_peft_model(build("llama"), config).eval()
     randomise(model)
@@ -455,7 +455,7 @@ def test_each_of_several_groups_is_trained_by_its_own_tokens_alone():
 
 @pytest.mark.parametrize("tie", ["layer", "model"])
 def test_one_decomposition_a_training_forward(monkeypatch, tie):
-    """... for all layers, not one for each."""
+    """All layers share one decomposition."""
     shapes = []
     original = rotation.orthonormalise
     monkeypatch.setattr(rotation, "orthonormalise", lambda a: shapes.append(tuple(a.shape)) or original(a))
@@ -470,7 +470,7 @@ def test_one_decomposition_a_training_forward(monkeypatch, tie):
 
 def test_each_tower_is_edited_at_its_own_positions():
     """A model of texts and images: 7 tokens of two texts, 17 patches of three images."""
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    sizes = dict(DIMENSIONS, num_hidden_layers=2)
     tokens = dict(vocab_size=64, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     config = CLIPConfig(
         text_config=sizes | tokens, vision_config=dict(sizes, image_size=32, patch_size=8), projection_dim=16

@@ -1,4 +1,4 @@
-"""What PEFT's users do with any method: shorthands, layers' contracts, second tries, state dicts, adapters' names."""
+"""What users do with any method of PEFT: shorthands, contracts of layers, second tries, state dicts, adapter names."""
 
 import copy
 import warnings
@@ -35,7 +35,7 @@ def config(**kwargs):
 
 
 def randomise_all(model, seed=1):
-    """Adapters, and whatever is trained besides."""
+    """Randomise adapters and all that is trained beside them."""
     randomise(model, seed=seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -104,7 +104,7 @@ def test_casting_of_inputs_may_be_switched_off_and_changes_nothing():
     assert all(layer.cast_input_dtype_enabled for layer in layers(model))
 
 
-def test_status():
+def test_pefts_status_functions_see_the_adapters():
     model = get_peft_model(build("llama"), config())
     model.add_adapter("second", config(layers=[0]))
     status = get_model_status(model)
@@ -154,7 +154,7 @@ def test_all_linear_leaves_out_a_pooler_which_reads_no_tokens():
 
 
 def keys_and_model(narrow, compiled=False, **wide):
-    """A state dict of `config(**wide)`, and a model injected from its keys with another config."""
+    """Return a state dict of `config(**wide)`, and a model injected from its keys with another config."""
     given = get_peft_model_state_dict(inject_adapter_in_model(config(**wide), build("llama")))
     base = torch.compile(build("llama"), backend="eager") if compiled else build("llama")
     return given, inject_adapter_in_model(narrow, base, state_dict=given)
@@ -181,7 +181,7 @@ def test_injection_follows_the_keys_of_a_state_dict(narrow, wide):
 
 
 def test_of_weights_tied_over_the_model_the_config_says_the_layers():
-    """Keys name the first layer alone."""
+    """The keys of its state dict name the first layer alone."""
     _, model = keys_and_model(config(tie="model", layers=[0, 2]), tie="model", layers=[0, 2])
     assert len(layers(model)) == 2
 

@@ -30,7 +30,7 @@ def test_the_member_is_a_member_like_any_other():
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_pickle(protocol):
+def test_the_type_and_a_config_survive_pickling(protocol):
     assert pickle.loads(pickle.dumps(PeftType.LOREFT, protocol)) is PeftType.LOREFT
     config = LoReftConfig(r=3, positions={"0": "f1", "1-": "l2"}, target_modules=None)
     assert pickle.loads(pickle.dumps(config, protocol)) == config

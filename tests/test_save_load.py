@@ -1,4 +1,4 @@
-"""What is saved, that it comes back bit for bit, and what a file that does not fit says."""
+"""What is saved comes back bit for bit; a file that does not fit raises."""
 
 import json
 import os
@@ -19,7 +19,7 @@ IDS = torch.randint(3, VOCAB, (2, 11), generator=torch.Generator().manual_seed(5
 
 
 def trained(base, **kwargs):
-    """An adapter after a few optimiser steps: its raw parameters are not orthonormal where the last step left them."""
+    """Return an adapter after some optimiser steps. Its stored R is not orthonormal after the last of them."""
     config = LoReftConfig(**{"task_type": "CAUSAL_LM", "r": 4, "positions": "f2+l2", **kwargs})
     model = get_peft_model(base, config)
     randomise(model)
@@ -146,7 +146,7 @@ def test_named_adapters_and_auto_classes(tmp_path):
 
 
 def test_the_model_card_loads_the_adapter(tmp_path):
-    """The snippet is run as a reader would: copied from the card, beside the folder, in a process of its own."""
+    """The snippet runs as a reader would run it: copied from the card, beside the folder, in a process of its own."""
     build("llama").save_pretrained(tmp_path / "base")
     model = trained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
     model.save_pretrained(tmp_path / "my-adapter")
@@ -185,7 +185,7 @@ def test_a_card_that_somebody_wrote_is_kept_and_our_part_renewed(tmp_path):
     ],
 )
 def test_the_model_card_asks_as_the_training_data_did(template, said, asked, tmp_path):
-    """TRL's card, which a trainer writes over ours, has an example in the chat template."""
+    """A trainer writes TRL's card over ours. Its example uses the chat template."""
     utils = pytest.importorskip("trl.trainer.utils")
     model = trained(build("llama"))
     model.peft_config["default"].response_template = template

@@ -33,7 +33,7 @@ def adapted(layers=(1,), **kwargs):
 
 @torch.no_grad()
 def block_output(model, **kwargs):
-    """What the edited block returns."""
+    """Return what the edited block returns."""
     seen = {}
     block = model.get_base_model().model.layers[1]
     handle = block.register_forward_hook(lambda module, args, output: seen.update(out=output.clone()))
@@ -58,7 +58,7 @@ def test_the_edit_is_the_sum_of_those_of_disjoint_subspaces(formula, positions, 
 
 
 def test_an_edit_within_a_subspace_by_the_formula():
-    """Rᵀ m ⊙ (Wh + b − Rh) with m = 1 on the rows that were named."""
+    """The edit is Rᵀ m ⊙ (Wh + b − Rh), with m = 1 on the rows that were named."""
     model = adapted(positions="l1")
     with model.disable_adapter():
         h = block_output(model)
@@ -71,7 +71,7 @@ def test_an_edit_within_a_subspace_by_the_formula():
 
 
 @pytest.mark.parametrize("kind", ["lists", "tensor"])
-def test_each_row_its_own(kind):
+def test_each_row_has_its_own_subspaces(kind):
     model = adapted(layers=(0, 1, 2))
     rows = [[0, 1], [2], []]
     given = rows if kind == "lists" else torch.tensor([[0, 1], [-1, 2], [-1, -1]])
@@ -83,8 +83,8 @@ def test_each_row_its_own(kind):
 
 @pytest.mark.parametrize("settings", [{}, dict(num_beams=2), dict(use_cache=False)], ids=str)
 @pytest.mark.parametrize("positions", ["f2+l2", "all"])
-def test_generate(settings, positions):
-    """Rows of a batch equal each row alone; beams, too."""
+def test_generate_edits_within_each_rows_subspaces(settings, positions):
+    """Rows of a batch equal each row alone, also with beams."""
     model = adapted(layers=(0, 1, 2), positions=positions)
     rows = [[0, 1], [2, 3], [0, 1, 2, 3]]
     settings = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, **settings)
@@ -114,7 +114,7 @@ def test_training_moves_only_the_rows_in_use(checkpointing):
 
 
 def test_training_a_rotation_keeps_the_subspaces_apart():
-    """R is orthonormal as a whole: rows 2-3 stay orthogonal to 0-1, whichever of them are trained."""
+    """R is orthonormal as a whole: rows 2-3 stay orthogonal to rows 0-1, whichever are trained."""
     model = adapted().train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     labels = IDS.clone()
@@ -155,7 +155,7 @@ def test_the_collator_takes_them_from_the_examples():
     ],
     ids=str,
 )
-def test_bad_ones(subspaces, words):
+def test_subspaces_that_do_not_fit_raise(subspaces, words):
     model = adapted()
     with pytest.raises(ValueError, match=words):
         model(input_ids=IDS, subspaces=subspaces)

@@ -1,4 +1,4 @@
-"""The committed table has the rows that the tests have, is what its results say, and no row fails."""
+"""The committed table has a row for each marked test, says what the results say, and no row fails."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""One model, several threads: what each computes is what it computes alone, and what fails leaves nothing behind."""
+"""One model, several threads: each computes what it computes alone, and a failure leaves nothing behind."""
 
 import sys
 import threading
@@ -33,13 +33,13 @@ def adapted(spec="f2+l2+g3", **fields):
 
 
 def prompt(number, rows=1):
-    """Of a length of its own."""
+    """Make a prompt of a length of its own."""
     generator = torch.Generator().manual_seed(number)
     return torch.randint(6, 40, (rows, 4 + 3 * number), generator=generator)
 
 
 def together(*jobs):
-    """What each of the functions returns, all of them begun at once in threads of their own."""
+    """Start the functions at once, each in a thread of its own; return their results."""
     barrier = threading.Barrier(len(jobs))
 
     def run(job):
@@ -51,7 +51,7 @@ def together(*jobs):
 
 
 def written(model, ids, **options):
-    """(rows, tokens, vocabulary): the logits of a greedy answer."""
+    """Return the logits (rows, tokens, vocabulary) of a greedy answer."""
     options = {"max_new_tokens": 6, "do_sample": False, **options}
     out = model.generate(ids, return_dict_in_generate=True, output_logits=True, **options)
     return torch.stack(out.logits, 1)
@@ -65,7 +65,7 @@ def alike(found, expected):
 
 @pytest.mark.parametrize("spec", ["f2+l2", "f2+l2+g3", "all"])
 def test_streams_at_once(spec):
-    """As a web server does it: one `generate` in a thread for each request, whose words are read while they come."""
+    """As a web server does, run `generate` in a thread for each request and read its words as they come."""
     model, tokenizer = adapted(spec, **MARKS), make_tokenizer()
     prompts = [prompt(number) for number in range(THREADS)]
     expected = [written(model, ids) for ids in prompts]
@@ -134,7 +134,7 @@ def loss_and_gradients(model, number):
 
 
 def test_forwards_with_labels_beside_generate():
-    """Evaluation, a gradient for each thread, plain forwards, a part of the model, `generate`: none sees another's."""
+    """Evaluation, gradients, plain forwards and `generate` run at once and see nothing of each other."""
     model = adapted("f2+l2+g3")
     base = model.get_base_model()
 
@@ -163,7 +163,7 @@ def test_forwards_with_labels_beside_generate():
 
 
 def test_training_forwards_at_once():
-    """In training mode, each with its own labels, as threads of a parameter server do."""
+    """Threads of a parameter server do so: training mode, each with its own labels."""
     model = adapted("f2+l2").train()
     jobs = [lambda n=n: loss_and_gradients(model, n) for n in range(1, 7)]
     alone = [job() for job in jobs]
@@ -172,7 +172,7 @@ def test_training_forwards_at_once():
 
 
 def test_two_models_in_one_thread():
-    """A model that runs inside a forward of another, as a judge does in a logits processor."""
+    """A model runs inside a forward of another, as a judge in a logits processor does."""
     model, judge = adapted(), adapted("all")
 
     class Judge(LogitsProcessor):
@@ -187,7 +187,7 @@ def test_two_models_in_one_thread():
 
 
 def test_one_model_inside_itself():
-    """`generate`, and a forward with labels, between two steps of `generate`."""
+    """`generate` and a forward with labels run between two steps of `generate`."""
     model, inner, losses = adapted(), [], []
 
     class Again(LogitsProcessor):
@@ -259,7 +259,7 @@ def test_a_forward_that_fails_leaves_nothing_behind(error, place):
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=["error", "interrupt"])
 def test_a_part_by_itself_after_a_failure_is_outside_of_any_forward(error):
-    """A block is told no positions by a forward that is over."""
+    """A forward that is over gives a block no positions."""
     model = adapted()
     base = model.get_base_model()
     handle = base.model.layers[2].register_forward_hook(Fails(error))
@@ -308,7 +308,7 @@ _RENAMED = "ignore:`gradient_checkpointing_:FutureWarning"  # transformers 5.23'
 @pytest.mark.parametrize("reentrant", [None, False, True], ids=["kept", "not reentrant", "reentrant"])
 @pytest.mark.parametrize("spec", ["f2+l2", "l1+g", "all"])
 def test_backward_in_another_thread(spec, reentrant):
-    """Recomputing asks for positions where no forward runs; two forwards come before either backward."""
+    """Recomputation asks for positions when no forward runs. Two forwards come before either backward."""
     expected = []
     for number in (1, 2):
         model = adapted(spec).train()
@@ -340,7 +340,7 @@ def test_backward_in_another_thread(spec, reentrant):
 @pytest.mark.filterwarnings(_RENAMED)
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
 def test_backward_beside_forwards_of_other_threads(reentrant):
-    """What is recomputed in this thread, while others generate and run forwards of their own."""
+    """This thread recomputes while others generate and run forwards of their own."""
     model = adapted("f2+l2").train()
     right = loss_and_gradients(model, 3)[1:]
     answers = [model.eval() and written(model, prompt(n)) for n in (1, 2)]

@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import pytest
-from conftest import build
 from datasets import Dataset
 from test_cli import ROWS, rows_file, train_arguments
 
@@ -23,15 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture
-def model_id(tmp_path, tokenizer):
-    build("llama").save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return str(tmp_path / "model")
-
-
-@pytest.fixture
 def trained_on(monkeypatch):
-    """The rows that reach the trainer, (training, evaluation), without training."""
+    """Return the rows that reach the trainer, (training, evaluation), without training."""
     seen = []
 
     class Reached(Exception):

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from conftest import VOCAB, randomise
+from conftest import VOCAB, WIDER, randomise
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -20,8 +20,7 @@ def quantised(tmp_path_factory):
     gptqmodel = pytest.importorskip("gptqmodel")
     full, folder = tmp_path_factory.mktemp("full"), tmp_path_factory.mktemp("gptq")
     torch.manual_seed(0)
-    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-    LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **sizes)).save_pretrained(full)
+    LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **WIDER)).save_pretrained(full)
     save_tokenizer(full)
     model = gptqmodel.GPTQModel.load(str(full), gptqmodel.QuantizeConfig(bits=4, group_size=32), device="cpu")
     ids = torch.randint(3, VOCAB, (8, 1, 64))

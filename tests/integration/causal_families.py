@@ -1,17 +1,18 @@
 """Every causal language model of transformers, built tiny: the sizes that each of their configs needs.
 
-A name that is in none of these tables is built with `SIZES` alone.
+A family that stands in none of these tables is built with `SIZES` alone.
 """
 
 import inspect
 from typing import Any
 
+import conftest
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-D, LAYERS, VOCAB = 32, 2, 64
+D, LAYERS, VOCAB = conftest.HIDDEN, 2, conftest.VOCAB
 
 NOT_BUILT = {
     "gemma3n": "its image tower needs `timm`; `gemma3n_text` is tried",
@@ -23,20 +24,14 @@ NOT_BUILT = {
 """Families that cannot be built tiny, or do not run by themselves, and why."""
 
 SIZES: dict[str, Any] = dict(
-    vocab_size=VOCAB,
-    hidden_size=D,
-    d_model=D,
-    intermediate_size=48,
+    conftest.SIZES,
     num_hidden_layers=LAYERS,
-    num_attention_heads=4,
+    d_model=D,
     num_key_value_heads=2,
     head_dim=8,
     max_position_embeddings=64,
     n_positions=64,
     sliding_window=4,  # less than the prompts, so that caches forget
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
     is_decoder=True,
     # Linear attention
     linear_head_dim=8,
@@ -74,17 +69,15 @@ LATENT = dict(
     head_dim=4,
     num_key_value_heads=4,
 )
-"""Of those whose attention is latent, as DeepSeek's."""
+"""For latent attention, such as DeepSeek's."""
 
 VISION = dict(
     hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=4, patch_size=2
 )
 PART = dict(
-    vocab_size=VOCAB,
-    hidden_size=D,
-    intermediate_size=48,
+    conftest.DIMENSIONS,
     num_hidden_layers=LAYERS,
-    num_attention_heads=4,
+    vocab_size=VOCAB,
     num_key_value_heads=2,
     max_position_embeddings=64,
 )
@@ -172,7 +165,7 @@ NAMES = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(NOT_BUILT))
 
 
 def build(name: str) -> PreTrainedModel:
-    """A tiny random model of that family, in float32."""
+    """Build a tiny random model of that family, in float32."""
     config_class = CONFIG_MAPPING[name]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config_class(**_sizes(config_class))).float().eval()
@@ -182,7 +175,7 @@ def build(name: str) -> PreTrainedModel:
 
 
 def _sizes(config: type[PretrainedConfig]) -> dict[str, Any]:
-    """The sizes that a config of that class has fields for, its parts' among them."""
+    """Return the sizes that a config of that class, or of its parts, has fields for."""
     special = SPECIAL.get(config.model_type, {})
     fields = set(inspect.signature(config).parameters) | set(config.attribute_map)
     sizes = _known(SIZES | (LATENT if "kv_lora_rank" in fields else {}), config, fields)

@@ -1,7 +1,6 @@
 """Tiny data sets, built in code: no network."""
 
 import gc
-from dataclasses import fields
 
 import datasets
 import pytest
@@ -11,26 +10,22 @@ datasets.disable_progress_bars()
 
 @pytest.fixture(scope="package", autouse=True)
 def _imports_are_no_garbage():
-    """Every `train` collects garbage (accelerate), most of the time of a tiny one: leave out all that stays anyway."""
+    """Keep imported objects out of the garbage collection in each `train`, the most of a tiny training's time."""
     gc.collect()
     gc.freeze()
     yield
     gc.unfreeze()
 
 
-def arguments(config, **settings):
-    """`config(**settings)`, by the names of the version of transformers that is installed."""
-    if "activation_checkpointing" not in {field.name for field in fields(config)}:
-        settings = {name.replace("activation_", "gradient_"): value for name, value in settings.items()}
-    return config(**settings)
+@pytest.fixture
+def spy(monkeypatch):
+    """Return a `Spy`, which records the edited tokens after `watch(model)`."""
+    from .spy import Spy  # here: shape_checks.py must come before the package is imported
+
+    return Spy(monkeypatch)
 
 
-def checkpoints(args):
-    """Whether training recomputes activations."""
-    return getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing
-
-
-# (prompt, completion): long and short, one prompt of two tokens, fewer than f2+l2 want.
+# (prompt, completion): long and short ones, and a prompt of two tokens, fewer than f2+l2 asks for.
 PAIRS = [
     ("a b c d e f", "1 2 3"),
     ("g h i", "4 5"),

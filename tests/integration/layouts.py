@@ -1,4 +1,4 @@
-"""What two gloo processes run for `test_distributed.py`; results go to a file for each scenario and rank."""
+"""Scenarios that two gloo processes run for `test_distributed.py`. Each rank writes its results to a file."""
 
 import contextlib
 import os
@@ -25,7 +25,7 @@ WORLD, STEPS, PROMPTS = 2, 5, (7, 4)
 
 
 def batch(rank=None):
-    """Two rows a rank, with as many supervised tokens on each, so that the mean of means is the mean."""
+    """Return two rows for a rank. Ranks have equally many supervised tokens, so that the mean of means is the mean."""
     ids = torch.randint(3, VOCAB, (2 * WORLD, 12), generator=torch.Generator().manual_seed(5))
     labels = ids.clone()
     for row in range(len(ids)):
@@ -49,7 +49,7 @@ def whole(tensor):
 
 
 def train(model, inputs, call=None, steps=STEPS):
-    """(gradients of the first step, adapter after the last) in full."""
+    """Train; return the whole gradients of the first step, and the whole adapter after the last."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trainable.values(), lr=1e-2)
     model.train()
@@ -125,7 +125,7 @@ def fsdp_nothing(rank):
 
 
 def tensor_parallel(rank):
-    """The base's own plan on two ranks: between blocks every rank has the whole hidden states."""
+    """Run the base model's own plan on two ranks. Between blocks each rank has the whole hidden states."""
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(os.environ["TP_FOLDER"], tp_plan="auto")
@@ -158,7 +158,7 @@ def finish(processes, seconds):
 
 
 def join(rank, port, **environment):
-    """What a launcher tells a process."""
+    """Set what a launcher tells a process."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(WORLD)}
     os.environ |= {"LOCAL_RANK": str(rank), **environment}
     torch.set_num_threads(1)

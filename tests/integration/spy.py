@@ -1,4 +1,4 @@
-"""Which tokens LoReFT edits, seen where the layers ask for them."""
+"""Record which tokens LoReFT edits, when layers ask for them."""
 
 import torch
 
@@ -6,7 +6,7 @@ from peft_reft.tuner.forward import Forward
 
 
 def expected_offsets(length, first=2, last=2):
-    """Tokens that `f2+l2` edits of a prompt of that many: the paper's rule for short ones."""
+    """Return the tokens that `f2+l2` edits in a prompt of `length` tokens, by the paper's rule for short prompts."""
     if length < first + last:
         first, last = length // 2, (length + 1) // 2
     return frozenset(range(first)) | frozenset(range(length - last, length))
@@ -59,7 +59,7 @@ class Spy:
             target.add((tuple(tokens[prompt].tolist()), frozenset(rank[column] for column in columns)))
 
     def assert_prompts_edited(self, edits):
-        """`f2+l2` of each prompt, and of prompts of several lengths."""
+        """Assert that `f2+l2` was edited in each prompt, and that prompts of several lengths were seen."""
         assert edits and all(offsets == expected_offsets(len(prompt)) for prompt, offsets in edits)
         assert len({len(prompt) for prompt, _ in edits}) > 2
 

@@ -81,7 +81,7 @@ def test_the_tables_name_families_of_transformers():
 
 
 class NoCache(Exception):
-    """None came back."""
+    """The model returned no cache."""
 
 
 def prompts():
@@ -99,7 +99,7 @@ def takes(model, name):
 
 @torch.no_grad()
 def teacher_forced(model, prompt, answer, **kwargs):
-    """Logits of the answer's tokens in one forward over prompt and answer."""
+    """Return the logits of the answer's tokens, from one forward over prompt and answer."""
     ids = torch.cat([prompt, answer])[None]
     labels = ids.clone()
     labels[:, : len(prompt)] = -100
@@ -107,14 +107,14 @@ def teacher_forced(model, prompt, answer, **kwargs):
 
 
 def of_generate(model, prompt, answer):
-    """`generate` gives positions and a mask, from which RoBERTa and its like do not find the same positions."""
+    """Teacher-force with the positions and mask that `generate` gives; RoBERTa would find other positions."""
     length = len(prompt) + len(answer)
     given = {"attention_mask": torch.ones(1, length, dtype=torch.long), "position_ids": torch.arange(length)[None]}
     return teacher_forced(model, prompt, answer, **{name: each for name, each in given.items() if takes(model, name)})
 
 
 def generated(model, rows, **kwargs):
-    """Logits of `generate` and those of one forward, of each row."""
+    """Return each row's logits, from `generate` and from one forward."""
     width = max(map(len, rows))
     sides = [(width - len(row), 0) for row in rows]
     output = model.generate(
@@ -131,7 +131,7 @@ def generated(model, rows, **kwargs):
 
 
 def looped(model, empty):
-    """Logits of a loop of one's own and those of one forward, of each row."""
+    """Return each row's logits, from a user's own loop and from one forward."""
     name = next((name for name in CACHES if takes(model, name)), None)
     if name is None:
         raise NoCache
@@ -142,7 +142,7 @@ def looped(model, empty):
 
 @torch.no_grad()
 def run(model, prompt, answer, **given):
-    """Logits of a loop that feeds the prompt, then one token at a time; and the cache that it leaves, by name."""
+    """Feed the prompt, then one token at a time. Return the logits, and the cache with its name."""
     logits = []
     for piece in [prompt, *answer[:-1, None]] if len(prompt) else answer[:, None]:
         output = model(input_ids=piece[None], use_cache=True, **given)
@@ -163,7 +163,7 @@ WAYS = {
 
 
 def difference(model, way):
-    """The largest difference of two logits, in standard deviations."""
+    """Return the largest difference of two logits, in standard deviations."""
     return max(float((got - expected).abs().max() / expected.std()) for got, expected in WAYS[way](model))
 
 
@@ -228,7 +228,7 @@ def test_inside_blocks_that_return_several_hidden_states(name, component):
 
 
 def test_hidden_states_with_the_tokens_first():
-    """FSMT's, whose edits would fall on other rows' tokens; named modules are refused as well."""
+    """FSMT's edits would fall on other rows' tokens. Named modules are refused as well."""
     sizes = dict(langs=["en", "de"], src_vocab_size=64, tgt_vocab_size=64, d_model=32)
     layers = dict(encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16)
     base = FSMTForConditionalGeneration(FSMTConfig(**sizes, **layers))
@@ -238,7 +238,7 @@ def test_hidden_states_with_the_tokens_first():
 
 @torch.no_grad()
 def test_a_token_that_generate_puts_behind_the_row():
-    """XLM's mask, whose place it fills; the attention mask does not know of it."""
+    """XLM puts a mask token behind the row, which the attention mask does not cover."""
     base, prompt = build("xlm"), prompts()[0]
     modules = ["transformer.ffns.0", "transformer.ffns.1"]
     model = get_peft_model(base, LoReftConfig(task_type="CAUSAL_LM", r=4, positions="f3+l2", target_modules=modules))
@@ -263,7 +263,7 @@ def model_and_prompt(name, spec):
 
 @torch.no_grad()
 def after_the_prompt(model, prompt, answer, cache, **given):
-    """Logits of a loop behind a cache that is filled with the prompt here; and those of one forward."""
+    """Fill a cache with the prompt. Return the logits of a loop behind it, and those of one forward."""
     first = model(**(given or {"input_ids": prompt[None]}), past_key_values=cache, use_cache=True)
     rest = run(model, prompt[:0], answer[:-1], past_key_values=cache)[0]
     return torch.cat([first.logits[0, -1:], rest]), teacher_forced(model, prompt, answer)
@@ -308,7 +308,7 @@ def test_other_caches_and_beginnings(spec):
 @pytest.mark.parametrize("spec, of_prompt, of_answer", [("f3+l2", [0, 1, 2, 7, 8], None), ("g2", None, 2)])
 @torch.no_grad()
 def test_a_quantised_cache(spec, of_prompt, of_answer):
-    """Its keys are rounded, so that its logits are compared with those of positions given."""
+    """Its keys are rounded, so its logits are compared with those for given positions."""
     model, prompt = model_and_prompt("llama", spec)
 
     def loop(given):

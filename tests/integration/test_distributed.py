@@ -1,4 +1,4 @@
-"""Two processes on one CPU (gloo): the same gradients, the same adapter as in one."""
+"""Two processes on one CPU (gloo) get the gradients and the adapter of one process."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ SCENARIOS = [
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """(scenario) -> what each rank returned; an error of one of them fails the test that asks."""
+    """Return a function from a scenario to what each rank returned. A rank's error fails the test that asks."""
     folder = tmp_path_factory.mktemp("ranks")
     build("llama").save_pretrained(folder / "base")
     with pytest.MonkeyPatch.context() as patch:

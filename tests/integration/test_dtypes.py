@@ -1,4 +1,4 @@
-"""Half precision: the base in it, the adapter in it, and autocast."""
+"""Half precision: of the base, of the adapter, and by autocast."""
 
 import pytest
 import torch

@@ -6,27 +6,19 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import randomise
+from conftest import HIDDEN as D
+from conftest import SIZES as ALL_SIZES
+from conftest import VOCAB, randomise
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from peft_reft import LoReftConfig
 
-R, D, LAYERS, VOCAB, NEW = 4, 32, 2, 64, 4
+R, LAYERS, NEW = 4, 2, 4
 IMAGE = 60  # the token that stands for a piece of an image
 SPEC = "f2+l2"
 
-SIZES = dict(
-    vocab_size=VOCAB,
-    hidden_size=D,
-    intermediate_size=48,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=4,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+SIZES = dict(ALL_SIZES, num_hidden_layers=LAYERS, max_position_embeddings=64)
 GQA = dict(num_key_value_heads=2)
 HEAD = dict(GQA, head_dim=8)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
@@ -124,7 +116,7 @@ FAMILIES = [
 
 
 def prompts(family, lengths):
-    """Prompts of those lengths; of a vision-language model, each begins with an image of four tokens."""
+    """Return prompts of those lengths; those of a vision-language model begin with an image of four tokens."""
     generator = torch.Generator().manual_seed(3)
     rows = [torch.randint(3, IMAGE, (length,), generator=generator) for length in lengths]
     if "vision_config" in family.sizes:
@@ -178,7 +170,7 @@ def adapted(family, base=None, **kwargs):
 
 
 def traces(model):
-    """What an adapter may leave on a model: names, hooks, attributes."""
+    """Return what an adapter may leave on a model: names, hooks, attributes."""
     return {
         name: (*(len(h) for h in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)), sorted(vars(m)))
         for name, m in model.named_modules()
@@ -186,7 +178,7 @@ def traces(model):
 
 
 def assert_trains(model, family):
-    """One step moves every adapter parameter; the head that PEFT saves with classifiers too, and nothing else."""
+    """Assert that one step moves every parameter of the adapter and of a classifier's head, and nothing else."""
     model.train()
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     own = {name: p for name, p in trainable.items() if "loreft_weights" in name}
@@ -281,7 +273,7 @@ def test_components(family, component, record_property):
 
 
 def test_vision_blocks_as_many_as_text_blocks():
-    """As in InternVL3-1B, which has 24 of both."""
+    """InternVL3-1B has 24 of both."""
     vision = dict(LLAVA["vision_config"], num_hidden_layers=LAYERS)
     family = Family("Llava", dict(LLAVA, vision_config=vision), "LlavaForConditionalGeneration")
     model = adapted(family).get_base_model()
@@ -345,7 +337,7 @@ DECODER = {"T5": r"decoder\.block\.\d+", "Bart": r"model\.decoder\.layers\.\d+"}
 @pytest.mark.parametrize("family", SEQ2SEQ, ids=lambda family: family.name)
 @pytest.mark.cell("Families", "{family.name}: decoder, by `target_modules`")
 def test_decoder_on_request(family, spec, tmp_path):
-    """Its prompt is what it starts with, its answer what it generates."""
+    """A decoder's prompt is what it starts with, and its answer is what it generates."""
     model = adapted(family, positions=spec, target_modules=DECODER[family.name])
     edited = [name for name, _ in model.get_base_model().named_modules() if name.endswith(".loreft")]
     assert len(edited) == LAYERS and all("decoder." in name for name in edited)
@@ -371,7 +363,7 @@ def test_decoder_on_request(family, spec, tmp_path):
 
 @pytest.mark.parametrize("family", SEQ2SEQ, ids=lambda family: family.name)
 def test_decoder_edits_tokens_before_and_after_the_first_label(family):
-    """Columns of the decoder's input: the start token, then the labels one later; none of the padding behind them."""
+    """The decoder's input is the start token, then the labels one column later. Padding behind them is not edited."""
     model = adapted(family, positions="l1+g", target_modules=DECODER[family.name]).eval()
     randomise(model)
     labels = torch.tensor([[5, 6, 7, 8], [5, 6, -100, -100]])

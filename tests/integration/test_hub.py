@@ -40,7 +40,7 @@ def hub():
 
 @pytest.fixture
 def client(hub, tmp_path):
-    """Runs a script as one who has a token, and a cache of their own."""
+    """Return a function that runs a script with a token and a cache of its own."""
 
     def run(script, token=TOKEN, fails=False):
         code = textwrap.dedent(PREAMBLE) + textwrap.dedent(script)
@@ -103,7 +103,7 @@ def test_push_load_revisions_and_private(hub, client):
 
 
 def test_a_trainer_pushes_the_same_card(hub, client):
-    """TRL's trainers write a card of their own over the one that saving made; so does transformers' Trainer."""
+    """The trainers of TRL and transformers write a card of their own over the one that saving wrote."""
     pytest.importorskip("trl")
     client(
         """

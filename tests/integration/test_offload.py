@@ -1,4 +1,4 @@
-"""Weights that are not where the computation is: `device_map` with CPU and disk, accelerate's offloading hooks."""
+"""Offloaded weights: `device_map` with CPU and disk, accelerate's hooks."""
 
 import pytest
 import torch

@@ -2,38 +2,26 @@
 
 import pytest
 import torch
-from conftest import LAYERS, build, randomise
+from conftest import build, randomise
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from peft_reft import LoReftConfig
 
-from .conftest import PAIRS, arguments
-from .spy import Spy
+from .conftest import PAIRS
+from .training import CHECKPOINTING, WARNINGS, arguments, assert_all_moved, logs, trainable
 
-pytestmark = [
-    # PEFT looks for a name in "loreft_", finds TRL's "ref" there by chance, and warns; keys are matched by structure.
-    pytest.mark.filterwarnings("ignore:Adapter name 'ref' should not be contained in the prefix:UserWarning"),
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),  # TRL 1.16's default
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_disable` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
-]
+pytestmark = WARNINGS
 
-CHECKPOINTING = pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 BOTH = pytest.mark.parametrize(
     "which", [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)], ids=lambda which: which[0].__name__
 )
 
 
 def alternating(completions, **kwargs):
-    """Every group has a better and a worse answer."""
+    """Reward every second answer, so that each group has a better and a worse one."""
     return [float(n % 2) for n in range(len(completions))]
-
-
-@pytest.fixture
-def spy(monkeypatch):
-    return Spy(monkeypatch)
 
 
 @pytest.fixture
@@ -42,28 +30,14 @@ def make(tokenizer, tmp_path, spy):
         trainer_class, config_class = which
         if peft_config == "default":
             peft_config = LoReftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2")
-        settings = dict(
-            output_dir=str(tmp_path / "out"),
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=1,
-            save_strategy="no",
-            max_steps=2,
-            per_device_train_batch_size=8,
-            num_generations=2,
-            max_completion_length=5,
-            beta=0.1,
-            learning_rate=1e-2,
-        )
+        settings = dict(num_generations=2, max_completion_length=5, beta=0.1)
         base = build("llama") if model is None else model
         # Rows end at different lengths: a quarter of all tokens end an answer.
         base.generation_config.eos_token_id = [2, *range(48, 64)]
         trainer = trainer_class(
             base,
             reward_funcs=alternating,
-            args=arguments(config_class, **{**settings, **kwargs}),
+            args=arguments(config_class, tmp_path, **{**settings, **kwargs}),
             train_dataset=Dataset.from_list([{"prompt": prompt} for prompt, _ in PAIRS]),
             processing_class=tokenizer,
             peft_config=peft_config,
@@ -76,21 +50,6 @@ def make(tokenizer, tmp_path, spy):
     return make
 
 
-def trainable(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def assert_all_moved(trainer):
-    before = trainable(trainer.model)
-    assert len(before) == 3 * LAYERS
-    trainer.train()
-    assert {n for n, p in trainable(trainer.model).items() if not torch.equal(p, before[n])} == set(before)
-
-
-def logs(trainer, key):
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
 @BOTH
 @CHECKPOINTING
 @pytest.mark.cell(
@@ -99,7 +58,7 @@ def logs(trainer, key):
 )
 def test_rollout_and_training_edit_the_same_tokens(make, spy, which, checkpointing):
     trainer = make(which, activation_checkpointing=checkpointing, max_steps=3)
-    assert_all_moved(trainer)
+    assert_all_moved(trainer.model, trainer.train)
     spy.assert_prompts_edited(spy.rollout)
     assert spy.train == spy.rollout and spy.scored <= spy.rollout
     kl = logs(trainer, "kl")
@@ -111,7 +70,7 @@ def test_rollout_and_training_edit_the_same_tokens(make, spy, which, checkpointi
 @CHECKPOINTING
 @pytest.mark.cell("Trainers: preferences and reinforcement", "GRPO, RLOO: log-probs of rollout and training agree")
 def test_logps_of_rollout_and_training_agree(make, which, checkpointing, monkeypatch):
-    """An adapter of random weights: what generate sampled from is what training scores, token by token."""
+    """With random weights, training scores the distribution that `generate` sampled from, token by token."""
     trainer = make(which, edits=True, activation_checkpointing=checkpointing, max_steps=1)
     sampled, scored, disabled = {}, {}, {}
     generate, score = trainer.model.generate, trainer._get_per_token_logps_and_entropies
@@ -169,7 +128,7 @@ def test_from_a_trained_adapter(make, which, tmp_path, spy):
     model = PeftModel.from_pretrained(build("llama"), tmp_path / "first", is_trainable=True)
     trainer = make(which, model=model, peft_config=None)
     assert set(trainer.model.peft_config) == {"default", "ref"}
-    assert_all_moved(trainer)
+    assert_all_moved(trainer.model, trainer.train)
     assert logs(trainer, "kl")[0] == pytest.approx(0, abs=1e-5)
     assert spy.train == spy.rollout == spy.scored  # the reference edits, too
 
@@ -183,15 +142,15 @@ def test_several_updates_of_one_rollout(make, spy):
         per_device_train_batch_size=4,
         max_steps=4,
     )
-    assert_all_moved(trainer)
+    assert_all_moved(trainer.model, trainer.train)
     assert spy.train == spy.rollout == spy.scored
     spy.assert_prompts_edited(spy.rollout)
 
 
 def test_truncated_answers_may_be_masked(make, spy):
-    """Rows whose answer is masked have no label: the prompt is what the mask leaves."""
+    """A row whose answer is masked has no label. Its prompt is what the mask leaves."""
     trainer = make((GRPOTrainer, GRPOConfig), mask_truncated_completions=True, max_completion_length=2)
-    assert_all_moved(trainer)
+    assert_all_moved(trainer.model, trainer.train)
     assert spy.train == spy.rollout
 
 
@@ -201,7 +160,7 @@ def test_truncated_answers_may_be_masked(make, spy):
     refused="an edit at a few tokens cannot be merged into weights",
 )
 def test_weights_cannot_be_pushed_to_vllm(make):
-    """Before TRL pushes the weights it merges: that must not pass silently, vLLM would roll out the base model."""
+    """TRL merges before it pushes weights. If that passed silently, vLLM would roll out the base model."""
     trainer = make((GRPOTrainer, GRPOConfig))
     with pytest.raises(ValueError, match="cannot be merged"):
         trainer.model.merge_adapter()

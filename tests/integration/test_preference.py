@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import _SIZES, LAYERS, build, randomise
+from conftest import LAYERS, SIZES, build, randomise
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -18,18 +18,12 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from peft_reft import LoReftConfig
 
-from .conftest import PAIRS, arguments
-from .spy import Spy, expected_offsets
+from .conftest import PAIRS
+from .spy import expected_offsets
+from .training import CHECKPOINTING, WARNINGS, arguments, assert_all_moved, logs, trainable
 
-pytestmark = [
-    # PEFT looks for a name in "loreft_", finds TRL's "ref" there by chance, and warns; keys are matched by structure.
-    pytest.mark.filterwarnings("ignore:Adapter name 'ref' should not be contained in the prefix:UserWarning"),
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),  # TRL 1.16's default
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_disable` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
-]
+pytestmark = WARNINGS
 
-CHECKPOINTING = pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 COMPLETIONS = [c for _, c in PAIRS]
 
 
@@ -48,11 +42,6 @@ def judged():
     return Dataset.from_list(rows)
 
 
-@pytest.fixture
-def spy(monkeypatch):
-    return Spy(monkeypatch)
-
-
 def loreft(task="CAUSAL_LM", **kwargs):
     return LoReftConfig(task_type=task, **{"r": 4, "positions": "f2+l2", **kwargs})
 
@@ -62,21 +51,9 @@ def make(tokenizer, tmp_path, spy):
     def make(trainer, config, data, model=None, peft_config="f2+l2", edits=False, **kwargs):
         if isinstance(peft_config, str):
             peft_config = loreft(positions=peft_config)
-        settings = dict(
-            output_dir=str(tmp_path / "out"),
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=1,
-            save_strategy="no",
-            max_steps=2,
-            per_device_train_batch_size=4,
-            learning_rate=1e-2,
-        )
         made = trainer(
             build("llama") if model is None else model,
-            args=arguments(config, **{**settings, **kwargs}),
+            args=arguments(config, tmp_path, **{"per_device_train_batch_size": 4, **kwargs}),
             train_dataset=data,
             processing_class=tokenizer,
             peft_config=peft_config,
@@ -87,21 +64,6 @@ def make(tokenizer, tmp_path, spy):
         return made
 
     return make
-
-
-def trainable(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def assert_all_moved(trainer, count=3 * LAYERS):
-    before = trainable(trainer.model)
-    assert len(before) == count
-    trainer.train()
-    assert {n for n, p in trainable(trainer.model).items() if not torch.equal(p, before[n])} == set(before)
-
-
-def logs(trainer, key):
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
 def logits_of(model):
@@ -125,7 +87,7 @@ def test_dpo_starts_at_its_reference_and_edits_prompts_only(make, preferences, s
         activation_checkpointing=checkpointing,
         max_steps=3,
     )
-    assert_all_moved(trainer)
+    assert_all_moved(trainer.model, trainer.train)
     margins = logs(trainer, "rewards/margins")
     assert margins[0] == pytest.approx(0, abs=1e-6) and all(abs(margin) > 1e-5 for margin in margins[1:])
     assert logs(trainer, "loss")[0] == pytest.approx(torch.log(torch.tensor(2.0)).item(), rel=1e-5)
@@ -136,7 +98,7 @@ def test_dpo_starts_at_its_reference_and_edits_prompts_only(make, preferences, s
 
 
 def test_dpo_reference_is_the_base_model(make, preferences):
-    """With edits that are large, the reference is what the base model says."""
+    """The reference is the base model's output, also beside large edits."""
     trainer = make(DPOTrainer, DPOConfig, preferences, edits=True, activation_checkpointing=False)
     plain = make(DPOTrainer, DPOConfig, preferences, activation_checkpointing=False)
     batch = next(iter(trainer.get_train_dataloader()))
@@ -153,7 +115,7 @@ def test_dpo_reference_is_the_base_model(make, preferences):
 @pytest.mark.parametrize("precompute", [False, True], ids=["", "precomputed"])
 @pytest.mark.cell("Trainers: preferences and reinforcement", 'DPO from a trained adapter (copy "ref")')
 def test_dpo_from_a_trained_adapter(make, preferences, spy, precompute, tmp_path):
-    """TRL copies the adapter to "ref", parameter by parameter, by name: that copy is the reference and stays."""
+    """TRL copies the adapter's parameters by name to "ref". This copy is the reference and does not move."""
     first = get_peft_model(build("llama"), loreft())
     randomise(first)
     first.save_pretrained(tmp_path / "first")
@@ -163,7 +125,7 @@ def test_dpo_from_a_trained_adapter(make, preferences, spy, precompute, tmp_path
         DPOTrainer, DPOConfig, preferences, model=model, peft_config=None, precompute_ref_log_probs=precompute
     )
     assert set(trainer.model.peft_config) == {"default", "ref"}
-    assert_all_moved(trainer)
+    assert_all_moved(trainer.model, trainer.train)
     margins = logs(trainer, "rewards/margins")
     assert margins[0] == pytest.approx(0, abs=1e-5) and abs(margins[1]) > 1e-5
     assert (logits_of(trainer.model) - expected).abs().max() > 1e-3
@@ -174,7 +136,7 @@ def test_dpo_from_a_trained_adapter(make, preferences, spy, precompute, tmp_path
 
 @pytest.mark.cell("Gradient checkpointing", "DPO: two forwards before one backward")
 def test_dpo_checkpointing_changes_nothing(make, preferences):
-    """The policy's forward, then the reference's, then one backward."""
+    """The forwards of policy and reference come before one backward."""
     plain = make(DPOTrainer, DPOConfig, preferences, edits=True, activation_checkpointing=False)
     plain.train()
     for reentrant in (False, True):
@@ -193,7 +155,7 @@ def test_dpo_checkpointing_changes_nothing(make, preferences):
 @pytest.mark.cell("Trainers: preferences and reinforcement", "KTO")
 def test_kto(make, judged, spy, checkpointing):
     trainer = make(KTOTrainer, KTOConfig, judged, activation_checkpointing=checkpointing)
-    assert_all_moved(trainer)
+    assert_all_moved(trainer.model, trainer.train)
     assert logs(trainer, "loss")[0] == pytest.approx(0.5, rel=1e-4)  # policy == reference: 1 - sigmoid(0)
     assert logs(trainer, "rewards/margins")[0] == pytest.approx(0, abs=1e-6)
     spy.assert_prompts_edited(spy.train)
@@ -226,7 +188,7 @@ class TestWithoutLabels:
         trainer = make(*self.CLASSES[which], preferences, peft_config=config)
         # Every prompt has a first token; whether it has a second, such a batch does not say.
         with pytest.warns(UserWarning, match="cannot tell how long the prompts are") if count > 1 else nullcontext():
-            assert_all_moved(trainer, 3 * (LAYERS - 1))
+            assert_all_moved(trainer.model, trainer.train, edits=3 * (LAYERS - 1))
         assert spy.train and {offsets for _, offsets in spy.train} == {frozenset(range(count))}
 
 
@@ -237,7 +199,7 @@ class TestWithoutLabels:
 @pytest.mark.cell("Trainers: preferences and reinforcement", "Reward (sequence classification)")
 def test_reward(make, preferences, spy, checkpointing):
     torch.manual_seed(0)
-    config = LlamaConfig(**_SIZES, num_labels=1)
+    config = LlamaConfig(**SIZES, num_labels=1)
     trainer = make(
         RewardTrainer,
         RewardConfig,
@@ -246,7 +208,7 @@ def test_reward(make, preferences, spy, checkpointing):
         peft_config=loreft("SEQ_CLS", modules_to_save=["score"]),
         activation_checkpointing=checkpointing,
     )
-    assert_all_moved(trainer, 3 * LAYERS + 1)
-    # Prompt and answer together are what is judged.
+    assert_all_moved(trainer.model, trainer.train, others=1)
+    # A reward model judges prompt and answer together.
     assert all(offsets == expected_offsets(len(tokens)) for tokens, offsets in spy.train)
     assert len(spy.train) == 16

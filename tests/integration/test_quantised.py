@@ -1,8 +1,8 @@
-"""Bases in 4 and 8 bits: the adapter trains, is saved, and fits the quantised and the full base."""
+"""Base models in 4 and 8 bits: an adapter trains, is saved, and loads onto the quantised and the full base."""
 
 import pytest
 import torch
-from conftest import VOCAB, randomise
+from conftest import VOCAB, WIDER, randomise
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from transformers import (
@@ -17,6 +17,8 @@ from trl import SFTConfig, SFTTrainer
 
 from peft_reft import LoReftConfig
 
+from .training import arguments, losses
+
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("optimum.quanto")
 Int8WeightOnlyConfig = pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig
@@ -27,7 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
 ]
 
-LAYERS, R, NEW = 2, 4, 4
+LAYERS, R, NEW = WIDER["num_hidden_layers"], 4, 4
 
 
 def nf4():
@@ -56,8 +58,7 @@ CONFIG = LoReftConfig(task_type="CAUSAL_LM", r=R, positions="f2+l2")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     torch.manual_seed(0)
-    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=LAYERS, num_attention_heads=4)
-    config = LlamaConfig(vocab_size=VOCAB, **sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = LlamaConfig(vocab_size=VOCAB, **WIDER, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     model = LlamaForCausalLM(config)
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder := tmp_path_factory.mktemp("base"))
@@ -156,19 +157,7 @@ def train(folder, data, tokenizer, out, kind=None, adapter=None):
     base = base if kind is None else prepare(base)
     trainer = SFTTrainer(
         base,
-        args=SFTConfig(
-            output_dir=str(out),
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=1,
-            save_strategy="no",
-            max_steps=30,
-            per_device_train_batch_size=8,
-            learning_rate=1e-2,
-            lr_scheduler_type="constant",
-        ),
+        args=arguments(SFTConfig, out, max_steps=30, lr_scheduler_type="constant"),
         train_dataset=data,
         processing_class=tokenizer,
         peft_config=CONFIG,
@@ -178,24 +167,25 @@ def train(folder, data, tokenizer, out, kind=None, adapter=None):
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(adapter)
     trainer.train()
-    return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return trainer
 
 
 @pytest.mark.cell("Quantised bases", "QLoRA-style: `SFTTrainer` on nf4, adapter cast to bf16 by TRL")
 def test_sft_on_four_bits_learns_as_in_fp32(folder, pairs, tokenizer, tmp_path):
     """TRL casts the adapter to bf16 in place: R stays orthonormal, and the losses follow those in fp32."""
-    full = train(folder, pairs, tokenizer, tmp_path)[1]
+    full = losses(train(folder, pairs, tokenizer, tmp_path))
     kind = "bitsandbytes nf4, double quantisation"
-    in_fp32 = train(folder, pairs, tokenizer, tmp_path, kind, torch.float32)[1]
-    trainer, losses = train(folder, pairs, tokenizer, tmp_path, kind)
+    in_fp32 = losses(train(folder, pairs, tokenizer, tmp_path, kind, torch.float32))
+    trainer = train(folder, pairs, tokenizer, tmp_path, kind)
+    in_bf16 = losses(trainer)
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.bfloat16}
     print("loss on the fp32 base; on nf4, adapter in fp32; in bf16")  # shown by `pytest -s`
-    print(*(f"{a:.3f} {b:.3f} {c:.3f}" for a, b, c in zip(full, in_fp32, losses)), sep="\n")
+    print(*(f"{a:.3f} {b:.3f} {c:.3f}" for a, b, c in zip(full, in_fp32, in_bf16)), sep="\n")
 
     learnt = full[0] - full[-1]
     assert learnt > 0.1 * full[0]
-    assert max(abs(a - b) for a, b in zip(losses, in_fp32)) < 0.05 * learnt
-    assert losses[0] - losses[-1] > 0.8 * learnt
+    assert max(abs(a - b) for a, b in zip(in_bf16, in_fp32)) < 0.05 * learnt
+    assert in_bf16[0] - in_bf16[-1] > 0.8 * learnt
 
     trainer.save_model(str(tmp_path / "saved"))
     for name, tensor in load_file(tmp_path / "saved" / "adapter_model.safetensors").items():

@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from peft_reft import DataCollatorForLoReft, LoReftConfig
 
-from .conftest import arguments, checkpoints
+from .training import arguments, checkpoints, losses, moved, trainable
 
 pytestmark = [
     # transformers 5.23, about TRL 1.16's own default
@@ -31,8 +31,8 @@ class Watch(TrainerCallback):
         self.gradients, self.stop = [], stop
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.gradients.append({name: None if p.grad is None else p.grad.clone() for name, p in trainable.items()})
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.gradients.append({name: None if p.grad is None else p.grad.clone() for name, p in trained.items()})
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = control.should_training_stop or state.global_step == self.stop
@@ -40,26 +40,14 @@ class Watch(TrainerCallback):
 
 @pytest.fixture
 def make(tokenizer, tmp_path):
-    """make(data, loreft=dict(...), **SFTConfig fields): an SFTTrainer whose adapter edits enough to see."""
+    """make(data, loreft=dict(...), **SFTConfig fields) returns an SFTTrainer whose adapter edits enough to see."""
 
     def make(data, base=None, loreft=None, collate=False, edits=True, watch=None, trainer=None, **kwargs):
         config = LoReftConfig(task_type="CAUSAL_LM", **dict(dict(r=R, positions="f2+l2"), **(loreft or {})))
-        settings = dict(
-            output_dir=str(tmp_path / "out"),
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=1,
-            save_strategy="no",
-            max_steps=3,
-            per_device_train_batch_size=4,
-            learning_rate=1e-2,
-            max_grad_norm=0.0,  # gradients as they are
-        )
+        settings = dict(max_steps=3, per_device_train_batch_size=4, max_grad_norm=0.0)  # gradients as they are
         sft = SFTTrainer(
             build("llama") if base is None else base,
-            args=arguments(SFTConfig, **{**settings, **kwargs}),
+            args=arguments(SFTConfig, tmp_path, **{**settings, **kwargs}),
             train_dataset=data,
             processing_class=tokenizer,
             peft_config=config,
@@ -75,16 +63,8 @@ def make(tokenizer, tmp_path):
     return make
 
 
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def adapter(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
 def assert_same(actual, expected):
-    """To the last bit."""
+    """Assert equality to the last bit."""
     assert actual.keys() == expected.keys() and actual
     for name in expected:
         assert torch.equal(actual[name], expected[name]), name
@@ -99,21 +79,14 @@ def assert_close(actual, expected, rtol=1e-4):
 
 
 def run(trainer):
-    """(losses, gradients of every step, final adapter) of training."""
+    """Train; return the losses, the gradients of every step, and the trained adapter."""
     trainer.train()
     (watch,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, Watch))
-    return losses(trainer), watch.gradients, adapter(trainer.model)
-
-
-def moved(trainer):
-    """Names of the trainable parameters that training changes."""
-    before = adapter(trainer.model)
-    trainer.train()
-    return {name for name, p in adapter(trainer.model).items() if not torch.equal(p, before[name])}
+    return losses(trainer), watch.gradients, trainable(trainer.model)
 
 
 def batch_of(trainer):
-    """The first batch, as the trainer feeds it."""
+    """Return the first batch, as the trainer feeds it."""
     return next(iter(trainer.get_train_dataloader()))
 
 
@@ -130,11 +103,11 @@ def logits_of(model):
 def test_only_the_adapter_trains_and_all_of_it_moves_from_its_first_step(make, pairs):
     trainer = make(pairs, edits=False, max_steps=1)
     assert checkpoints(trainer.args)  # TRL's default
-    trainable = adapter(trainer.model)
-    assert len(trainable) == 3 * LAYERS and all(".loreft.loreft_weights.default." in name for name in trainable)
-    assert sum(p.numel() for p in trainable.values()) == LAYERS * (2 * R * HIDDEN + R)
-    base = {name: p.clone() for name, p in trainer.model.named_parameters() if name not in trainable}
-    assert moved(trainer) == set(trainable)
+    before = trainable(trainer.model)
+    assert len(before) == 3 * LAYERS and all(".loreft.loreft_weights.default." in name for name in before)
+    assert sum(p.numel() for p in before.values()) == LAYERS * (2 * R * HIDDEN + R)
+    base = {name: p.clone() for name, p in trainer.model.named_parameters() if name not in before}
+    assert moved(trainer.model, trainer.train) == set(before)
     assert_same({name: p for name, p in trainer.model.named_parameters() if name in base}, base)
 
 
@@ -161,7 +134,7 @@ def test_checkpointing_changes_nothing(make, pairs, positions):
 
 
 def test_training_learns(make, pairs):
-    """The head is frozen and small, which bounds the loss from below; the answers are learnt all the same."""
+    """The adapter learns the answers, although the frozen small head bounds the loss from below."""
     trainer = make(
         pairs,
         edits=False,
@@ -188,7 +161,7 @@ def test_the_collator_changes_no_bit(make, pairs, positions):
 
 
 def test_the_loss_is_that_of_the_edited_prompt(make, pairs):
-    """What TRL reports is the loss of the model called by hand, and other positions have another loss."""
+    """TRL reports the loss that the model returns when called by hand. Other positions have another loss."""
     trainer = make(pairs, max_steps=1, activation_checkpointing=False)
     batch = batch_of(trainer)
     with torch.no_grad():
@@ -219,8 +192,8 @@ def test_gradient_accumulation(make, pairs, collate):
 @pytest.mark.cell("Dtypes", "bf16 base, SFT")
 def test_bf16_base(make, pairs, autocast, tmp_path):
     trainer = make(pairs, base=build("llama").to(torch.bfloat16), bf16=autocast)
-    assert {p.dtype for p in adapter(trainer.model).values()} == {torch.float32}
-    assert moved(trainer) == set(adapter(trainer.model))
+    assert {p.dtype for p in trainable(trainer.model).values()} == {torch.float32}
+    assert moved(trainer.model, trainer.train) == set(trainable(trainer.model))
     assert all(0 < loss < 10 for loss in losses(trainer))
     trainer.save_model(str(tmp_path / "saved"))
     loaded = PeftModel.from_pretrained(build("llama").to(torch.bfloat16), tmp_path / "saved")
@@ -235,7 +208,7 @@ def test_bf16_base(make, pairs, autocast, tmp_path):
 )
 def test_other_settings_train(make, pairs, loreft):
     trainer = make(pairs, loreft=loreft, max_steps=1)
-    assert moved(trainer) == set(adapter(trainer.model))
+    assert moved(trainer.model, trainer.train) == set(trainable(trainer.model))
 
 
 @pytest.mark.parametrize("collate", [False, True], ids=["alone", "collator"])
@@ -248,9 +221,9 @@ def test_other_settings_train(make, pairs, loreft):
     ids=str,
 )
 def test_losses_and_noise_of_trl(make, pairs, settings, collate):
-    """They change the loss and leave the positions where they are: a prompt's edits still decide it."""
+    """They change the loss and not the positions: the edits of prompts still decide it."""
     plain, other = make(pairs), make(pairs, collate=collate, **settings)
-    assert_same(adapter(other.model), adapter(plain.model))
+    assert_same(trainable(other.model), trainable(plain.model))
     batch = batch_of(other)
     if "loss_type" in settings:  # NEFTune's noise is of the embeddings
         with torch.no_grad():
@@ -271,7 +244,7 @@ def test_losses_and_noise_of_trl(make, pairs, settings, collate):
 
 @pytest.mark.cell("Trainers: SFT", "prompt-completion, conversational (the chat template adds tokens)")
 def test_conversations_of_one_turn(make, chat_pairs, tokenizer):
-    """The edited tokens are those that frame the user's words."""
+    """The edited tokens stand around the user's words."""
     plain = run(make(chat_pairs))
     trainer = make(chat_pairs, collate=True)
     batch = batch_of(trainer)
@@ -282,7 +255,7 @@ def test_conversations_of_one_turn(make, chat_pairs, tokenizer):
 
 
 def test_a_collator_whose_config_is_not_the_adapters(make, chats):
-    """The marks that a trainer finds reach it, too: labels of several turns alone would not do."""
+    """It gets the marks that the trainer finds. Labels of several turns alone would not suffice."""
     trainer = make(chats, assistant_only_loss=True)
     own = LoReftConfig(task_type="CAUSAL_LM", r=R, positions="f2+l2")
     trainer.data_collator = DataCollatorForLoReft(trainer.data_collator, own)
@@ -292,7 +265,7 @@ def test_a_collator_whose_config_is_not_the_adapters(make, chats):
 
 @pytest.mark.cell("Trainers: SFT", "multi-turn chats (`assistant_only_loss=True`)")
 def test_chats_of_several_turns(make, chats):
-    """`l` stands before every answer of the assistant, `f` at the start of the chat alone."""
+    """`l` edits before every answer of the assistant, `f` only at the start of the chat."""
     plain = run(make(chats, assistant_only_loss=True))
     trainer = make(chats, assistant_only_loss=True, collate=True)
     assert run(trainer)[0] == plain[0]
@@ -333,11 +306,11 @@ def test_language_modelling_data_is_refused(make, request, data, settings, colla
 @pytest.mark.parametrize("collate", [False, True], ids=["alone", "collator"])
 @pytest.mark.cell("Trainers: SFT", "multi-turn chats, every token trained on (TRL's default for `messages`)")
 def test_chats_that_are_trained_on_whole(make, chats, collate):
-    """Their prompts are known by the headers: what is edited is what `assistant_only_loss=True` edits."""
+    """The headers mark their prompts: the edited tokens are those of `assistant_only_loss=True`."""
     trainer = make(chats, collate=collate)
     batch = batch_of(trainer)
     assert (batch["labels"][batch["attention_mask"].bool()] != -100).all()
-    assert moved(trainer) == set(adapter(trainer.model))
+    assert moved(trainer.model, trainer.train) == set(trainable(trainer.model))
     answers = batch_of(make(chats, assistant_only_loss=True))
     with torch.no_grad():
         found, expected = (trainer.model.eval()(**given).logits for given in (batch, answers))
@@ -351,7 +324,7 @@ def test_chats_that_are_trained_on_whole(make, chats, collate):
 @pytest.mark.cell("Trainers: SFT", 'plain text with `positions="all"`')
 def test_language_modelling_data_trains_where_generated_tokens_are_edited(make, texts):
     trainer = make(texts, loreft=dict(positions="all"))
-    assert moved(trainer) == set(adapter(trainer.model))
+    assert moved(trainer.model, trainer.train) == set(trainable(trainer.model))
 
 
 @pytest.mark.parametrize("settings", [dict(packing=True), dict(padding_free=True, max_length=None)], ids=str)
@@ -360,7 +333,7 @@ def test_language_modelling_data_trains_where_generated_tokens_are_edited(make, 
     "Trainers: SFT", "plain text, packed", refused="every token is supervised, so no row has a prompt to edit"
 )
 def test_language_modelling_data_is_refused_when_packed(make, texts, settings, collate):
-    """TRL masks the first label of each document then, so that each seems to have a prompt of one token."""
+    """In packed rows TRL masks the first label of each document, which then seems to have a prompt of one token."""
     trainer = make(texts, collate=collate, **{"max_length": 32, **settings})
     with pytest.raises(ValueError, match="nothing would train"):
         trainer.train()
@@ -378,7 +351,7 @@ def test_language_modelling_data_is_refused_when_packed(make, texts, settings, c
 )
 @pytest.mark.cell("Trainers: SFT", '`packing_strategy="bfd"`, `padding_free=True`')
 def test_packed_equals_padded(make, pairs, settings, positions, collate):
-    """All eight rows in each batch, so that the batches hold the same documents in whatever order."""
+    """Each batch holds all eight rows, so that packed and padded batches have the same documents in some order."""
     loreft = dict(positions=positions)
     padded = run(make(pairs, loreft=loreft, per_device_train_batch_size=8))
     trainer = make(pairs, loreft=loreft, per_device_train_batch_size=8, collate=collate, **settings)
@@ -419,7 +392,7 @@ def test_rows_that_start_inside_an_answer_are_refused(make, collate):
     "Trainers: SFT", '`packing_strategy="bfd_split"`', refused="a row starts inside a document, whose prompt is lost"
 )
 def test_split_documents_are_refused(make, collate):
-    """`bfd_split` puts the rest of a long document where its prompt is not."""
+    """`bfd_split` puts the rest of a long document into a row without its prompt."""
     trainer = make(Dataset.from_list(LONG), collate=collate, packing=True, packing_strategy="bfd_split", max_length=7)
     assert any(row["labels"][0] != -100 for row in trainer.train_dataset)
     with pytest.raises(ValueError, match=r"middle of a document.*packing_strategy='bfd'"):
@@ -431,7 +404,7 @@ def test_split_documents_are_refused(make, collate):
 @pytest.mark.cell("Trainers: SFT", "truncation from the left (`truncation_mode='keep_end'`)")
 @pytest.mark.parametrize("collate", [False, True], ids=["alone", "collator"])
 def test_truncation_from_the_left(make, pairs, collate):
-    """What is left of a prompt is one to every forward; a row cut inside its answer has none."""
+    """Every forward takes what is left of a prompt for the prompt. A row cut inside its answer has none."""
     assert run(make(pairs, max_length=8, truncation_mode="keep_end", collate=collate))[0]
     with pytest.raises(ValueError, match="No row of this training batch has a token for LoReFT to edit"):
         make(pairs.select([2]), max_length=3, truncation_mode="keep_end", collate=collate).train()
@@ -450,7 +423,7 @@ LOSS_FUNC = pytest.mark.filterwarnings("ignore:`compute_loss_func` is deprecated
 
 
 def squared(outputs, labels, num_items_in_batch=None):
-    """A loss of one's own: the mean square of the logits that predict supervised tokens."""
+    """A user's own loss: the mean square of the logits that predict supervised tokens."""
     return outputs.logits[:, :-1][labels[:, 1:] != -100].square().mean()
 
 
@@ -483,13 +456,13 @@ def test_without_labels_the_collator_has_the_positions(make, pairs, settings):
             expected = squared(outputs, batch["labels"])
         else:
             expected = LabelSmoother(epsilon=0.1)(outputs, batch["labels"], shift_labels=True)
-    assert moved(trainer) == set(adapter(trainer.model))
+    assert moved(trainer.model, trainer.train) == set(trainable(trainer.model))
     assert losses(trainer)[0] == pytest.approx(expected.item(), rel=1e-5)
 
 
 @SMOOTHING
 def test_without_labels_a_prefix_alone_needs_no_collator(make, pairs):
-    """The first tokens of a prompt are where they are, wherever it ends; but a prompt may be shorter than that."""
+    """The first tokens of a prompt do not depend on its end, unless the prompt is shorter than the prefix."""
     loreft = dict(positions="f1")
     plain = run(make(pairs, loreft=loreft, label_smoothing_factor=0.1))
     assert run(make(pairs, loreft=loreft, label_smoothing_factor=0.1, collate=True))[0] == plain[0]
@@ -499,7 +472,7 @@ def test_without_labels_a_prefix_alone_needs_no_collator(make, pairs):
 
 @pytest.mark.cell("Trainers: SFT", "evaluation")
 def test_evaluation(make, pairs):
-    """Where labels reach the model the collator changes nothing."""
+    """If labels reach the model, the collator changes nothing."""
     results = []
     for collate in (False, True):
         trainer = make(pairs, collate=collate, trainer=dict(eval_dataset=pairs.select(range(5))))
@@ -513,7 +486,7 @@ def test_evaluation(make, pairs):
 @pytest.mark.parametrize("collate", [False, True], ids=["alone", "collator"])
 @pytest.mark.cell("Trainers: SFT", "`compute_metrics`")
 def test_metrics_are_of_edited_prompts(make, pairs, collate):
-    """TRL asks for the logits of an evaluation without labels: those of the loss's forward are remembered."""
+    """TRL computes the logits of an evaluation without labels. What the loss's forward found is remembered."""
     seen = []
 
     def compute_metrics(prediction):
@@ -548,7 +521,7 @@ def test_resuming_goes_on_as_if_never_stopped(make, pairs, loreft, tmp_path):
     resumed = make(pairs, output_dir=str(tmp_path / "run"), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert losses(resumed) == straight[0] and len(straight[0]) == 4
-    assert_same(adapter(resumed.model), straight[2])
+    assert_same(trainable(resumed.model), straight[2])
 
 
 @pytest.mark.parametrize("positions", ["f2+l2", {"0": "f2", "1-": "l3"}], ids=str)
@@ -563,7 +536,7 @@ def test_saved_and_loaded(make, pairs, tokenizer, tmp_path, positions):
 
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), saved)
     assert torch.equal(logits_of(loaded), expected)
-    assert not adapter(loaded)  # for inference
+    assert not trainable(loaded)  # for inference
     with loaded.disable_adapter():
         assert (logits_of(loaded) - expected).abs().max() > 1e-2
         assert torch.equal(logits_of(loaded), logits_of(AutoModelForCausalLM.from_pretrained(base)))
@@ -583,8 +556,8 @@ def test_a_loaded_adapter_trains_on(make, pairs, tokenizer, tmp_path):
     args = first.args
     args.max_steps = 2
     trainer = SFTTrainer(model, args=args, train_dataset=pairs, processing_class=tokenizer)
-    assert len(adapter(model)) == 3 * LAYERS
-    assert moved(trainer) == set(adapter(model))
+    assert len(trainable(model)) == 3 * LAYERS
+    assert moved(trainer.model, trainer.train) == set(trainable(model))
 
 
 def test_the_model_card_says_how_to_load(make, pairs, tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import trl
-from conftest import randomise
+from conftest import DIMENSIONS, randomise
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -13,7 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from peft_reft import LoReftConfig
 
-from .conftest import arguments
+from .training import arguments
 
 pytestmark = pytest.mark.filterwarnings(
     # TRL 1.16's default
@@ -26,7 +26,7 @@ CALL = '<tool_call>\n{"name": "lookup", "arguments": {"key": "%s"}}\n</tool_call
 
 
 def qwen_like():
-    """One token a byte, and those that Qwen's template has beside; the template as TRL knows it."""
+    """Make a tokenizer with one token a byte and the special tokens of Qwen's template, in the form that TRL knows."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -54,7 +54,7 @@ def lookup(key: str) -> str:
 
 
 class Write(LogitsProcessor):
-    """Has rows write the tokens given for them; None: whatever the model writes."""
+    """Make rows write the tokens given for them; None: what the model writes."""
 
     def __init__(self, texts, width):
         self.texts, self.width = texts, width
@@ -78,17 +78,12 @@ CALLS = {"none": [], "one": ["x"], "two": ["y", "x"]}
 def test_rollouts_with_tools_edit_what_training_edits(tmp_path, monkeypatch):
     tokenizer = qwen_like()
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    base = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, **sizes))
+    sizes = dict(DIMENSIONS, num_hidden_layers=2, num_key_value_heads=2, vocab_size=len(tokenizer))
+    base = Qwen2ForCausalLM(Qwen2Config(**sizes))
     prompts = [{"prompt": [{"role": "user", "content": word}]} for word in CALLS]
     args = arguments(
         GRPOConfig,
-        output_dir=str(tmp_path / "out"),
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        disable_tqdm=True,
-        save_strategy="no",
+        tmp_path,
         max_steps=1,
         learning_rate=0.0,
         per_device_train_batch_size=6,
@@ -110,7 +105,7 @@ def test_rollouts_with_tools_edit_what_training_edits(tmp_path, monkeypatch):
     result = tokenizer.convert_tokens_to_ids("<tool_response>")
 
     def what_to_write(ids):
-        """The call that is next in this conversation; behind the last, a word."""
+        """Return the next call of this conversation; after the last call, a word."""
         word = next(word for word in CALLS if f"<|im_start|>user\n{word}<" in tokenizer.decode(ids))
         done = int((ids == result).sum())
         text = CALL % CALLS[word][done] if done < len(CALLS[word]) else f"So {word}.<|im_end|>"

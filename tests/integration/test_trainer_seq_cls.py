@@ -9,14 +9,14 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 from peft_reft import DataCollatorForLoReft, LoReftConfig
 
-from .conftest import arguments
+from .training import arguments, losses, moved, trainable
 
 R = 2
 CONFIG = dict(task_type="SEQ_CLS", positions="f1", r=R)
 
 
 def rows(n=24):
-    """Rows of 5 to 10 tokens, whose first tells the class."""
+    """Make rows of 5 to 10 tokens; the first one tells the class."""
     generator = torch.Generator().manual_seed(5)
     words = [torch.randint(10, VOCAB, (4 + i % 6,), generator=generator).tolist() for i in range(n)]
     return [{"input_ids": [3 + i % 3, *words[i]], "label": i % 3} for i in range(n)]
@@ -38,21 +38,10 @@ def make(family, tokenizer, tmp_path):
         model = get_peft_model(build(family) if base is None else base, config)
         if edits:
             randomise(model)
-        settings = dict(
-            output_dir=str(tmp_path / "out"),
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=1,
-            save_strategy="no",
-            max_steps=3,
-            per_device_train_batch_size=8,
-            learning_rate=1e-2,
-        )
         collator = DataCollatorWithPadding(tokenizer)
         return Trainer(
             model,
-            args=arguments(TrainingArguments, **{**settings, **kwargs}),
+            args=arguments(TrainingArguments, tmp_path, **{"max_steps": 3, **kwargs}),
             train_dataset=rows(),
             eval_dataset=rows(7),
             data_collator=DataCollatorForLoReft(collator, config) if collate else collator,
@@ -60,14 +49,6 @@ def make(family, tokenizer, tmp_path):
         )
 
     return make
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def trainable(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def logits_of(model, tokenizer):
@@ -84,10 +65,7 @@ def test_adapter_and_head_train_and_nothing_else(make):
     assert sum(before[name].numel() for name in interventions) == LAYERS * (2 * R * HIDDEN + R)
     assert interventions != set(before)
     assert all(".classifier.modules_to_save.default." in name for name in set(before) - interventions)
-    frozen = {n: p.clone() for n, p in trainer.model.named_parameters() if n not in before}
-    trainer.train()
-    assert {n for n, p in trainable(trainer.model).items() if not torch.equal(p, before[n])} == set(before)
-    assert all(torch.equal(p, frozen[n]) for n, p in trainer.model.named_parameters() if n in frozen)
+    assert moved(trainer.model, trainer.train) == set(before)
 
 
 def test_training_learns_and_metrics_say_so(make):
@@ -110,7 +88,7 @@ def test_metrics_are_those_of_the_edited_model(make, tokenizer):
 
 
 def test_only_the_first_token_is_edited(make, family):
-    """The last block's output changes at column 0 of each row, on whichever side the padding is."""
+    """The last block's output changes at the first real token of each row, with padding on either side."""
     model = make(edits=True, config=dict(layers=[-1])).model.eval()
     ids = torch.randint(3, 64, (2, 6), generator=torch.Generator().manual_seed(0))
     right = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
@@ -125,7 +103,7 @@ def test_only_the_first_token_is_edited(make, family):
 
 
 def test_the_collator_changes_no_bit(make):
-    """Labels are one a row here, and say nothing of prompts."""
+    """A classifier has one label a row, which says nothing of prompts."""
     config = dict(positions="f1+l2")
     assert trained(make(edits=True, config=config)) == trained(make(edits=True, config=config, collate=True))
 
@@ -155,11 +133,9 @@ def test_checkpointing_changes_nothing(make):
 
 @pytest.mark.cell("Trainers: transformers", "SEQ_CLS with label smoothing")
 def test_label_smoothing_needs_no_collator(make):
-    """It keeps the labels from the model, which has no use for them when the task is not to generate."""
+    """Label smoothing keeps the labels from the model, and a classifier needs none to find its prompts."""
     trainer = make(edits=True, config=dict(positions="f1+l1"), label_smoothing_factor=0.1)
-    before = trainable(trainer.model)
-    trainer.train()
-    assert {n for n, p in trainable(trainer.model).items() if not torch.equal(p, before[n])} == set(before)
+    assert moved(trainer.model, trainer.train) == set(trainable(trainer.model))
 
 
 @pytest.mark.cell("Trainers: transformers", "SEQ_CLS: adapter and head saved and loaded")

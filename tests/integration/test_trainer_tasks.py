@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from conftest import _SIZES, VOCAB, randomise
+from conftest import LAYERS, SIZES, VOCAB, randomise
 from peft import PeftModel, get_peft_model
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -16,7 +16,8 @@ from transformers import (
 
 from peft_reft import LoReftConfig
 
-LAYERS = 3
+from .training import arguments, assert_all_moved, trainable
+
 SEQ2SEQ = {
     "t5": (
         "T5",
@@ -62,13 +63,13 @@ def build(kind):
         family, sizes = SEQ2SEQ[kind]
         config = getattr(transformers, f"{family}Config")(**sizes)
         model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
-        if kind == "t5":  # its own init is so small that nothing could be seen
+        if kind == "t5":  # its own start is too small for edits to be seen
             for p in model.parameters():
                 p.data.mul_(2 if p.ndim > 1 else 1)
         return model.eval()
     name = {"TOKEN_CLS": "TokenClassification", "QUESTION_ANS": "QuestionAnswering"}.get(kind)
     config = transformers.BertConfig(
-        **_SIZES, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0, num_labels=3 if kind == "TOKEN_CLS" else 2
+        **SIZES, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0, num_labels=3 if kind == "TOKEN_CLS" else 2
     )
     model = getattr(transformers, f"BertFor{name}") if name else transformers.BertModel
     return model(config).eval()
@@ -79,36 +80,8 @@ def words(n=16, least=5):
     return [torch.randint(10, VOCAB, (least + i % 6,), generator=generator).tolist() for i in range(n)]
 
 
-def arguments(tmp_path, cls=TrainingArguments, **kwargs):
-    return cls(
-        output_dir=str(tmp_path / "out"),
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        logging_steps=1,
-        save_strategy="no",
-        max_steps=2,
-        per_device_train_batch_size=8,
-        learning_rate=1e-2,
-        **kwargs,
-    )
-
-
-def trainable(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def assert_all_moved(model, train):
-    before = trainable(model)
-    assert sum("loreft_weights" in name for name in before) == 3 * LAYERS
-    frozen = {n: p.clone() for n, p in model.named_parameters() if n not in before}
-    train()
-    assert {n for n, p in trainable(model).items() if not torch.equal(p, before[n])} == set(before)
-    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
-
-
 def tensors(output):
-    """What of a model's output is a result."""
+    """Return the results in a model's output."""
     names = ("logits", "start_logits", "end_logits", "last_hidden_state")
     return [output[name] for name in names if output.get(name) is not None]
 
@@ -127,7 +100,7 @@ def assert_reloads(model, kind, folder, batch):
 
 
 def padded(kind):
-    """A batch of rows of several lengths."""
+    """Make a batch of rows of several lengths."""
     rows = words(4)
     width = max(map(len, rows))
     batch = {
@@ -147,7 +120,7 @@ def tagging(tokenizer, tmp_path, positions="f1+l1"):
     rows = [{"input_ids": row, "labels": [-100, *(word % 3 for word in row[1:])]} for row in words()]
     return Trainer(
         model,
-        args=arguments(tmp_path),
+        args=arguments(TrainingArguments, tmp_path),
         train_dataset=rows,
         data_collator=DataCollatorForTokenClassification(tokenizer),
     )
@@ -156,13 +129,13 @@ def tagging(tokenizer, tmp_path, positions="f1+l1"):
 @pytest.mark.cell("Trainers: transformers", "TOKEN_CLS")
 def test_token_classification(tokenizer, tmp_path):
     trainer = tagging(tokenizer, tmp_path)
-    assert_all_moved(trainer.model, trainer.train)
+    assert_all_moved(trainer.model, trainer.train, others=2)  # the head's weight and bias
     assert_reloads(trainer.model, "TOKEN_CLS", tmp_path / "saved", padded("TOKEN_CLS"))
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_labels_of_token_classification_end_no_prompt(tokenizer, tmp_path, training):
-    """They are (batch, seq), -100 and all, as those of a causal language model are."""
+    """They have the shape (batch, seq) and the -100 of a causal language model's labels, but mean no prompt."""
     trainer = tagging(tokenizer, tmp_path)
     model = trainer.model.eval()
     randomise(model)
@@ -188,8 +161,8 @@ def test_question_answering(tokenizer, tmp_path):
     model = get_peft_model(build("QUESTION_ANS"), LoReftConfig(task_type="QUESTION_ANS", r=4, positions="f2+l2"))
     rows = [{"input_ids": row, "start_positions": n % 4, "end_positions": n % 4 + 1} for n, row in enumerate(words())]
     collator = transformers.DataCollatorWithPadding(tokenizer)
-    trainer = Trainer(model, args=arguments(tmp_path), train_dataset=rows, data_collator=collator)
-    assert_all_moved(model, trainer.train)
+    trainer = Trainer(model, args=arguments(TrainingArguments, tmp_path), train_dataset=rows, data_collator=collator)
+    assert_all_moved(model, trainer.train, others=2)  # the head's weight and bias
     assert_reloads(model, "QUESTION_ANS", tmp_path / "saved", padded("QUESTION_ANS"))
 
 
@@ -229,10 +202,10 @@ def seq2seq(kind, positions="f2+l2"):
 def test_seq2seq_trains(kind, tokenizer, tmp_path):
     model = seq2seq(kind)
     assert all(".encoder." in name for name in trainable(model))
-    # Labels as long as the inputs: these are (batch, seq), too, and end no prompt.
+    # Labels as long as the inputs have the shape (batch, seq), too, and end no prompt.
     rows = [{"input_ids": row, "labels": row[::-1]} for row in words()]
     collator = DataCollatorForSeq2Seq(tokenizer, model)
-    args = arguments(tmp_path, Seq2SeqTrainingArguments)
+    args = arguments(Seq2SeqTrainingArguments, tmp_path)
     trainer = Seq2SeqTrainer(model, args=args, train_dataset=rows, data_collator=collator, processing_class=tokenizer)
     assert_all_moved(model, trainer.train)
     assert_reloads(model, kind, tmp_path / "saved", padded(kind))
@@ -296,7 +269,7 @@ def test_seq2seq_evaluates_by_generating(kind, tokenizer, tmp_path):
     """`predict_with_generate`, as summarisation and translation scripts do."""
     model = seq2seq(kind)
     rows = [{"input_ids": row, "labels": row[::-1]} for row in words(4)]
-    args = arguments(tmp_path, Seq2SeqTrainingArguments, predict_with_generate=True, generation_max_length=6)
+    args = arguments(Seq2SeqTrainingArguments, tmp_path, predict_with_generate=True, generation_max_length=6)
     collator = DataCollatorForSeq2Seq(tokenizer, model)
     trainer = Seq2SeqTrainer(model, args=args, eval_dataset=rows, data_collator=collator, processing_class=tokenizer)
     randomise(model)

@@ -22,16 +22,11 @@ from transformers import DynamicCache
 
 from peft_reft import DataCollatorForLoReft, LoReftConfig, chat_marks, prompt_lengths
 
-from .conftest import PAIRS, arguments
+from .conftest import PAIRS
 from .spy import Documents, expected_offsets
+from .training import WARNINGS, arguments
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),  # TRL 1.16's default
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_disable` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
-    # PEFT looks for a name in "loreft_", finds TRL's "ref" there by chance, and warns; keys are matched by structure.
-    pytest.mark.filterwarnings("ignore:Adapter name 'ref' should not be contained in the prefix:UserWarning"),
-]
+pytestmark = WARNINGS
 
 PAGE = Path(__file__).parents[2] / "docs" / "prompts.md"
 TOKENS = SPECIAL + WORDS
@@ -50,11 +45,11 @@ ELSEWHERE = {
     ),
     "encoder-decoder models": "integration/test_trainer_tasks.py::test_seq2seq_edits_the_prompt_in_the_encoder",
     "padding, beams, static caches, chunked prefill, assistants, prompt lookup": (
-        "test_generate.py::test_mixed_lengths",
+        "test_generate.py::test_rows_of_mixed_lengths_equal_teacher_forcing",
         "test_generate.py::test_ways_of_decoding",
-        "test_generate.py::test_beams",
-        "test_generate.py::test_assisted",
-        "test_generate.py::test_prompt_lookup",
+        "test_generate.py::test_beams_equal_teacher_forcing",
+        "test_generate.py::test_assisted_decoding_writes_what_greedy_decoding_writes",
+        "test_generate.py::test_prompt_lookup_writes_what_greedy_decoding_writes",
     ),
     "vLLM: chats turn by turn, prefix cache, chunks that cut anywhere": (
         "serving/test_turns.py::test_a_chat_turn_by_turn",
@@ -99,19 +94,9 @@ class World:
         """Prompts that rollouts were given, where tokens do not say which part of a document they are."""
 
     def trainer(self, name, data, module="trl", positions="f2+l2", base=None, given=None, **settings):
-        defaults = dict(
-            output_dir=str(self.folder / "out"),
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            disable_tqdm=True,
-            save_strategy="no",
-            max_steps=1,
-            per_device_train_batch_size=4,
-            learning_rate=0.0,
-        )
+        defaults = dict(max_steps=1, per_device_train_batch_size=4, learning_rate=0.0)
         found = importlib.import_module(module)
-        args = arguments(getattr(found, f"{name}Config"), **{**defaults, **settings})
+        args = arguments(getattr(found, f"{name}Config"), self.folder, **{**defaults, **settings})
         trainer = getattr(found, f"{name}Trainer")(
             model=build("llama") if base is None else base,
             args=args,
@@ -132,7 +117,7 @@ class World:
         return model
 
     def starts(self, document):
-        """Where a document's answers begin, told from its tokens."""
+        """Return where a document's answers begin, told from its tokens."""
         behind = [n + 2 for n in range(len(document) - 1) if list(document[n : n + 2]) == HEADER]
         if self.known_prompts is not None:
             return [max(len(p) for p in self.known_prompts if document[: len(p)] == p)]
@@ -146,7 +131,7 @@ class World:
         return edited
 
     def assert_as_generate(self, model, documents=None):
-        """What was edited in training is what `generate` edits, at each turn."""
+        """Assert that training edited what `generate` edits, at each turn."""
         documents = set(self.documents.train if documents is None else documents)
         assert documents
         for document, edited in documents:
@@ -168,7 +153,7 @@ def as_text():
 
 
 def as_chats():
-    """One to three turns."""
+    """Return chats of one to three turns."""
     return [{"messages": messages(*(PAIRS[(n + 3 * k) % 8] for k in range(n % 3 + 1)))} for n in range(8)]
 
 
@@ -290,7 +275,7 @@ def _(world):
 
 @case("positions that need no prompt's end (`all`)")
 def _(world):
-    """Every real token is edited, whatever the labels say, packed and cut as they like."""
+    """Every real token is edited, whatever the labels say, also in packed and cut rows."""
     for settings in (
         dict(label_smoothing_factor=0.1),
         dict(packing=True, packing_strategy="wrapped", max_length=16),
@@ -335,7 +320,7 @@ def _(world):
 
 
 def rollouts(world, name, chat, module="trl", more=(), **settings):
-    """Train on rollouts; their prompts are known, and what was edited in both is compared."""
+    """Train on rollouts, whose prompts are known; compare what rollout and training edited."""
     prompts = [p if not chat else question(p) for p, _ in PAIRS]
     data = [dict(prompt=prompt, **dict(more)) for prompt in prompts]
     trainer = world.trainer(name, data, module=module, **settings)
@@ -483,7 +468,7 @@ def _(world):
 
 @torch.no_grad()
 def forward(model, ids, **kwargs):
-    """(seq, vocabulary): logits of one row."""
+    """Return the logits (seq, vocabulary) of one row."""
     return model(input_ids=torch.tensor([ids]), **kwargs).logits[0]
 
 
@@ -496,7 +481,7 @@ def assert_far(actual, expected):
 
 
 def ask(model, prompt, new=5, **kwargs):
-    """The tokens that `generate` writes behind `prompt`, and their logits (new, vocabulary)."""
+    """Return the tokens that `generate` writes behind `prompt`, and their logits (new, vocabulary)."""
     ids = torch.tensor([prompt])
     options = dict(max_new_tokens=new, do_sample=False, return_dict_in_generate=True, output_logits=True)
     with torch.no_grad():
@@ -505,7 +490,7 @@ def ask(model, prompt, new=5, **kwargs):
 
 
 class Asked:
-    """Of a chat and of plain text: a model, a prompt, what `generate` wrote behind it, and with what logits."""
+    """A model, a prompt (of a chat or of plain text), what `generate` wrote behind it, and the logits of that."""
 
     def __init__(self, world, chat, positions="f2+l2"):
         marks = chat_marks(world.tokenizer) if chat else {}
@@ -563,7 +548,7 @@ def next_turn(world, text):
 
 
 def turns(world, model, keep, first=(), **kwargs):
-    """Talk: the document, and for each answer where it begins and its logits."""
+    """Talk for some turns; return the document, and each answer's first column and logits."""
     document, spans = [], []
     cache = DynamicCache(config=model.config) if keep else None
     for n, text in enumerate(("a b c d", "e f", "g h i j k")):
@@ -609,7 +594,7 @@ def _(world):
 
 @case("`guidance_scale`")
 def _(world):
-    """The forwards beside: of the negative prompt, with edits of its own."""
+    """The forwards of the negative prompt have edits of its own."""
     for chat, negative in ((False, world.tokenizer("x y z")["input_ids"]), (True, next_turn(world, "x y z")[1:])):
         asked = Asked(world, chat)
         options = dict(guidance_scale=1.5, negative_prompt_ids=torch.tensor([negative]))
@@ -627,7 +612,7 @@ def _(world):
 
 @torch.no_grad()
 def fed(model, pieces, intervention_positions=()):
-    """(seq, vocabulary): logits of pieces that are fed one after the other to one cache."""
+    """Return the logits (seq, vocabulary) of pieces that are fed to one cache, one after the other."""
     cache = DynamicCache(config=model.config)
     given = [{"intervention_positions": at} for at in intervention_positions] + [{}] * len(pieces)
     options = dict(past_key_values=cache, use_cache=True)

@@ -1,4 +1,4 @@
-"""LoReFT's cases, made from LoRA's: each row of a parametrised test that tries LoRA gets ours beside it."""
+"""Make LoReFT's cases from LoRA's: each row of a parametrised test that tries LoRA gets one of LoReFT beside it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DROPPED = {"r", "lora_alpha", "lora_dropout", "bias"}  # LoRA's own, without a c
 
 
 def _translate(lora: dict[str, Any]) -> dict[str, Any] | None:
-    """`LoraConfig`'s arguments as `LoReftConfig`'s, or None: a variant of LoRA that has no counterpart."""
+    """Translate arguments of `LoraConfig` into those of `LoReftConfig`; None for a variant without a counterpart."""
     ours: dict[str, Any] = {"r": 2}
     for name, value in lora.items():
         if name == "target_modules" and any("conv2d" in module for module in value or []):
@@ -54,7 +54,7 @@ def is_lora(value: Any) -> bool:
 
 
 def _convert(value: Any) -> Any:
-    """One value of a row; None if it has no counterpart."""
+    """Translate one value of a row; None if it has no counterpart."""
     if value is LoraConfig:
         return LoReftConfig
     if type(value) is LoraConfig:
@@ -67,7 +67,7 @@ def _convert(value: Any) -> Any:
 
 
 def _label(row: tuple[Any, ...], method: str) -> str:
-    """The part of a test's id that says what is tried."""
+    """Return the part of a test's id that says what is tried."""
     if isinstance(row[0], str):
         return row[0]
     tokens = any(isinstance(value, dict) and "trainable_token_indices" in value for value in row)

@@ -1,4 +1,4 @@
-"""Where LoReFT deliberately does otherwise than PEFT's tests expect: the only failures of `make test-peft`."""
+"""What LoReFT deliberately does otherwise than PEFT's tests expect: the only failures of `make test-peft`."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def _offline(model_id: str) -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Leave of each list of methods LoRA, and put LoReFT beside it."""
+    """Reduce each list of methods to LoRA, and put LoReFT beside it."""
     marks = metafunc.definition.own_markers
     for place, mark in enumerate(marks):
         if mark.name != "parametrize":
@@ -84,12 +84,12 @@ FLAT = ("MLP", "MLP2", "MLP_2x_same_shape", "MLP_LayerNorm", "ModelMha")
 
 
 def _one_token_a_row(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """LoReFT edits tokens, of hidden states (batch, seq, d): inside such a network each row is a sequence of one."""
+    """LoReFT edits tokens of hidden states (batch, seq, d): each row of such a network becomes a sequence of one."""
     return lambda self, X: forward(self, X.unsqueeze(1)).squeeze(1)
 
 
 def _without_padding(prepare: Callable[..., dict[str, torch.Tensor]]) -> Callable[..., dict[str, torch.Tensor]]:
-    """A merged edit falls on padding too, which is not edited otherwise; the tests compare the logits there."""
+    """A merged edit falls on padding, an unmerged one does not, and the tests compare the logits there."""
     return lambda self: {k: torch.ones_like(v) if k == "attention_mask" else v for k, v in prepare(self).items()}
 
 
@@ -113,7 +113,7 @@ def allow_for_loreft(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """A difference that is listed must appear, as it is listed."""
+    """Fail if a listed difference does not appear as it is listed."""
     listed = [entry for entry in DIFFERENCES if _is_ours(item) and re.search(entry.tests, item.nodeid)]
     try:
         yield

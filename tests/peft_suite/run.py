@@ -29,7 +29,7 @@ TESTS = [
 
 
 def fetch_peft() -> Path:
-    """PEFT's source distribution, of the installed version, from PyPI; wheels have no tests."""
+    """Fetch PEFT's source distribution, of the installed version, from PyPI: wheels have no tests."""
     name = f"peft-{version('peft')}"
     if not (OUTPUTS / name).exists():
         pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:"]
