@@ -110,7 +110,8 @@ def skeleton(config: Any) -> nn.Module:
     model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0])
     make = getattr(model_class, "_from_config", None) or model_class.from_config
     with torch.device("meta"):
-        return make(config)
+        model: nn.Module = make(config)
+    return model
 
 
 def modules_of_encoder(model: Any) -> set[int] | None:
@@ -143,13 +144,13 @@ def _hidden_size(model: nn.Module, config: Any) -> int:
 
 
 def _block_list(model: nn.Module, config: Any) -> str:
-    lists = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) if len(module)
+    lists: dict[str, nn.ModuleList] = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) > 0
     }
     n_layers = getattr(config, "num_hidden_layers", None)
     if all(len(module) != n_layers for module in lists.values()):  # LongCat counts the two halves of its blocks
         n_layers = getattr(config, "num_layers", n_layers)
-    candidates = [name for name, module in lists.items() if len(module) == n_layers]
+    candidates: list[str] = [name for name, module in lists.items() if len(module) == n_layers]
     # A list inside one of these (the experts of a block) is part of a block, not a list of blocks.
     candidates = [c for c in candidates if not any(c.startswith(f"{other}.") for other in candidates)]
     candidates = [c for c in candidates if not any(part in c for part in _NOT_TEXT)] or candidates

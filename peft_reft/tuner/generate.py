@@ -172,7 +172,8 @@ def _infer_mask(model: Any, tokens: Tensor, kwargs: dict[str, Any]) -> Tensor:
     eos = eos if isinstance(eos, list | tuple) else [eos]
     if pad is None or tokens.ndim != 2 or pad in eos:
         return everything
-    return tokens != pad
+    real: Tensor = tokens != pad
+    return real
 
 
 def _add_given(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Any:

@@ -51,8 +51,9 @@ def attach(model: nn.Module, has_answers: bool) -> Attachment:
         model: the base model.
         has_answers: whether its rows hold prompt and answer, and labels are one a token (causal language models).
     """
-    if (attachment := model.__dict__.get(ATTRIBUTE)) is not None:
-        return attachment
+    known: Attachment | None = model.__dict__.get(ATTRIBUTE)
+    if known is not None:
+        return known
     has_decoder = modules_of_encoder(model) is not None
     decoder = Attachment(model, has_answers=True) if has_decoder else None
     attachment = Attachment(model, has_answers, decoder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +28,7 @@ from ..edits.formulas import INTERVENTIONS
 from ..edits.intervention import Intervention
 from ..edits.rotation import orthonormalise
 from ..files import check_finite, does_not_fit
+from ..positions.index import Arrangement
 from ..positions.marks import Marks
 from ..positions.spec import Layout, Positions
 from ..positions.wanted import Wanted
@@ -96,29 +98,28 @@ class LoReftModel(BaseTuner):
     @property
     def _base(self) -> nn.Module:
         """The model itself, if `torch.compile` has wrapped it: PEFT, too, leaves the wrapper out of names."""
-        model: Any = self.model
-        return getattr(model, "_orig_mod", model)
+        wrapped: nn.Module | None = getattr(self.model, "_orig_mod", None)
+        model: nn.Module = self.model
+        return model if wrapped is None else wrapped
 
-    def _prepare_adapter_config(self, peft_config: LoReftConfig, model_config: dict[str, Any]) -> LoReftConfig:
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> LoReftConfig:
         """Decide what is edited where, before anything is changed: all that can be wrong raises here."""
+        config = _as_ours(peft_config)
         encoder, self._decoder = modules_of_encoder(self._base), modules_of_decoder(self._base)
         read = None if encoder is None else encoder | (self._decoder or set())
-        if isinstance(peft_config.target_modules, str):
-            self._write_out_shorthand(peft_config, read)
-        self._probe = copy.copy(peft_config)
+        if isinstance(config.target_modules, str):
+            self._write_out_shorthand(config, read)
         check_tokens(self.model)
-        targets = self._find_targets(peft_config)
+        targets = self._find_targets(config)
         check_streams(self.model, targets)
-        if peft_config.target_modules is None:
-            self._probe.target_modules = {target.name for target in targets}
         outside = [target.name for target in targets if read is not None and not self._is_in(target.name, read)]
         if outside:
             raise ValueError(
                 f"target_modules names {', '.join(outside)}, in neither the encoder nor the decoder of "
                 f"{type(self._base).__name__}. Only modules of these can be edited: positions count in their inputs."
             )
-        specs = peft_config.positions_by_layer(len(targets)) if targets else {}
-        ranks = peft_config.ranks(specs, len(targets)) if targets else {}
+        specs = config.positions_by_layer(len(targets)) if targets else {}
+        ranks = config.ranks(specs, len(targets)) if targets else {}
         self._targets: dict[str, tuple[Target, Positions, int | None]] = {}
         for target in targets:
             if target.layer in specs:
@@ -129,17 +130,18 @@ class LoReftModel(BaseTuner):
                         f"allowed are 1 to {target.d}."
                     )
                 self._targets[target.name] = (target, specs[target.layer], r)
-        self._beyond = self._targets_of_checkpoint(peft_config, targets)
+        self._beyond = self._targets_of_checkpoint(config, targets)
         if (
-            peft_config.tie == "model"
+            config.tie == "model"
             and len(sizes := {target.d for target, *_ in (self._targets | self._beyond).values()}) > 1
         ):
             raise ValueError(f"tie='model' needs one hidden size, but the targets have {sorted(sizes)}.")
         self._shared: Intervention | None = None
-        names = [name for name in self._targets if self._check_target_module_exists(peft_config, name)]
+        config.chosen_modules = set(self._targets)  # type: ignore[misc]  # of this object, not of its class
+        names = [name for name in self._targets if self._check_target_module_exists(config, name)]
         layers = [name for name, module in self._base.named_modules() if isinstance(module, LoReftLayer)]
-        refuse_conflicts(self._base, peft_config, names, [name.removesuffix(f".{CHILD}") for name in layers])
-        return peft_config
+        refuse_conflicts(self._base, config, names, [name.removesuffix(f".{CHILD}") for name in layers])
+        return config
 
     def _write_out_shorthand(self, peft_config: LoReftConfig, read: set[int] | None) -> None:
         """`target_modules="all-linear"` becomes PEFT's list of names, less maps that do not read token by token."""
@@ -186,11 +188,14 @@ class LoReftModel(BaseTuner):
     def _is_in(self, name: str, modules: set[int]) -> bool:
         return id(self._base.get_submodule(name)) in modules
 
-    def _check_target_module_exists(self, peft_config: LoReftConfig, key: str) -> Any:
-        # `exclude_modules` and `modules_to_save` are PEFT's to judge, on the names we chose.
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool | re.Match[str] | None:
+        """Whether module `key` is edited. PEFT judges `exclude_modules` and `modules_to_save` on the chosen names."""
+        asked = copy.copy(_as_ours(peft_config))
+        asked.target_modules = asked.chosen_modules or set()
         key = key.removeprefix("_orig_mod.")
-        found = check_target_module_exists(self._probe, key)
-        return key in self._targets if found else found
+        found = check_target_module_exists(asked, key)
+        return key in asked.target_modules if found else found
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
         """PEFT's check concerns weights that LoRA would bypass; the outputs of any module can be edited."""
@@ -260,7 +265,7 @@ class LoReftModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: LoReftConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -268,9 +273,10 @@ class LoReftModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        config = _as_ours(peft_config)
         name = current_key.removeprefix("_orig_mod.")
         chosen, spec, r = self._targets.get(name) or self._beyond[name]
-        by = peft_config.tie if peft_config.tie in ("group", "position") else "all"
+        by: Arrangement = config.tie if config.tie in ("group", "position") else "all"
         count = {
             "all": None,
             "group": len(spec.groups),
@@ -278,9 +284,9 @@ class LoReftModel(BaseTuner):
         }[by]
         intervention = self._shared
         if intervention is None:
-            formula = INTERVENTIONS[peft_config.intervention]
-            intervention = formula(chosen.d, r, count, peft_config.init_weights, peft_config.act_fn, peft_config.gate)
-        if peft_config.tie == "model":
+            formula = INTERVENTIONS[config.intervention]
+            intervention = formula(chosen.d, r, count, config.init_weights, config.act_fn, config.gate)
+        if config.tie == "model":
             self._shared = intervention
         layer = getattr(target, CHILD, None)
         if layer is None:
@@ -289,7 +295,7 @@ class LoReftModel(BaseTuner):
             assert attachment is not None
             layer = LoReftLayer(target, attachment)
             target.add_module(CHILD, layer)
-        plan = LayerPlan(wanted_by(peft_config, spec.groups), spec.groups, by, peft_config.dropout)
+        plan = LayerPlan(wanted_by(config, spec.groups), spec.groups, by, config.dropout)
         layer.update_layer(adapter_name, intervention, share_plan(plan))
         self._filled.add(layer)
 
@@ -432,7 +438,8 @@ class LoReftModel(BaseTuner):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
-    ) -> nn.Module:
+    ) -> Any:
+        # PEFT declares that this returns None, but it returns the base model.
         if merge:
             self._fold(adapter_names, safe_merge, new_parameters=True)
             gained = [layer for layer in self._layers() if layer.has_new_bias]
@@ -459,12 +466,13 @@ class LoReftModel(BaseTuner):
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: LoReftConfig,
+        config: PeftConfig,
         adapter_name: str,
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """R as it computes, W and b; with `tie="model"` once, under the first layer's name."""
+        config = _as_ours(config)
         shapes = INTERVENTIONS[config.intervention].shapes_of(config.act_fn, config.gate)
         _put_back(model, adapter_name, state_dict, unwanted_adapter_names, shapes)
         prefixes = {prefix for prefix in _key_prefixes(model, adapter_name) if cls._is_own(prefix)}
@@ -490,7 +498,7 @@ class LoReftModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: LoReftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Names of the model for names of the file.
 
@@ -499,8 +507,10 @@ class LoReftModel(BaseTuner):
         """
         own = _filter_state_dict_by_key_prefixes(model.state_dict(), _key_prefixes(model, adapter_name))
         own = {name: tensor for name, tensor in own.items() if cls._is_own(name)}
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        if config.tie == "model":
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        if _as_ours(config).tie == "model":
             shared = {name.rpartition(".")[2]: tensor for name, tensor in remapped.items() if cls._is_own(name)}
             remapped |= {name: shared[last] for name in own if (last := name.rpartition(".")[2]) in shared}
         missing = [cls._remove_adapter_name_from_key(name, adapter_name) for name in own if name not in remapped]
@@ -509,6 +519,12 @@ class LoReftModel(BaseTuner):
             raise ValueError(does_not_fit(f"The file of adapter {adapter_name!r}", missing, unknown))
         check_finite(state_dict, f"The file of adapter {adapter_name!r}")
         return remapped
+
+
+def _as_ours(config: PeftConfig) -> LoReftConfig:
+    """`config`, which PEFT's annotations take for a config of any method."""
+    assert isinstance(config, LoReftConfig)
+    return config
 
 
 def _put_back(
@@ -566,7 +582,7 @@ def _check_gathered(tensors: dict[str, Tensor], shapes: dict[str, str]) -> None:
 
 def _key_prefixes(model: nn.Module, adapter_name: str | None = None) -> set[str]:
     """As they are in state dicts, from which torch's wrappers of checkpointed and of sharded modules are left out."""
-    prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
+    prefixes: set[str] = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
     for wrapper in ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module."):
         prefixes = {prefix.replace(wrapper, "") for prefix in prefixes}
     return prefixes

@@ -32,8 +32,9 @@ _NO_TOKENS = torch.empty(0)
 def source_tokens(given: dict[str, Any]) -> Tensor:
     """The tokens of a model's inputs; an empty tensor if it was given none."""
     for name in ("inputs_embeds", "input_ids"):
-        if given.get(name) is not None:
-            return given[name]
+        tokens: Tensor | None = given.get(name)
+        if tokens is not None:
+            return tokens
     return _NO_TOKENS
 
 

@@ -15,7 +15,7 @@ def refuse_tracing() -> None:
     Raises:
         RuntimeError: one of them is running; the message says what exports with edits.
     """
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # torch does not declare it
         what = "TorchScript's tracer (`torch.jit.trace`, `torch.onnx.export(dynamo=False)`)"
     elif _exports_to_onnx():
         what = "`torch.onnx.export`"
@@ -27,6 +27,7 @@ def refuse_tracing() -> None:
     )
 
 
-@torch.compiler.assume_constant_result  # Dynamo, which the exporter tries next, takes it for False otherwise
+# The exporter tries Dynamo next. Without the decorator Dynamo takes the result for False.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it without types
 def _exports_to_onnx() -> bool:
     return torch.onnx.is_in_onnx_export()
