@@ -48,6 +48,17 @@ class Target:
     d: int
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model that `torch.compile` has wrapped; a model that is not compiled, itself."""
+    inner: nn.Module | None = getattr(model, "_orig_mod", None)
+    return model if inner is None else inner
+
+
+def in_base(name: str) -> str:
+    """Name of a module without the wrapper of `torch.compile`, which PEFT leaves out too."""
+    return name.removeprefix("_orig_mod.")
+
+
 def find_targets(model: nn.Module, component: str) -> list[Target]:
     """The blocks of `model`, or their attention or feed-forward modules, one a layer, in order.
 

@@ -18,11 +18,14 @@ from ..edits.formulas import Interchange
 from ..edits.intervention import Intervention, factors_of
 from ..positions.index import PositionIndex
 from .exchange import exchange
+from .folding import NEW_BIAS, Folded, fold, gains_bias, onloaded, projection_of, unfold
 from .forward import Attachment, Forward, LayerPlan, current, current_names
-from .merging import NEW_BIAS, Folded, fold, gains_bias, onloaded, projection_of, unfold
 
 CHILD = "loreft"
 """Name of the layer in its block. Keys read `...layers.3.loreft.loreft_weights.<adapter>.R`."""
+
+PREFIX = "loreft_"
+"""What the names of the layer's adapter modules begin with, as PEFT asks of each method."""
 
 
 class LoReftLayer(nn.Module, BaseTunerLayer):
