@@ -19,7 +19,7 @@ from ..edits.intervention import Intervention, factors_of
 from ..positions.index import PositionIndex
 from .exchange import exchange
 from .folding import NEW_BIAS, Folded, fold, gains_bias, onloaded, projection_of, unfold
-from .forward import Attachment, Forward, LayerPlan, current, current_names
+from .forward import Attachment, Forward, LayerPlan, current, current_adapter_names
 
 CHILD = "loreft"
 """Name of the layer in its block. Keys read `...layers.3.loreft.loreft_weights.<adapter>.R`."""
@@ -75,7 +75,7 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
         Returns:
             The same structure with edited hidden states; the very same object where nothing is edited.
         """
-        adapter_names = current_names(self.attachment)
+        adapter_names = current_adapter_names(self.attachment)
         if self.disable_adapters or self.merged:
             if adapter_names is not None and self.merged:
                 raise ValueError(
@@ -155,7 +155,7 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
         for key, adapters in alike.items():
             plan, index = shared[key]
             scales = tuple((name, self.scaling[name]) for name, _ in adapters)
-            which, scale = forward.rows_of(scales, names, index.keep.device)
+            which, scale = forward.adapters_of_rows(scales, names, index.keep.device)
             factors = Factors.stack([each for _, each in adapters]).map(partial(_of_rows, which=which))
             edits += _by_row(index, forward.keep(index, factors), plan, scale, factors)
         return edits
