@@ -14,7 +14,7 @@ from ..positions.batch import POSITIONS, SUBSPACES
 from ..positions.generation import GenerateStep, Generation
 from ..positions.memory import CacheMemory, set_memory
 from ..positions.sources import CONTINUOUS_BATCHING, check_positions, check_subspaces
-from .caches import _memory_of_length, cache_of_inputs, counted, filled
+from .caches import cache_of_inputs, counted, filled, memory_of_length
 from .forward import (
     ATTRIBUTE,
     current_generation,
@@ -124,7 +124,7 @@ def _note_prompts(
     ids = next((t for name in names[1:] if (t := kwargs.get(name)) is not None), args[0] if args else None)
     cache = cache_of_inputs(kwargs)
     past = 0 if cache is None else filled(cache) or 0
-    memory = None if not past else _memory_of_length(cache, past)
+    memory = None if not past else memory_of_length(cache, past)
     mask = kwargs.get("attention_mask")
     if tokens is None:  # generation from the begin-of-sequence token alone, one row
         real = torch.ones(1, 1, dtype=torch.bool)
