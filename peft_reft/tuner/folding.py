@@ -1,7 +1,7 @@
-"""Fold an edit of every token into the linear map whose output it edits: exact where the edit is affine.
+"""Fold an edit of every token into the linear map whose output it edits. That is exact if the edit is affine.
 
-With y = Mx + m the output of the map and Φ(y) = y + Bᵀ(A y + b), Φ of it is a linear map again, of weight M + BᵀAM and
-bias m + Bᵀ(A m + b).
+The output of the map is y = Mx + m. With Φ(y) = y + Bᵀ(A y + b), Φ of the output is a linear map of x again. Its
+weight is M + BᵀAM, its bias m + Bᵀ(A m + b).
 """
 
 from __future__ import annotations
@@ -30,42 +30,42 @@ _OUTPUT_NAMES = (
     "fc_out",
     "linear_out",
 )
-"""Names by which attention and feed-forward modules know the linear map that they end with."""
+"""Names that attention and feed-forward modules have for the linear map that they end with."""
 
 _RESIDUAL_NAMES = ("residual", "input_tensor")
-"""Arguments of modules that add the residual stream themselves, after their linear map."""
+"""Arguments by which modules are given the residual stream, if they add it themselves after their linear map."""
 
 NEW_BIAS = (
-    "a {} without a bias would get one, and who reads the weights by the base's names does not know it (TRL's sync to "
-    "vLLM leaves it out; allowed: `merge_and_unload`, or `merge_adapter(new_parameters=True)`)"
+    "a {} without a bias would get one, which code that reads the weights by the base's names would miss (TRL's sync "
+    "to vLLM leaves it out; allowed: `merge_and_unload`, or `merge_adapter(new_parameters=True)`)"
 )
 SHARED_WEIGHT = (
-    "other modules have the weight of {} too, so the merged one would be a new parameter, and who reads the weights "
-    "by the base's names may not know it (allowed: `merge_and_unload`, or `merge_adapter(new_parameters=True)`)"
+    "other modules have the weight of {} too, so the merged one would be a new parameter, which code that reads the "
+    "weights by the base's names may miss (allowed: `merge_and_unload`, or `merge_adapter(new_parameters=True)`)"
 )
 
 
 @dataclass
 class Folded:
-    """What a linear map was before, kept to be brought back."""
+    """What `unfold` needs to bring a linear map back."""
 
-    b: Tensor
-    """(r, d) float32, of all adapters."""
+    basis: Tensor
+    """B of all adapters, (r, d) float32, d being the size of the output."""
     inner: Tensor
-    """A M, (r, size of the input) float32: what was added to the weight is the product of the two ..."""
+    """A M of all adapters, (r, size of the input) float32. Bᵀ A M was added to the weight."""
     weight: Tensor | None
-    """... unless there were edits without a rank: then the weight itself."""
+    """The weight as it was, if an edit had no rank; it is then copied back, and nothing is subtracted."""
     bias: Tensor | None
-    """None if there was none."""
+    """The bias as it was, or None if the map had none."""
     shared: nn.Parameter | None
-    """The weight itself, if other modules have it too: while merged, the linear map has one of its own."""
+    """The parameter itself, if other modules have it too. The map has a weight of its own until it is unfolded."""
 
 
 def projection_of(module: nn.Module) -> nn.Linear | Conv1D:
     """The linear map whose output `module` returns.
 
     Raises:
-        ValueError: there is none that an edit could be folded into; the message says why.
+        ValueError: no edit can be folded into a linear map of `module`; the message says why.
     """
     name = type(module).__name__
     found: list[Any] = [module]
@@ -89,50 +89,59 @@ def projection_of(module: nn.Module) -> nn.Linear | Conv1D:
 
 
 def gains_bias(module: nn.Linear | Conv1D, edits: Sequence[tuple[str, Factors, float]]) -> bool:
-    """Whether `fold` would give a bias to the linear map, which has none."""
+    """Whether `fold` would give a bias to a linear map that has none."""
     if module.bias is not None:
         return False
-    # Of a map without a bias the output of 0 is 0: what an edit makes of it is the bias.
-    zero = torch.zeros(1, len(_matrix(module)), device=module.weight.device)
-    return bool(torch.stack([scale * factors.edit(zero) for _, factors, scale in edits]).sum(0).any())
+    # A map without a bias makes 0 of 0. What an edit makes of that 0 is the bias.
+    zero = torch.zeros(1, len(_matrix(module)), device=module.weight.device)  # (1, d)
+    biases = torch.stack([scale * factors.edit(zero) for _, factors, scale in edits])  # (adapters, 1, d)
+    return bool(biases.sum(0).any())
 
 
 @torch.no_grad()
 def fold(
     module: nn.Linear | Conv1D, edits: Sequence[tuple[str, Factors, float]], check: bool, shared: bool = False
 ) -> Folded:
-    """Add edits, each of the map's own output, to the map.
+    """Add edits to a linear map. Each of them edits the output that the map has without the others.
 
     Args:
-        module: the linear map; gets a bias if it has none and the edits have one.
-        edits: name, affine factors or scale and shift, and the factor that the edit is multiplied by.
+        module: the linear map; it gets a bias if it has none and the edits have one.
+        edits: adapter's name, its affine factors, and the scale that multiplies its edit.
         check: whether to raise ValueError, before anything is changed, if the result is not finite.
-        shared: whether other modules have the map's weight too, which then gets one of its own.
+        shared: whether other modules have the map's weight too. The map then gets a weight of its own.
     """
-    weight = _matrix(module)
+    weight = _matrix(module)  # M, (d, d_in)
     before = module.bias
-    m = torch.zeros(len(weight), device=weight.device) if before is None else before.float()
-    b, inner = weight.new_zeros(0, len(weight)), weight.new_zeros(0, weight.shape[1])
-    scaling, bias = torch.zeros_like(m), m.clone()
+    m = torch.zeros(len(weight), device=weight.device) if before is None else before.float()  # (d,)
+    bases, inner = [weight.new_zeros(0, len(weight))], [weight.new_zeros(0, weight.shape[1])]
+    scaling, bias = torch.zeros_like(m), m.clone()  # (d,) each
     for _, factors, scale in edits:
         assert factors.is_affine
         if isinstance(factors, LowRankFactors):
             assert isinstance(factors.coordinates, Affine)
-            basis, affine = factors.basis, factors.coordinates
-            a = torch.zeros_like(basis) if affine.weight is None else affine.weight
-            b, inner = torch.cat([b, basis]), torch.cat([inner, scale * (a @ weight)])
-            bias += scale * (a @ m + affine.bias) @ basis
+            affine = factors.coordinates
+            a = torch.zeros_like(factors.basis) if affine.weight is None else affine.weight  # (r, d)
+            bases.append(factors.basis)  # (r, d)
+            inner.append(scale * (a @ weight))  # (r, d_in)
+            bias += scale * (a @ m + affine.bias) @ factors.basis
         else:
             assert isinstance(factors, ElementwiseFactors)
-            u = torch.zeros_like(m) if factors.scale is None else factors.scale
+            u = torch.zeros_like(m) if factors.scale is None else factors.scale  # (d,)
             scaling += scale * u
             bias += scale * (u * m + factors.shift)
-    merged = weight + b.T @ inner + scaling.unsqueeze(-1) * weight
+    basis_of_all, inner_of_all = torch.cat(bases), torch.cat(inner)  # (sum of r, d), (sum of r, d_in)
+    merged = weight + basis_of_all.T @ inner_of_all + scaling.unsqueeze(-1) * weight  # (d, d_in)
     stored = merged.to(module.weight.dtype), bias.to(module.weight.dtype)
     if check and not all(torch.isfinite(tensor).all() for tensor in stored):
         names = ", ".join(name for name, _, _ in edits)
         raise ValueError(f"NaNs detected in the merged weights. The adapter {names} seems to be broken")
-    folded = Folded(b, inner, None, None if before is None else before.detach().clone(), None)
+    folded = Folded(
+        basis=basis_of_all,
+        inner=inner_of_all,
+        weight=None,
+        bias=None if before is None else before.detach().clone(),
+        shared=None,
+    )
     if shared:
         folded.shared = cast(nn.Parameter, module.weight)
         module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=module.weight.requires_grad)
@@ -154,7 +163,7 @@ def unfold(module: nn.Linear | Conv1D, folded: Folded) -> None:
     elif folded.weight is not None:
         module.weight.copy_(folded.weight)
     else:
-        _set_matrix(module, _matrix(module) - folded.b.T @ folded.inner)
+        _set_matrix(module, _matrix(module) - folded.basis.T @ folded.inner)
     if folded.bias is None:
         module.bias = None
     else:
@@ -163,7 +172,7 @@ def unfold(module: nn.Linear | Conv1D, folded: Folded) -> None:
 
 @contextmanager
 def onloaded(module: nn.Linear | Conv1D) -> Iterator[None]:
-    """While it lasts, weights that are offloaded are here; what was written to them is offloaded when it ends."""
+    """Load offloaded weights, and offload them again at the end with what was written to them."""
     holder: Any = nn.Module()
     holder.base_layer = module  # the name by which PEFT knows what to write back
     with onload_layer(holder):
@@ -171,7 +180,7 @@ def onloaded(module: nn.Linear | Conv1D) -> Iterator[None]:
 
 
 def _matrix(module: nn.Linear | Conv1D) -> Tensor:
-    """The weight, (size of the output, size of the input) float32."""
+    """The weight as (size of the output, size of the input) float32; `Conv1D` stores the transpose."""
     return (module.weight.T if isinstance(module, Conv1D) else module.weight).float()
 
 
