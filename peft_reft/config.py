@@ -151,6 +151,8 @@ class LoReftConfig(PeftConfig):
 
     has_answers: ClassVar[bool | None] = None
     """Whether rows of the model hold prompt and answer. Not saved: noted on the object when it is injected."""
+    chosen_modules: ClassVar[set[str] | None] = None
+    """Names of the modules to edit. Not saved: noted on the object when it is injected."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,6 +6,7 @@ pyproject.toml.
 
 import ast
 import inspect
+import re
 from pathlib import Path
 
 import peft
@@ -17,7 +18,7 @@ from peft.utils import other
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from transformers.integrations.peft import PeftAdapterMixin
 
-import peft_reft
+import peft_reft.tuner
 from peft_reft import LoReftConfig, LoReftModel
 from peft_reft.tuner.layer import LoReftLayer
 
@@ -63,6 +64,7 @@ SIGNATURES = {
     (other, "_get_input_embeddings_name"): "model, default=None",
     (other, "_get_module_names_tied_with_embedding"): "model",
     (AuxiliaryTrainingWrapper, "_get_available_adapters"): "self",
+    (AuxiliaryTrainingWrapper, "_error_message_name"): "self",
     (AuxiliaryTrainingWrapper, "adapter_state_dict_load_map"): "self, adapter_name",
     (ModulesToSaveWrapper, "delete_adapter"): "self, adapter_name, new_active_adapters",
     (PeftModel, "_enable_peft_forward_hooks"): "self, *args, **kwargs",
@@ -98,14 +100,27 @@ def test_the_table_has_all_that_is_overridden():
     assert overridden <= {*SIGNATURES}
 
 
-def test_the_table_has_all_private_names_that_are_imported():
-    known = {name for _, name in SIGNATURES}
+def imported_private_names():
     imported = set()
     for file in Path(peft_reft.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "peft":
                 imported |= {alias.name for alias in node.names if alias.name.startswith("_")}
+    return imported
+
+
+def test_the_table_has_all_private_names_that_are_imported():
+    known = {name for _, name in SIGNATURES}
+    imported = imported_private_names()
     assert imported and imported <= known
+
+
+def test_the_page_has_all_private_names():
+    """The table in the docstring of `peft_reft.tuner`: each symbol, what for, and the public way."""
+    names = {name for _, name in SIGNATURES} | imported_private_names()
+    private = {name for name in names if name.startswith("_") and not name.startswith("__")}
+    described = set(re.findall(r"^`(_\w+)`  +\S", peft_reft.tuner.__doc__, re.MULTILINE))
+    assert described == private
 
 
 def test_what_of_transformers_is_wrapped():

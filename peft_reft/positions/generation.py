@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,9 +44,7 @@ class Generation:
     beside: int | None = None
     """Length of the prompt of forwards that run beside `generate` (classifier-free guidance)."""
     used: dict[str, tuple[Wanted, Tensor | None]] = field(default_factory=dict)
-    """By adapter: what its layers asked, and which rows it edits."""
-    factors: dict[tuple[int, bool], Any] = field(default_factory=dict)
-    """What the layers compute with, for all steps of this call."""
+    """What the layers asked, by adapter, and which rows it edits."""
     _others_checked: bool = False
     _resolved: dict[Wanted, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
     """What `slots` returned."""

@@ -1,7 +1,8 @@
 """Find a model's blocks and their hidden size.
 
-The rule: the blocks are the one `ModuleList` with as many entries as the text model has layers. Of an encoder-decoder
-model it is the encoder's, which reads the prompt; of a multimodal one, that of the part that reads text.
+The rule: the blocks are the one `ModuleList` with as many entries as the text model has layers. An encoder-decoder
+model has two such lists; the encoder's counts, because the encoder reads the prompt. In a multimodal model the list of
+the part that reads text counts.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-# Names that the attention and the feed-forward module of a block go by; the first that a block has is taken. In BERT
-# and its like the feed-forward module is split, and `output` is the half that returns to the residual stream.
+# Names of the attention and of the feed-forward module of a block. The first name that a block has counts. In BERT and
+# similar models the feed-forward module is split: `output` is the half that returns to the residual stream.
 COMPONENT_NAMES: dict[str, tuple[str, ...]] = {
     "attention": ("self_attn", "attn", "self_attention", "attention", "temporal_block"),
     "mlp": ("mlp", "feed_forward", "block_sparse_moe", "ffn", "fc2", "output"),
@@ -22,18 +23,18 @@ COMPONENT_NAMES: dict[str, tuple[str, ...]] = {
 # Parts of multimodal models that do not read text.
 _NOT_TEXT = ("vision", "visual", "audio", "image")
 
-# Models, by class or by `model_type`, whose hidden states are not the rows of tokens that their inputs are.
+# Models, by class or by `model_type`, whose hidden states do not have one row for each row of input tokens.
 _NO_ROWS_OF_TOKENS = {
     "blt": "its blocks read patches of several bytes, and the inputs do not show how many bytes a patch has",
     "cpmant": "it puts prompt tokens of its own before the text, which its inputs do not show",
-    "ProphetNetForCausalLM": "its blocks return several hidden states of each token, one a token to predict",
+    "ProphetNetForCausalLM": "its blocks return several hidden states of each token, one for each token to predict",
     "fsmt": "its hidden states are of shape (seq, batch, d)",
     "git": "it puts the image before the text, which its inputs do not show",
     "reformer": "its blocks are reversible: each returns two halves of a hidden state",
     "xlnet": "its hidden states are of shape (seq, batch, d)",
 }
 
-# Sizes in a config that say how many hidden states a block has of each token, if it has more than one.
+# Fields of a model's config with the number of hidden states that a block has of each token.
 _STREAMS = ("hc_mult", "hc_count", "altup_num_inputs")
 
 _SIZE_NAMES = ("hidden_size", "d_model", "n_embd", "dim")
@@ -41,18 +42,33 @@ _SIZE_NAMES = ("hidden_size", "d_model", "n_embd", "dim")
 
 @dataclass(frozen=True)
 class Target:
-    """A module whose output is edited: its name, its layer, and the size d of the hidden state it returns."""
+    """A module whose output can be edited: its name, its layer, and the size d of the hidden state it returns."""
 
     name: str
     layer: int
     d: int
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside the wrapper of `torch.compile`; without a wrapper, `model` itself."""
+    inner: nn.Module | None = getattr(model, "_orig_mod", None)
+    return model if inner is None else inner
+
+
+def in_base(name: str) -> str:
+    """Name of a module without the wrapper of `torch.compile`, which PEFT leaves out too."""
+    return name.removeprefix("_orig_mod.")
+
+
 def find_targets(model: nn.Module, component: str) -> list[Target]:
-    """The blocks of `model`, or their attention or feed-forward modules, one a layer, in order.
+    """The blocks of `model`, or their attention or feed-forward modules, one for each layer, in order.
+
+    Args:
+        model: the base model.
+        component: "block", "attention" or "mlp".
 
     Raises:
-        ValueError: no blocks are found, or more than one list of modules could be the blocks; the message lists them.
+        ValueError: no list of modules could be the blocks, or more than one could, or a block has no such component.
     """
     config = _text_config(model)
     blocks = _block_list(model, config)
@@ -67,9 +83,9 @@ def find_targets(model: nn.Module, component: str) -> list[Target]:
 
 
 def check_tokens(model: nn.Module) -> None:
-    """Raise ValueError if the hidden states of `model` are not those of its input's tokens, (batch, seq, d)."""
-    names = type(model).__name__, getattr(getattr(model, "config", None), "model_type", "")
-    reason = next((_NO_ROWS_OF_TOKENS[name] for name in names if name in _NO_ROWS_OF_TOKENS), None)
+    """Raise ValueError if `model` does not have hidden states (batch, seq, d), one for each token of its input."""
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    reason = _NO_ROWS_OF_TOKENS.get(type(model).__name__) or _NO_ROWS_OF_TOKENS.get(model_type)
     if reason is not None:
         raise ValueError(
             f"LoReFT cannot edit {type(model).__name__}: {reason}. It edits hidden states of shape (batch, seq, d), "
@@ -92,25 +108,30 @@ def check_streams(model: nn.Module, targets: list[Target]) -> None:
                 )
 
 
-# Of nn.Linear, nn.Embedding, transformers' Conv1D (GPT-2), nn.MultiheadAttention.
-SIZE_OF_OUTPUT = ("out_features", "embedding_dim", "nf", "embed_dim")
+# Attributes with the size of a module's output: of nn.Linear, nn.Embedding, transformers' Conv1D (GPT-2),
+# nn.MultiheadAttention.
+_SIZES_OF_OUTPUT = ("out_features", "embedding_dim", "nf", "embed_dim")
 
 
 def output_size(model: nn.Module, name: str) -> int:
-    """Size of the last dimension of what module `name` returns: what it says itself, else the hidden size."""
+    """Size of the last dimension of what module `name` returns; the hidden size, if the module does not say it."""
     module = model.get_submodule(name)
-    own = (getattr(module, attribute, None) for attribute in SIZE_OF_OUTPUT)
-    return next((size for size in own if isinstance(size, int)), None) or _hidden_size(model, _text_config(model))
+    for attribute in _SIZES_OF_OUTPUT:
+        size = getattr(module, attribute, None)
+        if isinstance(size, int) and size:
+            return size
+    return _hidden_size(model, _text_config(model))
 
 
 def skeleton(config: Any) -> nn.Module:
-    """The model of a transformers config, on the meta device: its modules, without a byte of weights."""
+    """The model of a transformers config on the meta device: its modules, without memory for weights."""
     import transformers
 
     model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0])
     make = getattr(model_class, "_from_config", None) or model_class.from_config
     with torch.device("meta"):
-        return make(config)
+        model: nn.Module = make(config)
+    return model
 
 
 def modules_of_encoder(model: Any) -> set[int] | None:
@@ -128,42 +149,45 @@ def modules_of_decoder(model: Any) -> set[int] | None:
 
 
 def _text_config(model: nn.Module) -> Any:
+    """The config of the part that reads text; None if the model has no config."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _hidden_size(model: nn.Module, config: Any) -> int:
     for name in _SIZE_NAMES:
-        if isinstance(size := getattr(config, name, None), int):
+        size = getattr(config, name, None)
+        if isinstance(size, int):
             return size
     raise ValueError(
         f"The hidden size of {type(model).__name__} is unknown: its config has none of {', '.join(_SIZE_NAMES)}. "
-        "Modules to edit in a network of your own need an attribute `out_features`, as `nn.Linear` has."
+        "In a network of your own, modules to edit need an attribute `out_features`, as `nn.Linear` has."
     )
 
 
 def _block_list(model: nn.Module, config: Any) -> str:
-    lists = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) if len(module)
+    """Name of the list of blocks."""
+    lists: dict[str, nn.ModuleList] = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) > 0
     }
     n_layers = getattr(config, "num_hidden_layers", None)
     if all(len(module) != n_layers for module in lists.values()):  # LongCat counts the two halves of its blocks
         n_layers = getattr(config, "num_layers", n_layers)
-    candidates = [name for name, module in lists.items() if len(module) == n_layers]
-    # A list inside one of these (the experts of a block) is part of a block, not a list of blocks.
-    candidates = [c for c in candidates if not any(c.startswith(f"{other}.") for other in candidates)]
-    candidates = [c for c in candidates if not any(part in c for part in _NOT_TEXT)] or candidates
+    candidates: list[str] = [name for name, module in lists.items() if len(module) == n_layers]
+    # A list inside another candidate (the experts of a block) is part of a block, not a list of blocks.
+    candidates = [name for name in candidates if not any(name.startswith(f"{other}.") for other in candidates)]
+    of_text = [name for name in candidates if not any(part in name for part in _NOT_TEXT)]
+    candidates = of_text or candidates
     encoder = modules_of_encoder(model)
     if encoder is not None:
-        candidates = [c for c in candidates if id(lists[c]) in encoder]
+        candidates = [name for name in candidates if id(lists[name]) in encoder]
     if len(candidates) == 1:
         return candidates[0]
     found = ", ".join(f"{name} ({len(blocks)} x {type(blocks[0]).__name__})" for name, blocks in lists.items())
-    problem = (
-        f"more than one list of modules could be the blocks: {', '.join(candidates)}"
-        if candidates
-        else f"no list of modules has as many entries as the config has layers ({n_layers})"
-    )
+    if candidates:
+        problem = f"more than one list of modules could be the blocks: {', '.join(candidates)}"
+    else:
+        problem = f"no list of modules has as many entries as the config has layers ({n_layers})"
     raise ValueError(
         f"Cannot find the blocks of {type(model).__name__}: {problem}. Lists of modules found: {found or 'none'}. "
         "Name the modules to edit with `target_modules`."
@@ -171,6 +195,7 @@ def _block_list(model: nn.Module, config: Any) -> str:
 
 
 def _component(block: nn.Module, name: str, component: str) -> str:
+    """Name of a component within its block, which is called `name`."""
     children = dict(block.named_children())
     for candidate in COMPONENT_NAMES[component]:
         if candidate in children:

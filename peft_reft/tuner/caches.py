@@ -1,4 +1,4 @@
-"""The caches of models: what they are called, how much they hold, and what is noted of that (`CacheMemory`)."""
+"""The caches of models: their names, how much they hold, and the notes that they carry (`CacheMemory`)."""
 
 from __future__ import annotations
 
@@ -10,37 +10,44 @@ from ..positions.batch import is_matrix
 from ..positions.cached import Continued, of_rows, refuse_others
 from ..positions.memory import CacheMemory, memory_of, set_memory
 from ..positions.sources import Unread
-from .forward import (
-    Attachment,
-    Forward,
-)
+from .forward import Attachment, Forward
 
 _CACHES = ("past_key_values", "cache_params", "state")
-"""What models call the states that they keep between forwards: most; Mamba; RWKV."""
+"""Names of the states that models keep between forwards: of most models; of Mamba; of RWKV."""
 
 
 def cache_of_inputs(given: dict[str, Any]) -> Any:
-    return next((cache for name in _CACHES if (cache := given.get(name)) is not None), None)
+    """The cache among a model's inputs, or None."""
+    for name in _CACHES:
+        if given.get(name) is not None:
+            return given[name]
+    return None
 
 
 def cache_of_output(output: Any) -> Any:
-    return next((cache for name in _CACHES if (cache := getattr(output, name, None)) is not None), None)
+    """The cache that a model returned, or None."""
+    for name in _CACHES:
+        cache = getattr(output, name, None)
+        if cache is not None:
+            return cache
+    return None
 
 
 def filled(cache: Any) -> int | None:
-    """How many tokens a cache holds; None if it holds some and does not say how many."""
+    """The number of tokens that a cache holds; None if it holds some and does not say how many."""
     length = counted(cache)
-    if length is None and (memory := memory_of(cache)) is not None:
-        return memory.length
-    return length
+    if length is not None:
+        return length
+    memory = memory_of(cache)
+    return None if memory is None else memory.length
 
 
 def counted(cache: Any) -> int | None:
-    """How many tokens a cache counts; None if it holds some and counts none."""
+    """The number of tokens by the cache's own count; None if it holds some and does not count them."""
     if hasattr(cache, "get_seq_length"):
         try:
             length = int(cache.get_seq_length())
-        except ValueError:  # without a layer of attention, as Mamba's
+        except ValueError:  # it has no layer of attention, as Mamba's cache
             pass
         else:
             # The first layer may keep its state elsewhere, as MiniMax's does.
@@ -48,11 +55,13 @@ def counted(cache: Any) -> int | None:
             return length or max((int(layer.get_seq_length()) for layer in others), default=0)
     if hasattr(cache, "has_previous_state"):
         state = cache.has_previous_state
-        return None if (state() if callable(state) else state) else 0
+        is_filled = state() if callable(state) else state
+        return None if is_filled else 0
     return None
 
 
-def _memory_of_length(cache: Any, past: int | None) -> CacheMemory | None:
+def memory_of_length(cache: Any, past: int | None) -> CacheMemory | None:
+    """What is known of the `past` columns that a cache holds now: it may have been cropped, or filled by others."""
     memory = memory_of(cache)
     if memory is None or past is None:
         return memory
@@ -60,14 +69,23 @@ def _memory_of_length(cache: Any, past: int | None) -> CacheMemory | None:
 
 
 def past_of(attachment: Attachment, given: dict[str, Any]) -> tuple[int | None, CacheMemory | None]:
-    """How many columns the cache holds that a forward was given, and what is known of them."""
+    """The number of columns in the cache that a forward was given, and what is known of them; see `Forward`."""
     cache = cache_of_inputs(given) if attachment.has_answers else None
-    past = 0 if cache is None else filled(cache)
-    return past, _memory_of_length(cache, past) if past != 0 else None
+    if cache is None:
+        return 0, None
+    past = filled(cache)
+    return past, None if past == 0 else memory_of_length(cache, past)
 
 
 def note_cache(forward: Forward, attachment: Attachment, given: dict[str, Any], output: Any) -> None:
-    """Have the cache that a forward outside `generate` leaves know what it holds."""
+    """Note in the cache that a forward leaves what it holds. Within `generate` only check the cache it began with.
+
+    Args:
+        forward: that has ended.
+        attachment: of its model.
+        given: its inputs, by name.
+        output: what the model returned.
+    """
     if forward.generation is not None:
         forward.generation.check_others()
         return

@@ -1,4 +1,4 @@
-"""Activation checkpointing: what is run again in a backward runs within the `Forward` that it belongs to."""
+"""Activation checkpointing: a part that runs again in a backward runs within the `Forward` that it belongs to."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import Any
 from torch import nn
 
 from ..patching import check_listed
-from .forward import (
-    innermost,
-    resumed,
-)
+from .forward import innermost, resumed
 
 _CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
 """Attributes that hold a module's checkpoint function: transformers' models; torch's CheckpointWrapper."""
 
 
 class WithForward:
-    """A checkpoint function that runs again, in the backward, within the `Forward` that it belongs to.
+    """A checkpoint function whose recomputation runs within the `Forward` that it belongs to.
 
-    Whether hooks are run again depends on who checkpoints what (transformers up to 5.20 does, later ones do not),
-    several forwards may come before one backward (DPO), and a backward on a GPU has a thread of its own.
+    The hooks cannot see to that. They may not run again in the backward: with transformers up to 5.20 they do, with
+    later versions they do not. Several forwards may come before one backward (DPO). On a GPU the backward runs in a
+    thread of its own.
+
+    Args:
+        checkpoint: torch's checkpoint function, or one with the same arguments.
     """
 
     def __init__(self, checkpoint: Callable[..., Any]) -> None:
@@ -38,7 +39,7 @@ class WithForward:
 
 
 def wrap_checkpoint_functions(model: nn.Module) -> bool:
-    """Wrap those of all modules; returns whether any part of the model is recomputed."""
+    """Wrap the checkpoint functions of all modules; returns whether any part of the model is recomputed."""
     recomputes = False
     for module in model.modules():
         if vars(module).get("gradient_checkpointing") or "checkpoint_fn" in vars(module):
@@ -52,7 +53,9 @@ def wrap_checkpoint_functions(model: nn.Module) -> bool:
 
 
 def unwrap_checkpoint_functions(model: nn.Module) -> None:
+    """Undo `wrap_checkpoint_functions`."""
     for module in model.modules():
         for name in _CHECKPOINT_FUNCTIONS:
-            if isinstance(function := vars(module).get(name), WithForward):
+            function = vars(module).get(name)
+            if isinstance(function, WithForward):
                 vars(module)[name] = function.checkpoint

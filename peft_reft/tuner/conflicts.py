@@ -1,8 +1,8 @@
-"""Targets that would train, or be saved, for nothing: refused before anything is changed.
+"""Targets whose edits would be lost: refused before anything is changed.
 
-The output of a module is edited when the module is called. PEFT's wrappers (`modules_to_save`,
-`trainable_token_indices`) call a copy instead, or compute with its weight alone; so do some modules of torch and
-transformers with a part of theirs. LoRA refuses most of these too.
+A module's output is edited when the module is called. PEFT's wrappers (`modules_to_save`, `trainable_token_indices`)
+call a copy of the module instead, or compute with its weight alone. Some modules of torch and transformers do the same
+with one of their children. LoRA refuses most of these too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..config import LoReftConfig
 from .layer import CHILD
 
+# Modules that are only containers.
 _NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+# Model types whose kernels take the weights of these children of a Mamba mixer.
 _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 _OF_MAMBA = ("out_proj", "conv1d")
 
@@ -26,13 +28,13 @@ _OF_MAMBA = ("out_proj", "conv1d")
 def refuse_conflicts(
     model: nn.Module, config: LoReftConfig, targets: Collection[str], edited: Collection[str]
 ) -> None:
-    """Refuse targets whose edits would not be computed, and wrappers around modules that are edited.
+    """Refuse targets whose edits would not be computed, and PEFT's wrappers around edited modules.
 
     Args:
         model: the base model, before injection.
         config: of the new adapter.
         targets: names of the modules that it edits.
-        edited: names of the modules that adapters edit already.
+        edited: names of the modules that earlier adapters edit.
 
     Raises:
         ValueError: names the module, the field, and what to do.
@@ -41,7 +43,8 @@ def refuse_conflicts(
     wrapped = [name for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper)]
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     for name in targets:
-        if wrapper := next((outer for outer in wrapped if _is_within(name, outer)), None):
+        wrapper = next((outer for outer in wrapped if _is_within(name, outer)), None)
+        if wrapper is not None:
             field = modules[wrapper]._error_message_name()
             raise ValueError(
                 f"target_modules names {name}, but {wrapper} is in `{field}` of another adapter "
@@ -58,11 +61,12 @@ def refuse_conflicts(
         if fused or isinstance(modules[name], NonDynamicallyQuantizableLinear):
             outer = type(modules[name.rpartition(".")[0]]).__name__
             raise ValueError(
-                f"target_modules names {name}, whose weight {outer} takes without calling it, in some of its paths at "
-                f"least: an edit of its output would be lost. Edit the output of {outer} instead."
+                f"target_modules names {name}, whose weight {outer} takes without calling it, at least in some of its "
+                f"paths: an edit of the output would be lost. Edit the output of {outer} instead."
             )
     for field, name in _to_be_wrapped(model, config, modules):
-        if inner := next((inner for inner in (*targets, *edited) if _is_within(inner, name)), None):
+        inner = next((each for each in (*targets, *edited) if _is_within(each, name)), None)
+        if inner is not None:
             whose = "this adapter" if inner in targets else "another adapter"
             raise ValueError(
                 f"{field} names {name}, but {whose} edits {inner} with LoReFT: the wrapper that PEFT puts there would "
@@ -71,7 +75,7 @@ def refuse_conflicts(
 
 
 def refuse_fused_head(model: Any, given: dict[str, Any]) -> None:
-    """Refuse a forward that computes its logits without calling the output embeddings, whose output is edited.
+    """Refuse a forward that computes logits without calling the output embeddings, if their output is edited.
 
     TRL's trainers for SFT, DPO, KTO, GRPO and RLOO multiply the hidden states by `lm_head.weight` themselves
     (`fused_lm_head=True`). They refuse LoRA there, but cannot see a LoReFT layer, which does not replace the module.
@@ -96,7 +100,7 @@ def refuse_fused_head(model: Any, given: dict[str, Any]) -> None:
 
 
 def _to_be_wrapped(model: nn.Module, config: LoReftConfig, modules: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Field and name of the modules that PEFT will wrap for this config; it compares ends of names, as here."""
+    """Config field and name of each module that PEFT will wrap. PEFT compares the ends of names, so this does too."""
     to_save = tuple(config.modules_to_save or ())
     for name in modules:
         if to_save and name.endswith(to_save):
@@ -118,4 +122,5 @@ def _ties_embeddings(model: nn.Module) -> bool:
 
 
 def _is_within(name: str, outer: str) -> bool:
+    """Whether module `name` is `outer` or a part of it."""
     return name == outer or name.startswith(f"{outer}.")

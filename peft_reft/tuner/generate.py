@@ -1,7 +1,9 @@
-"""The wrapped `generate`: notes the prompts of a call, and hands each of its forwards its step."""
+"""The wrapped `generate`: it notes the prompts of a call, and tells each forward which step it is."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,59 +16,64 @@ from ..positions.batch import POSITIONS, SUBSPACES
 from ..positions.generation import GenerateStep, Generation
 from ..positions.memory import CacheMemory, set_memory
 from ..positions.sources import CONTINUOUS_BATCHING, check_positions, check_subspaces
-from .caches import _memory_of_length, cache_of_inputs, counted, filled
-from .forward import (
-    ATTRIBUTE,
-    current_generation,
-    generating,
-)
+from .caches import cache_of_inputs, counted, filled, memory_of_length
+from .forward import ATTRIBUTE, Attachment, current_generation, generating
 
 STEP = "_peft_reft_step"
-"""Key by which the wrapped `generate` hands each forward its step."""
+"""Keyword argument by which each forward of `generate` is told which step it is."""
 
 
 def refuse_batch(model: Any, inner: Any, *args: Any, **kwargs: Any) -> Any:
-    """`generate_batch`: its forwards run in a thread of transformers', where an error would only be logged."""
+    """The wrapped `generate_batch`. Its forwards run in a thread of transformers, which would only log an error."""
     raise ValueError(CONTINUOUS_BATCHING)
 
 
 def generate(model: Any, inner: Any, *args: Any, **kwargs: Any) -> Any:
-    """`generate` of a model with LoReFT: notes the prompts, and hands each forward its step."""
+    """The wrapped `generate` of a model with LoReFT."""
     explicit = kwargs.pop(POSITIONS, None)
     subspaces = check_subspaces(kwargs.pop(SUBSPACES, None))
     original = original_of(model, "generate", inner)
-    attachment = model.__dict__.get(ATTRIBUTE)
+    attachment: Attachment | None = model.__dict__.get(ATTRIBUTE)
     if attachment is None:
         return original(*args, **kwargs)
     if attachment.decoder is not None:
-        generation = Generation(None, subspaces=subspaces)
-        handle = None
-        if explicit is not None or subspaces is not None:  # positions count in the encoder's input
-            hand_on = partial(_add_given, given={POSITIONS: explicit, SUBSPACES: subspaces})
-            handle = model.get_encoder().register_forward_pre_hook(hand_on, with_kwargs=True, prepend=True)
-        try:
-            with generating(attachment, generation):
-                return original(*args, **kwargs)
-        finally:
-            if handle is not None:
-                handle.remove()
-    generation = _note_prompts(model, args, kwargs, explicit, subspaces)
+        hand_on = {POSITIONS: explicit, SUBSPACES: subspaces}
+        with generating(attachment, Generation(None, subspaces=subspaces)), _given_to_encoder(model, hand_on):
+            return original(*args, **kwargs)
+    generation = _note_prompts(model, args, kwargs, explicit=explicit, subspaces=subspaces)
     with generating(attachment, generation):
         output = original(*args, **kwargs)
     _note_generated(generation, kwargs, output)
     return output
 
 
+@contextmanager
+def _given_to_encoder(model: Any, given: dict[str, Any]) -> Iterator[None]:
+    """Hand `given` to the encoder, in whose inputs positions count, unless it is all None."""
+    if all(value is None for value in given.values()):
+        yield
+        return
+    encoder: nn.Module = model.get_encoder()
+    handle = encoder.register_forward_pre_hook(partial(_add_given, given=given), with_kwargs=True, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _note_generated(generation: Generation, kwargs: dict[str, Any], output: Any) -> None:
-    """Have the cache that `generate` leaves know what it holds."""
-    given = cache_of_inputs(kwargs)
-    cache = given if given is not None else getattr(output, "past_key_values", None)
+    """Note in the cache that `generate` leaves what it holds."""
+    cache = cache_of_inputs(kwargs)
+    if cache is None:
+        cache = getattr(output, "past_key_values", None)
     if cache is None:
         return
-    length, sequences = counted(cache), getattr(output, "sequences", output)
-    if generation.offset and generation.ids is not None:  # only what is new was given
-        sequences = torch.cat([generation.ids[:, : generation.offset].to(sequences.device), sequences], 1)
-    if length is None:  # the last token has not been fed to it
+    length = counted(cache)
+    sequences: Tensor = getattr(output, "sequences", output)  # (rows, n)
+    if generation.offset and generation.ids is not None:  # `generate` was given only the new part of the document
+        before = generation.ids[:, : generation.offset].to(sequences.device)
+        sequences = torch.cat([before, sequences], 1)  # (rows, offset + n)
+    if length is None:  # the last token has not been fed to the cache
         length = sequences.shape[1] - 1
     moved = getattr(output, "beam_indices", None) is not None
     memory = CacheMemory.unknown(length) if moved else generation.remember(sequences, length)
@@ -74,14 +81,16 @@ def _note_generated(generation: Generation, kwargs: dict[str, Any], output: Any)
 
 
 def prepare_inputs(model: Any, inner: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """`prepare_inputs_for_generation`: adds the step of the call of `generate` that runs in this thread."""
+    """The wrapped `prepare_inputs_for_generation`: adds the step of the `generate` that runs in this thread."""
     inputs: dict[str, Any] = original_of(model, "prepare_inputs_for_generation", inner)(*args, **kwargs)
-    attachment = model.__dict__.get(ATTRIBUTE)
-    generation = None if attachment is None else current_generation(attachment)
+    attachment: Attachment | None = model.__dict__.get(ATTRIBUTE)
+    if attachment is None:
+        return inputs
+    generation = current_generation(attachment)
     if generation is None:
         return inputs
-    names = ("decoder_inputs_embeds", "decoder_input_ids", "inputs_embeds", "input_ids")
-    tokens = next(t for name in names if (t := inputs.get(name)) is not None)
+    tokens = _first_given(inputs, "decoder_inputs_embeds", "decoder_input_ids", "inputs_embeds", "input_ids")
+    assert tokens is not None
     seq = tokens.shape[1]
     if attachment.decoder is not None:
         if generation.real is None:  # a decoder's prompt is what it starts with
@@ -99,16 +108,23 @@ def prepare_inputs(model: Any, inner: Any, *args: Any, **kwargs: Any) -> dict[st
 def _start(generation: Generation, ids: Tensor, seq: int, kwargs: dict[str, Any]) -> int:
     """Column of the document at which a step of `seq` tokens begins.
 
+    ::
+
+        columns   0 1 2 3 4 5 6      offset = 2: `generate` was given the document from column 2 on
+        in ids        a b c d e      n = 5
+        the step            d e      seq = 2, so it begins at column 2 + 5 - 2 = 5
+
     Args:
         generation: the call of `generate`.
         ids: (rows, n) int64: what has been given and written so far; if the prompt is fed in chunks, a chunk.
-        seq: number of the step's tokens, the last of them.
+        seq: number of the step's tokens, which are the last of `ids`.
         kwargs: of `prepare_inputs_for_generation`.
     """
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:
-        # XLM puts a token behind the row, of which the mask does not know.
-        return max(0, mask.shape[1] - seq + (0 if generation.has_mask else generation.offset))
+        before_mask = 0 if generation.has_mask else generation.offset
+        # XLM puts a token behind the row that the mask does not count, so the difference may be -1.
+        return max(0, before_mask + mask.shape[1] - seq)
     # transformers drops a mask of ones.
     if ids.shape[1] > seq:
         return generation.offset + ids.shape[1] - seq
@@ -119,20 +135,34 @@ def _start(generation: Generation, ids: Tensor, seq: int, kwargs: dict[str, Any]
 def _note_prompts(
     model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], explicit: Any, subspaces: Tensor | None
 ) -> Generation:
-    names = ("inputs_embeds", "input_ids", "inputs")
-    tokens = next((t for name in names if (t := kwargs.get(name)) is not None), args[0] if args else None)
-    ids = next((t for name in names[1:] if (t := kwargs.get(name)) is not None), args[0] if args else None)
+    """Read the prompts of a call of `generate` from its arguments.
+
+    Args:
+        model: the base model.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call, without the next two.
+        explicit: `intervention_positions`, or None.
+        subspaces: rows of R that edits stay within, or None.
+
+    Raises:
+        ValueError: `explicit` does not fit, or the cache holds other tokens than the input begins with.
+    """
+    first = args[0] if args else None
+    ids = _first_given(kwargs, "input_ids", "inputs")
+    ids = first if ids is None else ids
+    tokens = _first_given(kwargs, "inputs_embeds")
+    tokens = ids if tokens is None else tokens
     cache = cache_of_inputs(kwargs)
     past = 0 if cache is None else filled(cache) or 0
-    memory = None if not past else _memory_of_length(cache, past)
+    memory = memory_of_length(cache, past) if past else None
     mask = kwargs.get("attention_mask")
-    if tokens is None:  # generation from the begin-of-sequence token alone, one row
+    if tokens is None:  # one row that begins with the begin-of-sequence token
         real = torch.ones(1, 1, dtype=torch.bool)
     elif mask is not None:
         real = mask.bool().to(tokens.device)
     else:
         real = _infer_mask(model, tokens, kwargs).to(tokens.device)
-        if past >= real.shape[1]:  # only what is new was passed, behind a cache
+        if past >= real.shape[1]:  # the call was given only the new part of the document, behind a cache
             real = F.pad(real, (past, 0), value=True)
     length = real.shape[1]
     if explicit is not None:
@@ -143,14 +173,13 @@ def _note_prompts(
         known = F.pad(ids, (length - ids.shape[1], 0), value=-1)
         before = None if memory is None else memory.all_ids()
         if before is not None and before.shape[0] == known.shape[0]:
-            if ids.shape[1] < length:  # only what is new was passed
+            if ids.shape[1] < length:  # the call was given only the new part
                 known[:, : before.shape[1]] = before
             elif not torch.equal(known[:, : before.shape[1]], before):
                 raise ValueError(
                     "The cache that `generate` was given holds other tokens than its input begins with. Pass the "
                     "cache of the same document, or none."
                 )
-    # Not `model.device`, which is "meta" where weights are offloaded.
     return Generation(
         real=real,
         ids=known,
@@ -164,7 +193,10 @@ def _note_prompts(
 
 
 def _infer_mask(model: Any, tokens: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """Without a mask, what `generate` assumes: padding tokens are padding, unless they may end an answer too."""
+    """(rows, n) bool, the real tokens as `generate` assumes them without a mask.
+
+    Padding tokens are padding, unless they may end an answer too.
+    """
     everything = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     settings = kwargs.get("generation_config") or model.generation_config
     pad = kwargs.get("pad_token_id", settings.pad_token_id)
@@ -172,7 +204,17 @@ def _infer_mask(model: Any, tokens: Tensor, kwargs: dict[str, Any]) -> Tensor:
     eos = eos if isinstance(eos, list | tuple) else [eos]
     if pad is None or tokens.ndim != 2 or pad in eos:
         return everything
-    return tokens != pad
+    real: Tensor = tokens != pad
+    return real
+
+
+def _first_given(given: dict[str, Any], *names: str) -> Tensor | None:
+    """The first of the arguments `names` that is not None."""
+    for name in names:
+        if given.get(name) is not None:
+            tensor: Tensor = given[name]
+            return tensor
+    return None
 
 
 def _add_given(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Any:

@@ -1,15 +1,14 @@
-"""From a model's inputs to the `Forward` that its layers share: the hooks, and the wrapped `forward` and `generate`.
+"""Begin and end a `Forward`: the hooks on a model and its parts, and the wrapped `forward`.
 
-A hook before the base model's forward sees its inputs on every path that PEFT, transformers and TRL take to it, and
-begins a `Forward` with a source of positions: the caller (`intervention_positions`), `generate`, the cache, or the
-batch itself. A hook behind it ends the `Forward`. Parts of the model that are given tokens (its backbone, a tower)
-have the same hooks, for those who call a part by itself.
+A hook before the base model's forward sees the inputs on every path that PEFT, transformers and TRL take. It begins a
+`Forward` with a position source: the caller (`intervention_positions`), `generate`, the cache, or the batch itself. A
+hook after the forward ends the `Forward`. Parts of the model that are given tokens (its backbone, a tower) have the
+same hooks, for code that calls a part by itself.
 """
 
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,36 +22,31 @@ from .architectures import modules_of_encoder
 from .caches import note_cache, past_of
 from .checkpointing import unwrap_checkpoint_functions, wrap_checkpoint_functions
 from .conflicts import refuse_fused_head
-from .forward import (
-    ATTRIBUTE,
-    Attachment,
-    begin,
-    current,
-    end,
-)
+from .forward import ATTRIBUTE, Attachment, begin, current, end
 from .generate import STEP, generate, prepare_inputs, refuse_batch
 from .reading import read, read_decoder, source_tokens
 from .tracing import refuse_tracing
 
 _HANDLES = f"{ATTRIBUTE}_handles"
-
+"""Attribute of a module that holds the handles of its hooks."""
 
 _NAMES = f"{ATTRIBUTE}_arguments"
-"""Names of the arguments of a part's forward, in order."""
-
-
-logger = logging.getLogger(__name__)
+"""Attribute of a part that holds the names of the arguments of its forward, in order."""
 
 
 def attach(model: nn.Module, has_answers: bool) -> Attachment:
-    """Give `model` its attachment and hooks, and wrap `forward` and `generate`; if it has them, return the attachment.
+    """Give `model` its attachment and hooks, and wrap `forward` and `generate`. A second call changes nothing.
 
     Args:
         model: the base model.
-        has_answers: whether its rows hold prompt and answer, and labels are one a token (causal language models).
+        has_answers: whether its rows hold prompt and answer, with one label for each token (causal language models).
+
+    Returns:
+        The attachment of the model.
     """
-    if (attachment := model.__dict__.get(ATTRIBUTE)) is not None:
-        return attachment
+    known: Attachment | None = model.__dict__.get(ATTRIBUTE)
+    if known is not None:
+        return known
     has_decoder = modules_of_encoder(model) is not None
     decoder = Attachment(model, has_answers=True) if has_decoder else None
     attachment = Attachment(model, has_answers, decoder)
@@ -60,11 +54,14 @@ def attach(model: nn.Module, has_answers: bool) -> Attachment:
     if has_decoder:
         _hook(_encoder(model), attachment, _before_encoder)
     wrap_method(model, "forward", _forward, more=(POSITIONS, SUBSPACES))
-    for name, wrapper in (("generate", generate), ("generate_batch", refuse_batch)):
+    wrappers = {
+        "generate": generate,
+        "generate_batch": refuse_batch,
+        "prepare_inputs_for_generation": prepare_inputs,
+    }
+    for name, wrapper in wrappers.items():
         if hasattr(type(model), name):
             wrap_method(model, name, wrapper)
-    if hasattr(type(model), "prepare_inputs_for_generation"):
-        wrap_method(model, "prepare_inputs_for_generation", prepare_inputs)
     return attachment
 
 
@@ -73,13 +70,13 @@ def attach_parts(model: nn.Module, edited: Iterable[nn.Module]) -> None:
     attachment: Attachment = model.__dict__[ATTRIBUTE]
     if attachment.decoder is not None:
         return
-    wanted = {id(module) for module in edited}
+    edited_ids = {id(module) for module in edited}
     for part in model.modules():
-        if part is model or ATTRIBUTE in part.__dict__ or id(part) in wanted:
+        if part is model or ATTRIBUTE in part.__dict__ or id(part) in edited_ids:
             continue
         takes = inspect.signature(type(part).forward).parameters
         reads = any(name in takes for name in ("input_ids", "inputs_embeds", "pixel_values"))
-        if reads and any(id(module) in wanted for module in part.modules()):
+        if reads and any(id(module) in edited_ids for module in part.modules()):
             _hook(part, attachment, _before_part)
             part.__dict__[_NAMES] = list(takes)[1:]
 
@@ -105,15 +102,15 @@ def _hook(module: nn.Module, attachment: Attachment, before: Callable[..., Any])
 
 
 def _encoder(model: Any) -> nn.Module:
-    """`generate` calls the encoder, if there is one, by itself."""
+    """The encoder of an encoder-decoder model, which `generate` calls by itself."""
     encoder: nn.Module = model.get_encoder()
     return encoder
 
 
 def _forward(model: nn.Module, inner: Any, *args: Any, **kwargs: Any) -> Any:
-    """`model.forward(...)`, which some libraries call instead of `model(...)`: goes through the hooks all the same."""
+    """The wrapped `forward`. Some libraries call it instead of the model; it runs the hooks all the same."""
     attachment = model.__dict__.get(ATTRIBUTE)
-    if attachment is None:  # LoReFT was taken out of the model since somebody took hold of this function
+    if attachment is None:  # LoReFT was taken out of the model after the caller got hold of this function
         return original_of(model, "forward", inner)(*args, **kwargs)
     forward = current(attachment)
     if forward is None or forward.entered or type(forward.module) is not type(model):
@@ -122,12 +119,13 @@ def _forward(model: nn.Module, inner: Any, *args: Any, **kwargs: Any) -> Any:
     original = original_of(forward.module, "forward", inner)  # of a replica, if `nn.DataParallel` runs one
     try:
         return original(*args, **kwargs)
-    except BaseException:  # Ctrl-C too, for which torch calls no hooks
+    except BaseException:  # also on Ctrl-C, on which torch calls no hooks
         end(forward.module)
         raise
 
 
 def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Begin a forward of the model, and of its decoder's attachment if it has one."""
     refuse_tracing()
     refuse_fused_head(model, kwargs)
     attachment: Attachment = model.__dict__[ATTRIBUTE]
@@ -140,18 +138,21 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     if attachment.decoder is not None:
         of_decoder = step or read_decoder(given, training)
         begin(attachment.decoder, of_decoder, model, subspaces).recomputes = recomputes
-        step = None
-    past, memory = (0, None) if step else past_of(attachment, given)
-    source = step or read(attachment, given, positions, training, past, memory)
-    forward = begin(attachment, source, model, subspaces)
-    forward.recomputes, forward.past, forward.memory = recomputes, past, memory
+        step = None  # a step of `generate` is the decoder's
+    if step is not None:
+        forward = begin(attachment, step, model, subspaces)
+    else:
+        past, memory = past_of(attachment, given)
+        forward = begin(attachment, read(attachment, given, positions, training, past, memory), model, subspaces)
+        forward.past, forward.memory = past, memory
+    forward.recomputes = recomputes
     if training and attachment.first_batch is not None and can_be_read(source_tokens(given)):
         attachment.first_batch({**given, POSITIONS: positions})
     return args, kwargs
 
 
 def _before_part(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """A backbone or a tower. Within a forward that was given the same tokens there is nothing to do."""
+    """Begin a forward of a backbone or a tower, unless a forward runs that was given the same tokens."""
     attachment: Attachment = part.__dict__[ATTRIBUTE]
     end(part)  # a forward that was interrupted
     given = {**dict(zip(part.__dict__[_NAMES], args)), **kwargs}
@@ -170,9 +171,10 @@ def _before_part(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _before_encoder(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Begin a forward of an encoder, unless a forward of its model runs."""
     attachment: Attachment = encoder.__dict__[ATTRIBUTE]
     forward = current(attachment)
-    if forward is not None and forward.module is not encoder:  # within its model
+    if forward is not None and forward.module is not encoder:
         return args, kwargs
     end(encoder)
     positions = kwargs.pop(POSITIONS, None)
@@ -184,10 +186,11 @@ def _before_encoder(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """End the forward that `module` began, and note in its cache what was edited."""
     attachment: Attachment = module.__dict__[ATTRIBUTE]
     forward = current(attachment)
-    mine = forward is not None and forward.module is module
     end(module)
-    if mine and output is not None and attachment.has_answers and not torch.compiler.is_compiling():
-        assert forward is not None
+    if forward is None or forward.module is not module or output is None:
+        return
+    if attachment.has_answers and not torch.compiler.is_compiling():
         note_cache(forward, attachment, {**dict(zip(attachment.argument_names, args)), **kwargs}, output)

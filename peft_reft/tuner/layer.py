@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any, cast
@@ -15,28 +15,37 @@ from torch.nn import functional as F
 from ..edits.apply import Edit, add_edits, gather, may_change
 from ..edits.factors import Factors
 from ..edits.formulas import Interchange
-from ..edits.intervention import Intervention, factors_of
+from ..edits.intervention import Intervention
 from ..positions.index import PositionIndex
+from ..shapes import Float
 from .exchange import exchange
-from .forward import Attachment, Forward, LayerPlan, current, current_names
-from .merging import NEW_BIAS, Folded, fold, gains_bias, onloaded, projection_of, unfold
+from .folding import NEW_BIAS, Folded, fold, gains_bias, onloaded, projection_of, unfold
+from .forward import Attachment, Forward, LayerPlan, current, current_adapter_names
+
+Editing = tuple[str, LayerPlan, PositionIndex]
+"""An adapter that edits in a forward: its name, what it does here, and where."""
 
 CHILD = "loreft"
 """Name of the layer in its block. Keys read `...layers.3.loreft.loreft_weights.<adapter>.R`."""
 
+PREFIX = "loreft_"
+"""What the names of the layer's adapter modules begin with, as PEFT asks of each method."""
+
 
 class LoReftLayer(nn.Module, BaseTunerLayer):
-    """Edits the output of the block it is a child of, at the positions of the forward that runs.
+    """Edits the output of its block, at the positions of the forward that runs.
+
+    The layer is a child of the block, and a forward hook on the block calls it.
 
     Args:
-        block: the module whose output is edited; a forward hook on it calls this layer.
+        block: the module whose output is edited.
         attachment: what all layers of the model have in common.
     """
 
     adapter_layer_names = ("loreft_weights",)
     other_param_names = ("plans", "scaling")
     cast_input_dtype_enabled = True
-    """Part of PEFT's contract, set by `peft.helpers`; edits are computed in float32 whatever it is."""
+    """Part of PEFT's contract, set by `peft.helpers`. Edits are computed in float32 whatever it is."""
 
     def __init__(self, block: nn.Module, attachment: Attachment) -> None:
         super().__init__()
@@ -52,10 +61,10 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
         self._handle = block.register_forward_hook(_edit_output, prepend=True)
 
     def update_layer(self, adapter_name: str, intervention: Intervention, plan: LayerPlan) -> None:
-        """Add an adapter, or replace the one of that name."""
+        """Add an adapter, or replace the adapter of that name."""
         self.loreft_weights[adapter_name] = intervention
         self.scaling[adapter_name] = 1.0
-        self.plans[adapter_name] = plan  # last: a forward in another thread looks here first
+        self.plans[adapter_name] = plan  # last: a forward in another thread looks into `plans` first
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def weights(self, adapter_name: str) -> Intervention:
@@ -67,12 +76,16 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
 
         Args:
             output: hidden states (batch, seq, d) or (batch * seq, d), or a tuple that begins with them.
-            inputs: what the block was given, which is never changed.
+            inputs: what the block was given; never changed.
 
         Returns:
-            The same structure with edited hidden states; the very same object where nothing is edited.
+            The same structure with edited hidden states; the very same object if nothing is edited.
+
+        Raises:
+            RuntimeError: no forward of the model runs, so the positions are unknown.
+            ValueError: positions, hidden states or `adapter_names` do not fit each other.
         """
-        adapter_names = current_names(self.attachment)
+        adapter_names = current_adapter_names(self.attachment)
         if self.disable_adapters or self.merged:
             if adapter_names is not None and self.merged:
                 raise ValueError(
@@ -85,95 +98,115 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
                 "A module edited by LoReFT ran outside a forward of its model, so the positions of the prompt are "
                 "unknown. Call the model, its `generate`, or a part of it that is given tokens (`model.model`)."
             )
-        hidden = output[0] if isinstance(output, tuple) else output
-        wanted = cast(Iterable[str], self.active_adapters) if adapter_names is None else dict.fromkeys(adapter_names)
-        found: list[tuple[str, LayerPlan, PositionIndex]] = []
-        for name in wanted:
-            if name in self.plans and (index := forward.index(name, self.plans[name], hidden)) is not None:
-                found.append((name, self.plans[name], index))
-        if not found:
-            if adapter_names is not None:  # all of them "__base__", perhaps of another number of rows
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        editing: list[Editing] = []
+        for name in self._chosen(adapter_names):
+            if name in self.plans:
+                plan = self.plans[name]
+                index = forward.index(name, plan, hidden)
+                if index is not None:
+                    editing.append((name, plan, index))
+        if not editing:
+            if adapter_names is not None:  # check their number: all may be "__base__"
                 forward.names_of_rows(adapter_names, forward.source.shape[0])
             return output
-        batch, seq = found[0][2].shape
+        batch, seq = editing[0][2].shape
         if hidden.numel() != batch * seq * hidden.shape[-1]:
             raise ValueError(
                 f"LoReFT was given positions for a batch of {batch} x {seq} tokens, but the module it edits returned "
                 f"hidden states of shape {tuple(hidden.shape)}."
             )
+        edits: list[Edit] = []
         if adapter_names is None:
-            edits = [edit for name, plan, index in found for edit in self._edits(forward, name, plan, index, hidden)]
+            for name, plan, index in editing:
+                edits += self._edits(forward, name, plan, index, hidden)
         else:
-            edits = self._edits_by_row(forward, found, forward.names_of_rows(adapter_names, batch))
+            edits = self._edits_by_row(forward, editing, forward.names_of_rows(adapter_names, batch))
         if not edits:
             return output
         edited = add_edits(hidden, edits, may_change(hidden, inputs))
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
-    def _edits(self, forward: Forward, name: str, plan: LayerPlan, index: PositionIndex, hidden: Tensor) -> list[Edit]:
-        """One adapter's edits of all rows."""
+    def _chosen(self, adapter_names: Sequence[str] | None) -> Iterable[str]:
+        """The adapters that a forward names, each once, or else the active ones."""
+        if adapter_names is not None:
+            return dict.fromkeys(adapter_names)
+        return cast(Iterable[str], self.active_adapters)
+
+    def weights_of(self, adapter_names: Sequence[str] | None) -> Iterator[Intervention]:
+        """The interventions that edit here: of the adapters named, or else of the active ones."""
+        if not self.disable_adapters:
+            for name in self._chosen(adapter_names):
+                if name in self.plans:
+                    yield self.weights(name)
+
+    def _edits(
+        self,
+        forward: Forward,
+        name: str,
+        plan: LayerPlan,
+        index: PositionIndex,
+        hidden: Float[Tensor, "*tokens d"],
+    ) -> list[Edit]:
+        """The edits of one adapter in all rows."""
         weights = self.weights(name)
         factors = forward.factors(weights)
         if isinstance(weights, Interchange):
-            at = gather(hidden.reshape(-1, hidden.shape[-1]), index.rows, factors.lead)
-            given = exchange(forward, (id(self), name), at, index, factors)
+            flat = hidden.reshape(-1, hidden.shape[-1])  # (batch * seq, d)
+            edited = gather(flat, index.rows, factors.lead)  # ([G,] n, d)
+            given = exchange(forward, (id(self), name), edited, index, factors)
         else:
             given = [(factors, forward.keep(index, factors))]
         scale = self.scaling[name]
-        return [
-            edit
-            for factors, keep in given
-            for edit in self._by_group(index, keep if scale == 1.0 else keep * scale, plan, factors)
-        ]
+        edits: list[Edit] = []
+        for factors, keep in given:
+            edits += self._by_group(index, keep if scale == 1.0 else keep * scale, plan, factors)
+        return edits
 
-    def _by_group(self, index: PositionIndex, keep: Tensor, plan: LayerPlan, factors: Factors) -> list[Edit]:
+    def _by_group(
+        self, index: PositionIndex, keep: Float[Tensor, "*G n _"], plan: LayerPlan, factors: Factors
+    ) -> list[Edit]:
+        """One edit; behind a mask one edit for each group, since every group then reads all tokens."""
         if index.mask is None or plan.sharing != "group":
             return [Edit(index.rows, keep, self._drop(keep, plan, factors), factors)]
         return [
-            Edit(None, part, self._drop(part, plan, factors), factors.map(itemgetter(g)))
-            for g, part in enumerate(keep)
+            Edit(None, of_group, self._drop(of_group, plan, factors), factors.map(itemgetter(g)))
+            for g, of_group in enumerate(keep)
         ]
 
-    def _edits_by_row(
-        self, forward: Forward, found: list[tuple[str, LayerPlan, PositionIndex]], names: Sequence[str]
-    ) -> list[Edit]:
-        """Edits of a batch whose row n is edited by adapter `names[n]`: adapters alike in one batched product."""
-        alike: dict[Any, list[tuple[str, Factors]]] = {}
-        shared: dict[Any, tuple[LayerPlan, PositionIndex]] = {}
-        for name, plan, index in found:
+    def _edits_by_row(self, forward: Forward, editing: list[Editing], names: Sequence[str]) -> list[Edit]:
+        """Edits of a batch whose n-th row adapter `names[n]` edits.
+
+        Adapters that are alike, with one plan and factors of one form, are computed in one batched product.
+        """
+        alike: dict[Hashable, list[tuple[str, Factors]]] = {}
+        positions: dict[Hashable, tuple[LayerPlan, PositionIndex]] = {}
+        for name, plan, index in editing:
             weights = self.weights(name)
             if isinstance(weights, Interchange):
                 raise ValueError(f"adapter_names has {name!r}, an interchange intervention: make it active instead.")
             factors = forward.factors(weights)
             key = (plan, factors.kind)
             alike.setdefault(key, []).append((name, factors))
-            shared[key] = plan, index
+            positions[key] = plan, index
         edits: list[Edit] = []
-        for key, adapters in alike.items():
-            plan, index = shared[key]
-            scales = tuple((name, self.scaling[name]) for name, _ in adapters)
-            which, scale = forward.rows_of(scales, names, index.valid.device)
-            factors = Factors.stack([each for _, each in adapters]).map(partial(_of_rows, which=which))
-            edits += _by_row(index, forward.keep(index, factors), plan, scale, factors)
+        for form, members in alike.items():
+            plan, index = positions[form]
+            scales = tuple([(name, self.scaling[name]) for name, _ in members])
+            place, scale = forward.adapters_of_rows(scales, names, index.valid.device)  # (batch,) each
+            stacked = Factors.stack([factors for _, factors in members])  # (adapters, [G,] ...)
+            of_rows = stacked.map(partial(torch.index_select, dim=0, index=place))  # (batch, [G,] ...)
+            edits += _by_row(index, forward.keep(index, of_rows), plan, scale, of_rows)
         return edits
 
-    def weights_of(self, adapter_names: Sequence[str] | None) -> Iterator[Intervention]:
-        """What edits here: of the adapters named, one a row, or else of the active ones."""
-        if not self.disable_adapters:
-            names = (
-                cast(Iterable[str], self.active_adapters) if adapter_names is None else dict.fromkeys(adapter_names)
-            )
-            for name in names:
-                if name in self.plans:
-                    yield self.weights(name)
-
-    def _drop(self, keep: Tensor, plan: LayerPlan, factors: Factors) -> Tensor | None:
+    def _drop(self, keep: Float[Tensor, "*G n _"], plan: LayerPlan, factors: Factors) -> Tensor | None:
+        """Dropout of an edit, ([G,] n, d), or None."""
         if not plan.dropout or not self.training:
             return None
         return F.dropout(keep.new_ones(*keep.shape[:-1], factors.d), plan.dropout)
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Multiply the edits of `adapter` by `scale`: 1 as trained, 0 nothing, -1 the reverse; as in LoRA."""
+        """Multiply the edits of `adapter` by `scale`: 1 as trained, 0 nothing, -1 the reverse. LoRA has it too."""
         if adapter in self.scaling:
             self.scaling[adapter] = float(scale)
 
@@ -190,7 +223,7 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
                 self.scaling[name] = 1.0 if scale is None else self.scaling[name] / scale
 
     def forget(self, adapter_name: str) -> None:
-        """Take an adapter out, as `delete_adapter` does, but leave the choice of active ones to who replaces it."""
+        """Take an adapter out, as `delete_adapter` does, but leave the choice of active adapters alone."""
         for held in (self.loreft_weights, self.plans, self.scaling):
             del held[adapter_name]
 
@@ -201,7 +234,7 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
         delattr(self.block, CHILD)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # A block has no `weight`. Only the device is taken from its parameters: 4-bit weights are of type uint8.
+        # PEFT asks for the block's `weight`, which it may lack. The type is not taken over: 4-bit weights are uint8.
         if device is None:
             device = next((parameter.device for parameter in self._parameters_of_block()), None)
         if device is None or device.type == "meta" or adapter_name not in self.loreft_weights:
@@ -213,16 +246,17 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
     def cast_to_base(self, adapter_name: str) -> None:
         """Give an adapter's weights the type of the block's, as other methods do with `autocast_adapter_dtype=False`.
 
-        They are computed with in float32 all the same; R is orthonormal then only to the rounding of that type where
-        it is stored, and to 1e-5 where it computes and in a saved file.
+        Edits are computed in float32 all the same. The stored R is then orthonormal only to the rounding of that
+        type. The R that computes, and the R in a saved file, are orthonormal to 1e-5.
         """
-        dtype = next((p.dtype for p in self._parameters_of_block() if p.is_floating_point()), None)
+        types = [parameter.dtype for parameter in self._parameters_of_block()]
+        dtype = next((each for each in types if each.is_floating_point), None)
         if dtype is not None and adapter_name in self.loreft_weights:
             self.loreft_weights[adapter_name].to(dtype)
 
     def _parameters_of_block(self) -> Iterator[nn.Parameter]:
         own = {id(parameter) for parameter in self.parameters()}
-        return (p for p in self.block.parameters() if id(p) not in own)
+        return (parameter for parameter in self.block.parameters() if id(parameter) not in own)
 
     def why_not_merge(self, adapter_names: Iterable[str]) -> str | None:
         """Why these adapters cannot be merged here, or None if they can."""
@@ -244,7 +278,7 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
         return None
 
     def gains_bias(self, adapter_names: Iterable[str]) -> bool:
-        """Whether merging these adapters, which can be merged here, would give the linear map its first bias."""
+        """Whether merging would give the linear map its first bias. The adapters can be merged here."""
         edits = self._edits_to_merge([name for name in adapter_names if name in self.plans])
         return gains_bias(projection_of(self.block), edits)
 
@@ -262,7 +296,10 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
             safe_merge: whether to raise ValueError, before anything is changed, if the result is not finite.
             adapter_names: which; None for the active ones.
             new_parameters: whether the linear map may get a bias if it has none.
-            shared: whether other modules have its weight too: it then gets one of its own.
+            shared: whether other modules have the map's weight too. The map then gets a weight of its own.
+
+        Raises:
+            ValueError: the adapters cannot be merged here; the message says which condition fails.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.plans]
         if not names:
@@ -291,9 +328,9 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
             self.merged_adapters = []
 
     def _edits_to_merge(self, names: Sequence[str]) -> list[tuple[str, Factors, float]]:
-        # Of the parameters as they are now, whatever is kept for forwards.
+        """Name, factors and scale of each adapter. The parameters are read as they are now, not as a forward kept."""
         with onload_layer(self):
-            return [(name, factors_of([self.weights(name)])[0], self.scaling[name]) for name in names]
+            return [(name, self.weights(name).current_factors(), self.scaling[name]) for name in names]
 
     @property
     def block(self) -> nn.Module:
@@ -303,26 +340,26 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
     def get_base_layer(self) -> nn.Module:
         """The module whose output is edited, taken out of other methods' wrappers.
 
-        PEFT's `weight`, `bias` and `get_base_weight()` ask here. There is no attribute `base_layer`: PEFT would put
-        that in the place of this child when it unloads.
+        PEFT's `weight`, `bias` and `get_base_weight()` call this. The layer has no attribute `base_layer`: PEFT would
+        put that in the place of this child when it unloads.
         """
         block = self.block
         return block.get_base_layer() if isinstance(block, BaseTunerLayer) else block
 
     @property
     def in_features(self) -> int:
-        """Size of what the block reads, where it says so as a linear map does, else of what it returns."""
+        """Size of the block's input, if the block says it as a linear map does, else of its output."""
         base = self.get_base_layer()
         own = getattr(base, "in_features", getattr(base, "nx", None))  # `nx`: GPT-2's linear maps
         return own if isinstance(own, int) else self.out_features
 
     @property
     def out_features(self) -> int:
-        """Size d of the hidden states that are edited. AttributeError when the last adapter is deleted."""
-        for name in self.loreft_weights:
-            weights = self.weights(name)
-            widest = next(name for name, dimensions in weights.shapes.items() if dimensions.endswith("d"))
-            return int(getattr(weights, widest).shape[-1])
+        """Size d of the hidden states that are edited. Raises AttributeError if no adapter is left."""
+        for adapter_name in self.loreft_weights:
+            weights = self.weights(adapter_name)
+            ends_with_d = next(name for name, dimensions in weights.shapes.items() if dimensions.endswith("d"))
+            return int(getattr(weights, ends_with_d).shape[-1])
         raise AttributeError("out_features is the size of the edits, but this layer has no adapter any more.")
 
     @property
@@ -332,42 +369,63 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
 
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled:
-            self.unmerge()  # before the block runs: the hook comes behind it
+            self.unmerge()  # now: the hook runs when the block has already run
         super().enable_adapters(enabled)
 
 
-def _of_rows(tensor: Tensor, which: Tensor) -> Tensor:
-    return tensor.index_select(0, which)
+def _by_row(
+    index: PositionIndex,
+    keep: Float[Tensor, "*G n _"],
+    plan: LayerPlan,
+    scale: Float[Tensor, " batch"],
+    factors: Factors,
+) -> list[Edit]:
+    """Edits with factors of their own for each row of the batch.
 
+    A batched product has the leading dimension of its factors, so slots are laid out by row first::
 
-def _by_row(index: PositionIndex, keep: Tensor, plan: LayerPlan, scale: Tensor, factors: Factors) -> list[Edit]:
-    """Edits with factors of their own for each of the rows, (rows, ...); `scale` (rows,) is 0 for rows left alone."""
-    rows = len(scale)
-    keep = keep.unflatten(-2, (rows, -1)) * scale.view(-1, 1, 1)  # ([G,] rows, slots or seq, 1)
+        2 rows of 2 slots, one set of weights for each row
+        rows     [3 4 8 9]              ->  [[3 4]        factors of row 0
+                                             [8 9]]       factors of row 1
+
+        with G sets of weights (groups or positions): every pair of row and set is a row of the product
+        rows     [[3 8]    set 0        ->  [[3]          factors of row 0, set 0
+                  [4 9]]   set 1             [4]          factors of row 0, set 1
+                                             [8]          factors of row 1, set 0
+                                             [9]]         factors of row 1, set 1
+
+    Args:
+        index: of the slots, over all rows.
+        keep: what multiplies edits, over all rows.
+        plan: of the adapters.
+        scale: what multiplies the edits of each row; 0 for a row that other adapters edit.
+        factors: with a leading dimension of batch, and a second one of G if there are several sets.
+    """
+    batch = len(scale)
+    keep = keep.unflatten(-2, (batch, -1))  # ([G,] batch, slots or seq, 1 or r)
+    keep = keep * scale.view(-1, 1, 1)
     if index.mask is not None:
         if plan.sharing != "group":
             return [Edit(None, keep, None, factors)]
-        return [Edit(None, part, None, factors.map(partial(_of_group, g=g))) for g, part in enumerate(keep)]
+        return [
+            Edit(None, of_group, None, factors.map(partial(torch.select, dim=1, index=g)))  # (batch, ...)
+            for g, of_group in enumerate(keep)
+        ]
     assert index.rows is not None
-    at = index.rows.unflatten(-1, (rows, -1))
+    rows = index.rows.unflatten(-1, (batch, -1))  # ([G,] batch, slots)
     if index.rows.ndim == 1:
-        return [Edit(at, keep, None, factors)]
-    # (G, rows, slots) and (rows, G, r, d): each pair of row and group has factors of its own.
-    at, keep = at.transpose(0, 1).flatten(0, 1), keep.transpose(0, 1).flatten(0, 1)
-    return [Edit(at, keep, None, factors.map(partial(torch.flatten, start_dim=0, end_dim=1)))]
-
-
-def _of_group(tensor: Tensor, g: int) -> Tensor:
-    return tensor[:, g]
+        return [Edit(rows, keep, None, factors)]
+    rows = rows.transpose(0, 1).flatten(0, 1)  # (batch * G, slots)
+    keep = keep.transpose(0, 1).flatten(0, 1)  # (batch * G, slots, 1 or r)
+    of_pairs = factors.map(partial(torch.flatten, start_dim=0, end_dim=1))  # (batch * G, ...)
+    return [Edit(rows, keep, None, of_pairs)]
 
 
 def _edit_output(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Forward hook of a block. A module-level function, so that the model can be copied and pickled.
-
-    On the meta device there are shapes alone, which no edit changes; positions could not be read there.
-    """
+    """Forward hook of a block. It is a function of the module, so that the model can be copied and pickled."""
     given = tuple(output) if isinstance(output, list) else output  # GPT's first version returns a list
-    if getattr(given[0] if isinstance(given, tuple) else given, "is_meta", False):
+    hidden = given[0] if isinstance(given, tuple) else given
+    if getattr(hidden, "is_meta", False):  # it has only a shape, which no edit changes, and positions cannot be read
         return output
     edited = getattr(block, CHILD)(given, args)
     if edited is given:

@@ -1,7 +1,7 @@
-"""One adapter a row for what PEFT trains beside LoReFT: classifier heads (`modules_to_save`) and trained tokens.
+"""One adapter for each row in modules that PEFT trains beside LoReFT: heads (`modules_to_save`), trained tokens.
 
-PEFT wraps such modules, and hands the wrappers `adapter_names` by hooks. So does this module, with two differences:
-the names count in the thread that gave them and in no other, and one row of the prompt may have become several.
+PEFT wraps such modules, and hands the wrappers `adapter_names` by hooks. This module does so with two differences.
+The names count only in the thread that gave them. And one row of the caller's may have become several.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ _current: ContextVar[Sequence[str] | None] = ContextVar("adapter_names of this t
 
 @contextmanager
 def hand_adapter_names(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
-    """Let each row of a batch run through its own adapter's heads and trained tokens, while the context lasts.
+    """Let each row of a batch run through the heads and trained tokens of its own adapter.
 
-    A row whose adapter does not train a module, and a row of `"__base__"`, run through the base's. Threads may do so
-    side by side on one model, each with names of its own.
+    A row of `"__base__"` runs through the base's modules. So does a row whose adapter does not train a module. Several
+    threads may use one model at a time, each with its own names.
 
     Args:
         model: the base model.
-        adapter_names: adapters by row; beams and `num_return_sequences` repeat each row's.
+        adapter_names: adapter of each row; beams and `num_return_sequences` repeat it.
 
     Raises:
-        ValueError: in the forward, if the rows of a batch are no multiple of the names.
-        TypeError: in the forward, if a module is neither linear, nor an embedding, nor a convolution: PEFT splits the
-            batches of no other.
+        ValueError: in the forward, if the number of rows is no multiple of the number of names.
+        TypeError: in the forward, if a module is not linear, an embedding or a convolution: PEFT splits batches for
+            these alone.
 
     Examples:
         >>> with hand_adapter_names(model, ["french", "__base__"]):  # doctest: +SKIP
         ...     model(input_ids=torch.tensor([[1, 2], [3, 4]]))
     """
-    names = list(adapter_names)  # an object of its own: hooks tell by it whose context they belong to
+    names = list(adapter_names)  # a new object: a hook knows its own context by it
     handles = [
         module.register_forward_pre_hook(partial(_hand_names, names=names), with_kwargs=True)
         for module in model.modules()
@@ -60,7 +60,8 @@ def _hand_names(
     *,
     names: list[str],
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    # Without `kwargs` it was called while another thread had it half registered or half removed.
+    """Hook before a wrapper's forward: adds `adapter_names`, one for each row."""
+    # Without `kwargs`: another thread has not registered or not removed this hook completely.
     if _current.get() is not names or kwargs is None:
         return None
     rows = len(args[0] if args else next(iter(kwargs.values())))
@@ -70,5 +71,6 @@ def _hand_names(
             f"{len(names)} and {rows} respectively."
         )
     known = wrapper._get_available_adapters()
-    by_row = [name if name in known else "__base__" for name in names for _ in range(rows // len(names))]
-    return args, {**kwargs, "adapter_names": by_row}
+    of_names = [name if name in known else "__base__" for name in names]
+    of_rows = [name for name in of_names for _ in range(rows // len(names))]
+    return args, {**kwargs, "adapter_names": of_rows}

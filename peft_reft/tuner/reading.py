@@ -1,4 +1,4 @@
-"""From a forward's inputs to the source of its positions."""
+"""Make the position source of a forward from its inputs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ from ..positions.memory import CacheMemory
 from ..positions.resolve import IGNORED
 from ..positions.sources import CONTINUOUS_BATCHING, FromBatch, Given, PositionSource, Unread, check_positions
 from .caches import filled
-from .forward import (
-    Attachment,
-    current_generation,
-)
+from .forward import Attachment, current_generation
 
 LOST_CACHE = (
     "A forward beside `generate`, such as that of `guidance_scale`, was given a mask of more tokens than ids, and no "
@@ -30,10 +27,11 @@ _NO_TOKENS = torch.empty(0)
 
 
 def source_tokens(given: dict[str, Any]) -> Tensor:
-    """The tokens of a model's inputs; an empty tensor if it was given none."""
+    """The token ids or embeddings among a model's inputs; an empty tensor if it was given none."""
     for name in ("inputs_embeds", "input_ids"):
-        if given.get(name) is not None:
-            return given[name]
+        tokens: Tensor | None = given.get(name)
+        if tokens is not None:
+            return tokens
     return _NO_TOKENS
 
 
@@ -45,8 +43,20 @@ def read(
     past: int | None = 0,
     memory: CacheMemory | None = None,
 ) -> PositionSource:
-    """Where the positions of a forward come from that is no step of `generate`."""
-    if "write_index" in given:  # which only transformers' paged attention is given
+    """Make the position source of a forward that is no step of `generate`.
+
+    Args:
+        attachment: of the model.
+        given: the inputs of the forward, by name.
+        positions: `intervention_positions`, or None.
+        training: whether the forward is one of training, with gradients.
+        past: number of columns in the cache that the forward was given; None if the cache does not say.
+        memory: what is known of that cache.
+
+    Raises:
+        ValueError: the inputs do not say where the positions are; the message says what would.
+    """
+    if "write_index" in given:  # transformers gives it to paged attention alone
         raise ValueError(CONTINUOUS_BATCHING)
     tokens = source_tokens(given)
     if tokens.ndim < 2:
@@ -70,11 +80,11 @@ def read(
     if generation is not None and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > shape[1]:
         raise ValueError(LOST_CACHE)
     batch = Batch.read(given, tokens, has_answers)
-    if not torch.is_grad_enabled() and can_be_read(tokens):  # evaluation, which may ask once more for the logits
+    if not torch.is_grad_enabled() and can_be_read(tokens):  # evaluation may run the batch again for its logits
         remember(batch)
     if generation is None or not has_answers or batch.says_where_prompts_end:
         return FromBatch(batch, has_answers, training)
-    # A forward that somebody makes beside `generate`, such as that of classifier-free guidance.
+    # A forward beside the steps of `generate`, such as that of classifier-free guidance. Its first is a prompt.
     if generation.beside is None:
         generation.beside = shape[1]
     if shape[1] > generation.beside:
@@ -83,11 +93,16 @@ def read(
 
 
 def read_decoder(given: dict[str, Any], training: bool) -> PositionSource:
-    """Where the decoder's prompt is: what stands before the first token of the answer, a start token at the least."""
+    """Make the position source of a decoder beside an encoder.
+
+    The decoder's prompt is what stands before the first token of the answer: a start token at least.
+    """
     labels: Tensor | None = given.get("labels")
-    names = ("decoder_inputs_embeds", "decoder_input_ids")
-    tokens: Tensor | None = next((t for name in names if (t := given.get(name)) is not None), labels)
-    if tokens is None or tokens.ndim < 2:  # BART's classifiers read the prompt once more
+    tokens = labels
+    for name in ("decoder_input_ids", "decoder_inputs_embeds"):
+        if given.get(name) is not None:
+            tokens = given[name]
+    if tokens is None or tokens.ndim < 2:  # the decoder of BART's classifiers reads the encoder's tokens again
         tokens = given.get("input_ids")
     if tokens is None:
         return Unread(None, None)
@@ -97,10 +112,12 @@ def read_decoder(given: dict[str, Any], training: bool) -> PositionSource:
         return Continued(tokens, None, None, None, None)
     mask = given.get("decoder_attention_mask")
     if labels is not None and is_matrix(labels, shape):
-        # The label of a decoder's token is the token after it.
-        labels = F.pad(labels, (1, -1), value=IGNORED)
-        if mask is None:  # behind the last of them there is padding
-            mask = (labels != IGNORED).flip(1).cumsum(1).flip(1) > 0
+        # A decoder's label stands at the token before it; `Batch` wants it at the token itself.
+        labels = F.pad(labels, (1, -1), value=IGNORED)  # (batch, seq)
+        if mask is None:
+            # Real up to the last label:  labels  -100  5  -100  6  -100     mask  1 1 1 1 0
+            labels_from_here = (labels != IGNORED).flip(1).cumsum(1).flip(1)  # (batch, seq)
+            mask = labels_from_here > 0
             mask[:, 0] = True
     else:
         labels = None

@@ -1,0 +1,188 @@
+"""Fold an edit of every token into the linear map whose output it edits. That is exact if the edit is affine.
+
+The output of the map is y = Mx + m. With Φ(y) = y + Bᵀ(A y + b), Φ of the output is a linear map of x again. Its
+weight is M + BᵀAM, its bias m + Bᵀ(A m + b).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import onload_layer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..edits.factors import Affine, ElementwiseFactors, Factors, LowRankFactors
+
+_OUTPUT_NAMES = (
+    "o_proj",
+    "out_proj",
+    "c_proj",
+    "dense",
+    "dense_4h_to_h",
+    "down_proj",
+    "fc2",
+    "fc_out",
+    "linear_out",
+)
+"""Names that attention and feed-forward modules have for the linear map that they end with."""
+
+_RESIDUAL_NAMES = ("residual", "input_tensor")
+"""Arguments by which modules are given the residual stream, if they add it themselves after their linear map."""
+
+NEW_BIAS = (
+    "a {} without a bias would get one, which code that reads the weights by the base's names would miss (TRL's sync "
+    "to vLLM leaves it out; allowed: `merge_and_unload`, or `merge_adapter(new_parameters=True)`)"
+)
+SHARED_WEIGHT = (
+    "other modules have the weight of {} too, so the merged one would be a new parameter, which code that reads the "
+    "weights by the base's names may miss (allowed: `merge_and_unload`, or `merge_adapter(new_parameters=True)`)"
+)
+
+
+@dataclass
+class Folded:
+    """What `unfold` needs to bring a linear map back."""
+
+    basis: Tensor
+    """B of all adapters, (r, d) float32, d being the size of the output."""
+    inner: Tensor
+    """A M of all adapters, (r, size of the input) float32. Bᵀ A M was added to the weight."""
+    weight: Tensor | None
+    """The weight as it was, if an edit had no rank; it is then copied back, and nothing is subtracted."""
+    bias: Tensor | None
+    """The bias as it was, or None if the map had none."""
+    shared: nn.Parameter | None
+    """The parameter itself, if other modules have it too. The map has a weight of its own until it is unfolded."""
+
+
+def projection_of(module: nn.Module) -> nn.Linear | Conv1D:
+    """The linear map whose output `module` returns.
+
+    Raises:
+        ValueError: no edit can be folded into a linear map of `module`; the message says why.
+    """
+    name = type(module).__name__
+    found: list[Any] = [module]
+    if type(module) not in (nn.Linear, Conv1D):
+        takes = [argument for argument in inspect.signature(module.forward).parameters if argument in _RESIDUAL_NAMES]
+        if takes:
+            raise ValueError(f"{name} adds the residual stream ({takes[0]!r}) to the output of its last linear map.")
+        found = [child for child_name, child in module.named_children() if child_name in _OUTPUT_NAMES]
+        if len(found) != 1:
+            children = ", ".join(child_name for child_name, _ in module.named_children())
+            raise ValueError(
+                f"{name} has no single linear map at its end by a known name ({', '.join(_OUTPUT_NAMES)}); it has: "
+                f"{children or 'no modules'}."
+            )
+    if type(found[0]) not in (nn.Linear, Conv1D) or not found[0].weight.is_floating_point():
+        raise ValueError(
+            f"{name} ends with {type(found[0]).__name__}: an edit can be folded into a plain `nn.Linear` or `Conv1D` "
+            "only, not into quantised weights or those of another adapter."
+        )
+    return found[0]
+
+
+def gains_bias(module: nn.Linear | Conv1D, edits: Sequence[tuple[str, Factors, float]]) -> bool:
+    """Whether `fold` would give a bias to a linear map that has none."""
+    if module.bias is not None:
+        return False
+    # A map without a bias makes 0 of 0. What an edit makes of that 0 is the bias.
+    zero = torch.zeros(1, len(_matrix(module)), device=module.weight.device)  # (1, d)
+    biases = torch.stack([scale * factors.edit(zero) for _, factors, scale in edits])  # (adapters, 1, d)
+    return bool(biases.sum(0).any())
+
+
+@torch.no_grad()
+def fold(
+    module: nn.Linear | Conv1D, edits: Sequence[tuple[str, Factors, float]], check: bool, shared: bool = False
+) -> Folded:
+    """Add edits to a linear map. Each of them edits the output that the map has without the others.
+
+    Args:
+        module: the linear map; it gets a bias if it has none and the edits have one.
+        edits: adapter's name, its affine factors, and the scale that multiplies its edit.
+        check: whether to raise ValueError, before anything is changed, if the result is not finite.
+        shared: whether other modules have the map's weight too. The map then gets a weight of its own.
+    """
+    weight = _matrix(module)  # M, (d, d_in)
+    before = module.bias
+    m = torch.zeros(len(weight), device=weight.device) if before is None else before.float()  # (d,)
+    bases, inner = [weight.new_zeros(0, len(weight))], [weight.new_zeros(0, weight.shape[1])]
+    scaling, bias = torch.zeros_like(m), m.clone()  # (d,) each
+    for _, factors, scale in edits:
+        assert factors.is_affine
+        if isinstance(factors, LowRankFactors):
+            assert isinstance(factors.coordinates, Affine)
+            affine = factors.coordinates
+            a = torch.zeros_like(factors.basis) if affine.weight is None else affine.weight  # (r, d)
+            bases.append(factors.basis)  # (r, d)
+            inner.append(scale * (a @ weight))  # (r, d_in)
+            bias += scale * (a @ m + affine.bias) @ factors.basis
+        else:
+            assert isinstance(factors, ElementwiseFactors)
+            u = torch.zeros_like(m) if factors.scale is None else factors.scale  # (d,)
+            scaling += scale * u
+            bias += scale * (u * m + factors.shift)
+    basis_of_all, inner_of_all = torch.cat(bases), torch.cat(inner)  # (sum of r, d), (sum of r, d_in)
+    merged = weight + basis_of_all.T @ inner_of_all + scaling.unsqueeze(-1) * weight  # (d, d_in)
+    stored = merged.to(module.weight.dtype), bias.to(module.weight.dtype)
+    if check and not all(torch.isfinite(tensor).all() for tensor in stored):
+        names = ", ".join(name for name, _, _ in edits)
+        raise ValueError(f"NaNs detected in the merged weights. The adapter {names} seems to be broken")
+    folded = Folded(
+        basis=basis_of_all,
+        inner=inner_of_all,
+        weight=None,
+        bias=None if before is None else before.detach().clone(),
+        shared=None,
+    )
+    if shared:
+        folded.shared = cast(nn.Parameter, module.weight)
+        module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=module.weight.requires_grad)
+    elif scaling.any():
+        folded.weight = module.weight.detach().clone()
+    _set_matrix(module, merged)
+    if before is not None:
+        before.copy_(bias)
+    elif bias.any():
+        module.bias = nn.Parameter(bias.to(module.weight.dtype), requires_grad=module.weight.requires_grad)
+    return folded
+
+
+@torch.no_grad()
+def unfold(module: nn.Linear | Conv1D, folded: Folded) -> None:
+    """Undo `fold`, to the rounding of the weights' type."""
+    if folded.shared is not None:
+        module.weight = folded.shared
+    elif folded.weight is not None:
+        module.weight.copy_(folded.weight)
+    else:
+        _set_matrix(module, _matrix(module) - folded.basis.T @ folded.inner)
+    if folded.bias is None:
+        module.bias = None
+    else:
+        module.bias.copy_(folded.bias)
+
+
+@contextmanager
+def onloaded(module: nn.Linear | Conv1D) -> Iterator[None]:
+    """Load offloaded weights, and offload them again at the end with what was written to them."""
+    holder: Any = nn.Module()
+    holder.base_layer = module  # the name by which PEFT knows what to write back
+    with onload_layer(holder):
+        yield
+
+
+def _matrix(module: nn.Linear | Conv1D) -> Tensor:
+    """The weight as (size of the output, size of the input) float32; `Conv1D` stores the transpose."""
+    return (module.weight.T if isinstance(module, Conv1D) else module.weight).float()
+
+
+def _set_matrix(module: nn.Linear | Conv1D, weight: Tensor) -> None:
+    module.weight.copy_(weight.T if isinstance(module, Conv1D) else weight)
