@@ -11,7 +11,8 @@ from peft import PeftConfig, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from .card import write_model_card
-from .edits.formulas import ACTIVATIONS, INTERVENTIONS
+from .edits.families import ACTIVATIONS
+from .edits.formulas import INTERVENTIONS
 from .files import check_weights_file
 from .positions.layers import check_layers, first_layer, resolve_layers
 from .positions.marks import check_template
