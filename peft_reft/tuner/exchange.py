@@ -58,5 +58,5 @@ def exchange(
             )
         subspaces = forward.subspaces if run.subspaces is None else run.subspaces
         keep = index.keep if subspaces is None else forward.within(subspaces, index, factors)
-        given.append((factors.with_source(source.to(hidden.device)), keep * there.to(keep.device)))
+        given.append((factors.with_source_hidden(source.to(hidden.device)), keep * there.to(keep.device)))
     return given

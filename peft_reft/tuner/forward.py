@@ -362,7 +362,7 @@ class Forward:
         alike: dict[Any, dict[int, Intervention]] = {}
         for layer in self.attachment.layers:
             for each in layer.weights_of(current_names(self.attachment)):
-                alike.setdefault(each.kind, {})[id(each)] = each
+                alike.setdefault(each.signature, {})[id(each)] = each
         for group in alike.values():
             if id(weights) in group:
                 computed = factors_of(list(group.values()))
