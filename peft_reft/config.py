@@ -67,8 +67,10 @@ class LoReftConfig(PeftConfig):
             - `gN`: the first N generated tokens; `g`: all generated tokens;
             - `all`: prompt and generated tokens, `p+g`.
 
-            `"f7+l7"` is the first 7 and the last 7 tokens of the prompt. A mapping from layers to specs gives each
-            layer its own: `{"0-11": "f5", "12-": "l5"}`.
+            `"f7+l7"` is the first 7 and the last 7 tokens of the prompt. In a chat, `fN` is taken once, at its
+            beginning, `lN` before every answer, and `gN` in every answer. If a prompt of L tokens is too short for its
+            `fN` and `lN`, they are cut to at most ⌊L/2⌋ and ⌈L/2⌉ tokens, so that they never meet. A mapping from
+            layers to specs gives each layer its own: `{"0-11": "f5", "12-": "l5"}`.
         layers: Which blocks of the model: `"all"`; a list of ints, of which negative ones count from the end; or
             ranges such as `"0-7;16;-1"`.
         component: Which output of a block is edited: `"block"`, the residual stream behind the block; `"attention"`,

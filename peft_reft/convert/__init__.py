@@ -16,6 +16,7 @@ Example, also as `peft-reft convert --from pyreft SRC DST --positions f2+l2`:
 from .adapters import from_adapters
 from .easysteer import to_easysteer
 from .ours import Adapter
-from .pyreft import from_pyreft, to_pyreft
+from .pyreft_read import from_pyreft
+from .pyreft_write import to_pyreft
 
 __all__ = ["Adapter", "from_adapters", "from_pyreft", "to_easysteer", "to_pyreft"]

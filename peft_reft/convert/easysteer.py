@@ -8,7 +8,7 @@ import os
 import torch
 
 from .ours import Adapter, new_folder
-from .pyreft import their_modules, their_state
+from .pyreft_write import their_modules, their_state
 
 
 def to_easysteer(adapter: Adapter, destination: str, base: str | None = None) -> None:

@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class LowRank(Intervention):
     """``Bᵀ(f(projected) − B h)``, with ``projected = W h + b``. Some formulas lack W, others the subtraction."""
 
-    weight: ClassVar[str | None]
+    matrix: ClassVar[str | None]
     """Name of the parameter W; None for a formula without it."""
     basis: ClassVar[str]
     """Name of the parameter B."""
@@ -34,15 +34,15 @@ class LowRank(Intervention):
     def factors(self, parameters: Mapping[str, Tensor]) -> Factors:
         bias = parameters["b"]  # (..., r)
         basis = parameters[self.basis]  # (..., r, d)
-        weight = None if self.weight is None else parameters[self.weight]  # (..., r, d)
+        matrix = None if self.matrix is None else parameters[self.matrix]  # (..., r, d)
         if self.act_fn is not None:
             subtracted = basis if self.subtracts else None
-            projected = Affine(weight, bias)
+            projected = Affine(matrix, bias)
             activated = Activated(projected, ACTIVATIONS[self.act_fn], subtracted, parameters.get("p"))
             return LowRankFactors(basis, activated)
         if self.subtracts:  # W h + b − B h = (W − B) h + b
-            weight = -basis if weight is None else weight - basis
-        return LowRankFactors(basis, Affine(weight, bias))
+            matrix = -basis if matrix is None else matrix - basis
+        return LowRankFactors(basis, Affine(matrix, bias))
 
     def reset_parameters(self, init_weights: InitWeights) -> None:
         rotates = self.basis == "R"
@@ -50,20 +50,20 @@ class LowRank(Intervention):
             self._random_rotation("R")
         else:
             self._linear(self.basis, "p" if "p" in self.shapes else None)
-        if self.weight is None:
+        if self.matrix is None:
             self.b.uniform_()  # drawn in any case: a seed then gives later layers the same numbers
             if init_weights is True:
                 self.b.zero_()
             return
-        self._linear(self.weight, "b")
+        self._linear(self.matrix, "b")
         if init_weights is not True:
             return
         if self.act_fn is None:
-            weight = getattr(self, self.weight)
+            matrix = getattr(self, self.matrix)
             if self.subtracts:
-                weight.copy_(getattr(self, self.basis))
+                matrix.copy_(getattr(self, self.basis))
             else:
-                weight.zero_()
+                matrix.zero_()
             self.b.zero_()
         elif not rotates:  # f may be flat at 0, where W1 = 0 would never learn
             getattr(self, self.basis).zero_()

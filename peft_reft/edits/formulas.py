@@ -38,7 +38,7 @@ class LoReFT(LowRank):
     """Rᵀ(f(Wh + b) − Rh); paper, eq. 2. Parameters: 2·r·d + r. With `act_fn`, no identity start unless gated."""
 
     parameter_shapes = {"R": "rd", "W": "rd", "b": "r"}
-    weight, basis, subtracts = "W", "R", True
+    matrix, basis, subtracts = "W", "R", True
     takes_act_fn = True
 
 
@@ -52,7 +52,7 @@ class NoReFT(LowRank):
 
     parameter_shapes = {"W1": "rd", "W2": "rd", "b": "r"}
     shapes_with_act_fn = {"p": "r"}
-    weight, basis, subtracts = "W1", "W2", True
+    matrix, basis, subtracts = "W1", "W2", True
     takes_act_fn = True
 
 
@@ -61,7 +61,7 @@ class DiReFT(LowRank):
     """Rᵀf(Wh + b): LoReFT without the −Rh. Parameters: 2·r·d + r. With `act_fn`, no identity start unless gated."""
 
     parameter_shapes = {"R": "rd", "W": "rd", "b": "r"}
-    weight, basis, subtracts = "W", "R", False
+    matrix, basis, subtracts = "W", "R", False
     takes_act_fn = True
 
 
@@ -70,7 +70,7 @@ class NoDiReFT(LowRank):
     """W2ᵀf(W1h + b); paper, eq. 3, which calls it DiReFT. Parameters: 2·r·d + r."""
 
     parameter_shapes = {"W1": "rd", "W2": "rd", "b": "r"}
-    weight, basis, subtracts = "W1", "W2", False
+    matrix, basis, subtracts = "W1", "W2", False
     takes_act_fn = True
 
 
@@ -79,7 +79,7 @@ class ConsReFT(LowRank):
     """Rᵀ(b − Rh): sets the subspace to a constant. Parameters: r·d + r. Ungated, no b makes it the identity."""
 
     parameter_shapes = {"R": "rd", "b": "r"}
-    weight, basis, subtracts = None, "R", True
+    matrix, basis, subtracts = None, "R", True
 
 
 @final
@@ -87,7 +87,7 @@ class LobiReFT(LowRank):
     """Rᵀb: adds a learned vector of r coordinates. Parameters: r·d + r."""
 
     parameter_shapes = {"R": "rd", "b": "r"}
-    weight, basis, subtracts = None, "R", False
+    matrix, basis, subtracts = None, "R", False
 
 
 @final

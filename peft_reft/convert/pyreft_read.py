@@ -1,8 +1,7 @@
-"""Read and write folders of `pyreft`: a pickle for each intervention, and a config.json without positions."""
+"""Read folders of `pyreft`: a pickle for each intervention, and a config.json without positions."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass, replace
@@ -14,8 +13,7 @@ from torch import Tensor
 
 from ..config import LoReftConfig, Tie
 from ..edits.formulas import INTERVENTIONS
-from ..positions.layers import resolve_layers
-from .ours import Adapter, load_json, load_pickled, local_folder, new_folder, rotation_of, stack, targets_of
+from .ours import Adapter, load_json, load_pickled, local_folder, rotation_of, stack, targets_of
 
 FORMULAS = {
     "Loreft": "loreft",
@@ -38,7 +36,8 @@ _KEYS = {
 }
 """The names that a tensor may have in a file of theirs; the first that is there is taken. The `state_dict` of their
 LoReFT drops the names of its parts."""
-_ORIGINAL, _BASE = "rotate_layer.parametrizations.weight.original", "rotate_layer.parametrizations.weight.0.base"
+ORIGINAL, BASE = "rotate_layer.parametrizations.weight.original", "rotate_layer.parametrizations.weight.0.base"
+"""The names of R in the form of torch's `parametrizations.orthogonal`, see `rotation_of`."""
 _PEFT = "base_model.model."
 """The beginning of names in a `PeftModel`, if their `ReftModel` wraps one."""
 
@@ -72,8 +71,8 @@ def from_pyreft(
             `ReftSupervisedDataset` leave out the last token of the prompt: their `f2+l2` is our `f2+l2~1`.
         act_fn: the activation that it was trained with; the folder does not say it.
         dropout: for further training. Theirs falls on the edited state, ours on the edit.
-        base: folder or Hub name of the base model, of which only the config is read. Without it, blocks have the names
-            of `LLAMA`.
+        base: folder or Hub name of the base model, of which only the config is read. Without it, blocks are taken to
+            have the names that Llama, Qwen, Mistral and Gemma give them.
         task_type: as in any PEFT config.
 
     Returns:
@@ -115,62 +114,6 @@ def from_pyreft(
         if any(module.startswith(f"{name}.") for module in weights):
             raise ValueError(f"{path} holds weights of the blocks themselves: {sorted(others)[:3]} ...")
     return Adapter(replace(converted, tie=tie, modules_to_save=modules_to_save or None), weights, others)
-
-
-def to_pyreft(adapter: Adapter, destination: str, base: str | None = None) -> None:
-    """Write a folder for `pyreft`'s `ReftModel.load`.
-
-    The folder has neither positions nor activation nor dropout: give them to `pyreft` yourself. With `tie="group"` or
-    `"position"`, interventions are written as `pyreft` orders them: those of the first group in all layers, then those
-    of the second.
-
-    Args:
-        adapter: what `Adapter.load` returns.
-        destination: a folder that is new or empty.
-        base: the base model; None: the one that the config names. Needed only with `tie="model"`: it says which layers
-            share the weights.
-
-    Raises:
-        ValueError: `pyreft` has no such intervention.
-    """
-    config = adapter.config
-    names = {ours: theirs for theirs, ours in FORMULAS.items()}
-    if config.intervention not in names:
-        raise ValueError(f"intervention={config.intervention!r}: pyreft has only {', '.join(map(repr, names))}.")
-    if config.gate:
-        raise ValueError("gate=True: pyreft's interventions have no gate.")
-    modules = their_modules(adapter, base)
-    new_folder(destination)
-    representations: list[list[Any]] = []
-    keys: list[str] = []
-    dimensions: list[int] = []
-    for number in range(max(module.count for module in modules)):
-        for module in modules:
-            if number >= module.count:
-                continue
-            own = module.intervention(number)
-            r, d = own["R" if "R" in own else "W2"].shape
-            key = f"{module.key}_unit_pos_nunit_1#{number}"
-            keys.append(key)
-            representations.append([module.layer, module.component, "pos", 1, r, *[None] * 9])
-            dimensions.append(d)
-            torch.save(their_state(config.intervention, own), os.path.join(destination, f"intkey_{key}.bin"))
-    with open(os.path.join(destination, "config.json"), "w") as file:
-        class_name = f"<class 'pyreft.interventions.{names[config.intervention]}Intervention'>"
-        content = {
-            "intervention_constant_sources": [True] * len(keys),
-            "intervention_dimensions": dimensions,
-            "intervention_types": [class_name] * len(keys),
-            "mode": "parallel",
-            "representations": representations,
-            "sorted_keys": keys,
-        }
-        json.dump(content, file, indent=2)
-    if adapter.others:
-        torch.save(adapter.others, os.path.join(destination, "pytorch_model.bin"))
-
-
-# Theirs -> ours.
 
 
 def _read_config(folder: str) -> dict[str, Any]:
@@ -335,100 +278,11 @@ def _take(what: str, held: dict[str, Any], file: str) -> Tensor:
 
 def _rotation(held: dict[str, Any], file: str) -> Tensor:
     """Return R, (r, d) float32, in whichever of their forms it is stored."""
-    if _ORIGINAL in held:
-        r = rotation_of(held[_ORIGINAL], held.get(_BASE))
+    if ORIGINAL in held:
+        r = rotation_of(held[ORIGINAL], held.get(BASE))
     else:
         r = _take("rotation", held, file).mT.contiguous()
     error = (r @ r.mT - torch.eye(len(r))).abs().max()
     if not error < 0.05:  # NaN is not, either
         raise ValueError(f"{file}: the rows of R are not orthonormal (R Rᵀ is off by {error:.2g}).")
     return r
-
-
-# Ours -> theirs.
-
-
-@dataclass(frozen=True)
-class TheirModule:
-    """An edited module as they name it, with its interventions."""
-
-    layer: int
-    component: str
-    key: str
-    """The beginning of the interventions' keys."""
-    parameters: dict[str, Tensor]
-    """By name, with a leading dimension: one for each intervention."""
-
-    @property
-    def count(self) -> int:
-        """The number of interventions."""
-        return len(self.parameters["b"])
-
-    def intervention(self, number: int) -> dict[str, Tensor]:
-        """Return the parameters of one intervention."""
-        return {name: tensor[number] for name, tensor in self.parameters.items()}
-
-
-def their_modules(adapter: Adapter, base: str | None) -> list[TheirModule]:
-    """Return all edited modules as they name them."""
-    has_several = adapter.config.tie in ("group", "position")
-    found = []
-    for module, parameters in _for_each_layer(adapter, base):
-        if not has_several:
-            parameters = {name: tensor.unsqueeze(0) for name, tensor in parameters.items()}
-        found.append(_their_module(adapter.config, module, parameters))
-    return found
-
-
-def _for_each_layer(adapter: Adapter, base: str | None) -> list[tuple[str, dict[str, Tensor]]]:
-    """Return the parameters of each module by its name; with `tie="model"` the same ones for each layer."""
-    config = adapter.config
-    if config.tie != "model":
-        return list(adapter.weights.items())
-    first, shared = next(iter(adapter.weights.items()))
-    if config.target_modules is not None:
-        raise ValueError("tie='model' with target_modules: which modules share the weights is not known.")
-    targets = targets_of(base or config.base_model_name_or_path, config.component)
-    if targets is None:
-        raise ValueError("tie='model': give the base model, which says how many layers share the weights.")
-    names = [targets[layer].name for layer in resolve_layers(config.layers, len(targets), "layers")]
-    if first not in names:
-        raise ValueError(f"The adapter edits {first}, the base model's layers are {', '.join(names)}.")
-    return [(name, shared) for name in names]
-
-
-def _their_module(config: LoReftConfig, module: str, parameters: dict[str, Tensor]) -> TheirModule:
-    numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", module)  # model.layers.15.mlp -> ["15"]
-    layer = int(numbers[0]) if numbers else 0
-    if config.target_modules is None and numbers:
-        component = {ours: theirs for theirs, ours in COMPONENTS.items()}[config.component]
-        return TheirModule(layer, component, f"layer_{layer}_comp_{component}", parameters)
-    component = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", module) + ".output"  # model.layers[15].mlp.output
-    return TheirModule(layer, component, f"comp_{component.replace('.', '_')}", parameters)
-
-
-def their_state(formula: str, own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state dict of their class for the parameters of one of our interventions."""
-    if formula == "loreft":
-        return {"weight": own["W"].clone(), "bias": own["b"].clone(), "rotate_layer": own["R"].mT.contiguous()}
-    r, d = own["R" if "R" in own else "W2"].shape
-    state = {"embed_dim": torch.tensor(d), "interchange_dim": torch.tensor(d)}
-    if "R" not in own:
-        state["proj_layer.weight"] = own["W2"].clone()
-        state["learned_source.weight"] = own["W1"].clone()
-        state["learned_source.bias"] = own["b"].clone()
-        if "p" in own:
-            state["proj_layer.bias"] = own["p"].clone()
-        return state
-    # Rᵀ = base @ [1 0]ᵀ, with Rᵀ completed to a square matrix as the base. In their form [1 0]ᵀ is a product of
-    # reflections with -1 on the diagonal, or exp(0) if R itself is square.
-    rotation = own["R"].double().mT  # (d, r)
-    q, _ = torch.linalg.qr(rotation, mode="complete")  # (d, d)
-    state[_ORIGINAL] = -torch.eye(d, r) if r < d else torch.zeros(d, d)
-    state[_BASE] = torch.cat([rotation, q[:, r:]], 1).float()
-    if "W" in own:
-        state["learned_source.weight"] = own["W"].clone()
-        state["learned_source.bias"] = own["b"].clone()
-    else:
-        state["learned_source"] = own["b"].clone()
-    return state
