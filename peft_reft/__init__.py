@@ -11,7 +11,8 @@ from .tools.chat import chat_marks, prompt_lengths  # noqa: E402
 from .tools.collator import DataCollatorForLoReft  # noqa: E402
 from .tools.hotswap import hotswap_adapter  # noqa: E402
 from .tools.interchange import interchange, interchange_accuracy  # noqa: E402
-from .tools.show import edit_norms, show_positions  # noqa: E402
+from .tools.norms import edit_norms  # noqa: E402
+from .tools.show import show_positions  # noqa: E402
 from .tuner.model import LoReftModel  # noqa: E402
 
 register()

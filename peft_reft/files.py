@@ -1,8 +1,8 @@
-"""What an adapter's files may be: safetensors only, whole, every value finite. What is refused names the file.
+"""Which adapter files are accepted: safetensors only, whole, every value finite. A refusal names the file.
 
-PEFT and transformers read and write the files. Two of their methods are wrapped, because no other place sees what
-they do: `PeftModel.save_pretrained`, which can write a pickle, and transformers' `load_adapter`, which asks no tuner
-about the tensors that it reads.
+PEFT and transformers read and write the files. Two of their methods are wrapped, because nothing else sees what they
+do: `PeftModel.save_pretrained`, which can write a pickle, and transformers' `load_adapter`, which shows no tuner the
+tensors that it reads.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from transformers.integrations.peft import PeftAdapterMixin
 from .patching import wrap
 
 _SHARDS = SAFETENSORS_WEIGHTS_NAME.replace(".", "-*-of-*.")
+"""Names of the parts, if the weights were saved in several: `adapter_model-00001-of-00002.safetensors`."""
 
 
 def check_weights_file(folder: str) -> None:
-    """Look at the weights in `folder`; nothing is done if it holds none, as a name on the Hub does not.
+    """Check the weights in `folder`. Without weights there, as for a name on the Hub, nothing is done.
 
     Raises:
         ValueError: the file is damaged or cut short, a pickle, or in shards; the message names it.
@@ -39,12 +40,14 @@ def check_weights_file(folder: str) -> None:
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or cut short ({error}). Copy it again.") from error
         return
-    if shards := glob(os.path.join(escape(folder), _SHARDS)):
+    shards = glob(os.path.join(escape(folder), _SHARDS))
+    if shards:
         raise ValueError(
             f"{min(shards)} is a part of an adapter, and PEFT and transformers read {SAFETENSORS_WEIGHTS_NAME} alone. "
             "Save it again with a larger max_shard_size."
         )
-    if os.path.isfile(pickled := os.path.join(folder, WEIGHTS_NAME)):
+    pickled = os.path.join(folder, WEIGHTS_NAME)
+    if os.path.isfile(pickled):
         raise ValueError(
             f"{pickled} is a pickle, which can run code when it is read: LoReFT adapters are saved and read as "
             f"{SAFETENSORS_WEIGHTS_NAME} only. Load it where it was made, and save it again."
@@ -52,9 +55,12 @@ def check_weights_file(folder: str) -> None:
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise ValueError, naming `where` and the tensors, if a value of theirs is infinite or not a number.
+    """Check that all values of `tensors` are finite.
 
-    Such an adapter answers with nonsense, and in a batch that several adapters share it reaches the others' rows.
+    An adapter with other values answers with nonsense, which reaches the rows of other adapters in the same batch.
+
+    Raises:
+        ValueError: a value is infinite or not a number; the message names `where` and the tensors.
     """
     spoilt = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
     if spoilt:
@@ -73,7 +79,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def guard_files() -> None:
-    """Wrap the methods that this module's docstring names. Calling it again is harmless."""
+    """Wrap the two methods that this module's docstring names. Calling it again is harmless."""
     wrap(PeftModel, "save_pretrained", _save_as_safetensors)
     wrap(PeftAdapterMixin, "load_adapter", _load_and_check)
 
@@ -91,6 +97,7 @@ def _save_as_safetensors(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
+    """Do what `PeftModel.save_pretrained` does, but refuse to write a LoReFT adapter as a pickle."""
     configs = model.peft_config
     ours = [name for name in selected_adapters or configs if _is_loreft(configs.get(name))]
     if ours and not safe_serialization:
@@ -102,25 +109,22 @@ def _save_as_safetensors(
 
 
 def _load_and_check(load: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """transformers' `load_adapter`. What it refuses for LoReFT leaves the model as it was."""
+    """Do what transformers' `load_adapter` does, and check the tensors. A refusal leaves the model as it was."""
     before = set(getattr(model, "peft_config", {}))
     active = model.active_adapters() if getattr(model, "_hf_peft_config_loaded", False) else []
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    source = args[0] if args else kwargs.get("peft_model_id")
-    load_config = kwargs.get("load_config")
-    source = source or getattr(load_config, "pretrained_model_name_or_path", None)
-    options = {**(getattr(load_config, "download_kwargs", None) or {}), **(kwargs.get("adapter_kwargs") or {})}
-    folder = os.path.join(source, options.get("subfolder") or "") if source else None
+    folder = _folder_to_load(*args, **kwargs)
     where = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME) if folder else "adapter_state_dict"
     try:
         info = load(model, *args, **kwargs)
         for name in _new_of_ours(model, before):
             if folder:
-                check_weights_file(folder)  # transformers looks for a pickle where there are no safetensors
+                check_weights_file(folder)  # without safetensors, transformers looks for a pickle
             _check_loaded(model, name, where, info)
     except Exception as error:
-        if new := _new_of_ours(model, before):
-            _take_out(model, new, active, trained)
+        new = _new_of_ours(model, before)
+        if new:
+            _take_out(model, new, active=active, trained=trained)
             if isinstance(error, SafetensorError):
                 raise ValueError(f"{where} is damaged or cut short ({error}). Copy it again.") from error
             if isinstance(error, OSError) and folder:
@@ -129,11 +133,22 @@ def _load_and_check(load: Callable[..., Any], model: Any, *args: Any, **kwargs: 
     return info
 
 
+def _folder_to_load(*args: Any, **kwargs: Any) -> str | None:
+    """Return the folder or Hub name in the arguments of `load_adapter`; None if they hold the tensors themselves."""
+    load_config = kwargs.get("load_config")
+    path_or_name = args[0] if args else kwargs.get("peft_model_id")
+    path_or_name = path_or_name or getattr(load_config, "pretrained_model_name_or_path", None)
+    if not path_or_name:
+        return None
+    options = {**(getattr(load_config, "download_kwargs", None) or {}), **(kwargs.get("adapter_kwargs") or {})}
+    return os.path.join(path_or_name, options.get("subfolder") or "")
+
+
 def _take_out(model: Any, names: list[str], active: list[str], trained: list[nn.Parameter]) -> None:
-    """Undo the loading of adapters: what was active and what was trained is so again."""
+    """Undo the loading of adapters: make active again what was active, and trainable what was trainable."""
     for module in model.modules():
         if isinstance(module, BaseTunerLayer) and active:
-            module.set_adapter(active)  # before the new ones are deleted, or PEFT chooses and warns
+            module.set_adapter(active)  # before the new ones are deleted: otherwise PEFT chooses for us, and warns
     for name in names:
         model.delete_adapter(name)
     model.requires_grad_(False)
@@ -142,22 +157,22 @@ def _take_out(model: Any, names: list[str], active: list[str], trained: list[nn.
 
 
 def _new_of_ours(model: Any, before: set[str]) -> list[str]:
+    """Return the names of the LoReFT adapters of `model` that are not in `before`."""
     configs = getattr(model, "peft_config", {})
     return [name for name in configs if name not in before and _is_loreft(configs[name])]
 
 
 def _check_loaded(model: Any, name: str, where: str, info: Any) -> None:
-    """Raise ValueError if the file lacked a tensor of adapter `name`, or had one that is not finite."""
+    """Raise ValueError if the file lacked a tensor of adapter `name`, had one too many, or one that is not finite."""
     marks = tuple(f".{holder}.{name}." for holder in ("loreft_weights", "modules_to_save"))
-    own = {
-        key: tensor
-        for key, tensor in model.named_parameters(remove_duplicate=False)
-        if any(mark in key for mark in marks)
-    }
+    own: dict[str, nn.Parameter] = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        if any(mark in key for mark in marks):
+            own[key] = parameter
     if info is not None:  # older versions of transformers do not say what they found
-        # With `tie="model"` the file has the tensors once, and they are missing under the other layers' names.
-        read = {id(tensor) for key, tensor in own.items() if key not in info.missing_keys}
-        missing = sorted(key for key, tensor in own.items() if id(tensor) not in read)
+        # With `tie="model"` the file has each tensor once. Under the names of the other layers it counts as missing.
+        read = {id(parameter) for key, parameter in own.items() if key not in info.missing_keys}
+        missing = sorted(key for key, parameter in own.items() if id(parameter) not in read)
         unknown = sorted(key for key in info.unexpected_keys if any(mark in key for mark in marks))
         if missing or unknown:
             raise ValueError(does_not_fit(where, missing, unknown))
@@ -165,10 +180,11 @@ def _check_loaded(model: Any, name: str, where: str, info: Any) -> None:
 
 
 def does_not_fit(where: str, missing: Iterable[str], unknown: Iterable[str]) -> str:
-    """The message about a file whose tensors are not those of its config and the model."""
-    words = f"{where} does not fit its config and this model."
-    if missing := ", ".join(missing):
-        words += f" Missing: {missing}."
-    if unknown := ", ".join(unknown):
-        words += f" In the file, but with no place in the model: {unknown}."
-    return words
+    """Return the message about a file whose tensors are not those of its config and the model."""
+    message = f"{where} does not fit its config and this model."
+    missing_names, unknown_names = ", ".join(missing), ", ".join(unknown)
+    if missing_names:
+        message += f" Missing: {missing_names}."
+    if unknown_names:
+        message += f" In the file, but with no place in the model: {unknown_names}."
+    return message

@@ -42,7 +42,7 @@ def check(distribution: Path, extra: str) -> None:
         if extra == "trl":
             assert "--positions" in run(Path(folder) / "bin" / "peft-reft", "train", "--help")
         if extra == "viz":
-            run(python, "-c", "from peft_reft.tools.show import plot_edit_norms; import matplotlib")
+            run(python, "-c", "from peft_reft.tools.norms import plot_edit_norms; import matplotlib")
     print(f"{distribution.name}[{extra}]: installs and works", flush=True)
 
 

@@ -69,7 +69,7 @@ def parameters_of(edits):
 
 def coordinates_of(z, h, n):
     if isinstance(z, Difference):
-        return torch.zeros(R) if z.source is None else z.weight @ z.source[n] - z.weight @ h
+        return torch.zeros(R) if z.source_hidden is None else z.weight @ z.source_hidden[n] - z.weight @ h
     if isinstance(z, Affine):
         return z.bias if z.weight is None else z.weight @ h + z.bias
     inner = z.function(coordinates_of(z.inside, h, n))
@@ -152,7 +152,7 @@ def test_stacked_and_taken_apart():
     for one, other in zip(every_form(), every_form()):
         other = other.map(lambda tensor: tensor * 2)
         stacked = type(one).stack([one, other])
-        assert one.kind == other.kind != stacked.kind and one.form == stacked.form
+        assert one.signature == other.signature != stacked.signature and one.form == stacked.form
         for again, before in zip(stacked.unstack(), (one, other), strict=True):
             assert all(map(torch.equal, again.tensors(), before.tensors()))
         sizes = {"r": R, "d": D, "n": TOKENS, "1": 1}
@@ -178,10 +178,10 @@ def test_a_source_is_for_interchange_alone():
     source = torch.randn(TOKENS, D)
     for factors in every_form():
         if isinstance(getattr(factors, "coordinates", None), Difference):
-            assert factors.with_source(source).coordinates.source is source
+            assert factors.with_source_hidden(source).coordinates.source_hidden is source
         else:
-            with pytest.raises(TypeError, match="takes no hidden states of another run"):
-                factors.with_source(source)
+            with pytest.raises(TypeError, match="takes no hidden states of a source run"):
+                factors.with_source_hidden(source)
 
 
 @pytest.mark.parametrize("in_place", [False, True])

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_reft.edits.formulas import ACTIVATIONS, INTERVENTIONS
+from peft_reft.edits.families import ACTIVATIONS
+from peft_reft.edits.formulas import INTERVENTIONS
 from peft_reft.edits.intervention import Intervention, factors_of
 from peft_reft.edits.rotation import _Orthonormalise, orthonormalise
 
@@ -431,7 +432,7 @@ def test_factors_computed_side_by_side(name, count):
                 parameter.mul_(1 + n % 3)
     together, one_by_one = factors_of(several), [factors_of([module])[0] for module in alone]
     for mine, expected in zip(together, one_by_one, strict=True):
-        assert mine.kind == expected.kind
+        assert mine.signature == expected.signature
         for got, wanted in zip(mine.tensors(), expected.tensors(), strict=True):
             assert_close(got, wanted)
     for factors in (together, one_by_one):
@@ -585,7 +586,7 @@ def test_replicas(name, count, replicate):
     exact = {key: value.double().requires_grad_() for key, value in before.items()}
     formula(name, exact, h.double()).backward(upstream.double())
     first, second = replicate(module, [0, 1])
-    assert first.trains and second.trains and first.kind == second.kind != module.kind
+    assert first.trains and second.trains and first.signature == second.signature != module.signature
     both = [factors_of([first])[0], factors_of([second])[0]]
     for n, together in enumerate(factors_of([first, second])):
         for one, other in zip(both[n].tensors(), together.tensors(), strict=True):

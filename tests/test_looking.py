@@ -10,7 +10,7 @@ from conftest import VOCAB, build, randomise
 from peft import get_peft_model
 
 from peft_reft import DataCollatorForLoReft, LoReftConfig, edit_norms, show_positions
-from peft_reft.tools.show import plot_edit_norms
+from peft_reft.tools.norms import plot_edit_norms
 
 
 def shown(capsys, *args):

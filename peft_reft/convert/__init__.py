@@ -1,7 +1,7 @@
-"""Adapters of other libraries, in and out.
+"""Adapters of other libraries, read and written.
 
-Each function does one folder and computes nothing but what the formats differ in: logits before and after are equal to
-rounding. Nothing is unpickled without `weights_only=True`.
+Each function converts one folder. It computes nothing but what the formats differ in, so logits before and after are
+equal to rounding. Nothing is unpickled without `weights_only=True`.
 
 Example, also as `peft-reft convert --from pyreft SRC DST --positions f2+l2`:
 
@@ -16,6 +16,7 @@ Example, also as `peft-reft convert --from pyreft SRC DST --positions f2+l2`:
 from .adapters import from_adapters
 from .easysteer import to_easysteer
 from .ours import Adapter
-from .pyreft import from_pyreft, to_pyreft
+from .pyreft_read import from_pyreft
+from .pyreft_write import to_pyreft
 
 __all__ = ["Adapter", "from_adapters", "from_pyreft", "to_easysteer", "to_pyreft"]

@@ -1,4 +1,4 @@
-"""What an edit is: the formulas, what they compute with, and the function that adds an edit to hidden states.
+"""What an edit is: the formulas, the factors they compute with, and the function that adds edits to hidden states.
 
-Nothing here knows of positions, of PEFT or of a model; of transformers only the table of activations is used.
+Nothing here knows positions, PEFT or a model. Only the table of activations comes from transformers.
 """

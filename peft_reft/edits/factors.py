@@ -1,12 +1,13 @@
 """What a formula computes with, and the one place where an edit is computed from it. Pure torch.
 
-There are two types, and each may have a `Gate` around it:
+There are two types, and either may have a `Gate` around it:
 
 - `LowRankFactors`: ``edit(h) = Bᵀ z(h)``, where z is `Affine`, ``A h + b``; or `Activated`, ``f(A h + b) − C h − c``;
   or `Difference`, ``C (s − h)``.
 - `ElementwiseFactors`: ``edit(h) = u ⊙ h + w``.
 
-All tensors are float32. They have the same leading dimension G, for G edits side by side, or none.
+All tensors are float32. Either all of them have the same leading dimension G, which holds G edits side by side, or
+none has one. In shapes r is the rank, d the hidden size, n the number of hidden states, and ``...`` is G or nothing.
 """
 
 from __future__ import annotations
@@ -19,24 +20,34 @@ from typing import Any, TypeVar, final
 import torch
 from torch import Tensor
 
+from ..shapes import Float
+
 AnyPart = TypeVar("AnyPart", bound="Part")
 AnyFactors = TypeVar("AnyFactors", bound="Factors")
 
 
-# Metadata of a field that holds a tensor: its dimensions behind the leading one.
-_RD, _R, _D, _ND, _1 = ({"dimensions": each} for each in ("rd", "r", "d", "nd", "1"))
+# Metadata of a field that holds a tensor: its dimensions behind the leading one, a letter for each.
+_R_D = {"dimensions": "rd"}
+_R = {"dimensions": "r"}
+_D = {"dimensions": "d"}
+_N_D = {"dimensions": "nd"}
+_1 = {"dimensions": "1"}
 
 
 @dataclass(frozen=True)
 class Part:
-    """A dataclass of tensors and of other parts, in the order of its fields."""
+    """A dataclass whose fields are tensors, other parts, or settings.
+
+    Its methods read and replace all tensors at once, whichever formula they belong to. The order of the tensors is the
+    order of the fields; a part stands for the tensors inside it, and a field that is None for no tensor.
+    """
 
     def tensors(self) -> list[Tensor]:
-        """All tensors, also those of parts inside."""
+        """Return all tensors, those of parts inside included."""
         return [tensor for tensor, _ in self._with_dimensions()]
 
     def dimensions(self) -> list[str]:
-        """For each of `tensors()` its dimensions behind the leading one: "rd", "r", "d", "1" or "nd"."""
+        """Return the dimensions of each of `tensors()` behind the leading one: "rd", "r", "d", "1" or "nd"."""
         return [dimensions for _, dimensions in self._with_dimensions()]
 
     def _with_dimensions(self) -> Iterator[tuple[Tensor, str]]:
@@ -48,7 +59,7 @@ class Part:
                 yield value, each.metadata["dimensions"]
 
     def with_tensors(self: AnyPart, tensors: Iterable[Tensor]) -> AnyPart:
-        """The same with other tensors, in the order of `tensors()`."""
+        """Return the same part with other tensors, given in the order of `tensors()`."""
         following = iter(tensors)
         changed: dict[str, Any] = {}
         for each in fields(self):
@@ -61,101 +72,105 @@ class Part:
 
     @property
     def form(self) -> Hashable:
-        """Equal for those that compute alike, whatever the shapes."""
+        """Equal for parts that compute the same expression, whatever their shapes."""
         found: list[Any] = [type(self)]
         for each in fields(self):
             value = getattr(self, each.name)
             if isinstance(value, Part):
                 found.append(value.form)
+            elif isinstance(value, Tensor):
+                found.append(Tensor)
             else:
-                found.append(Tensor if isinstance(value, Tensor) else value)
+                found.append(value)
         return tuple(found)
 
 
 @final
 @dataclass(frozen=True)
 class Gate(Part):
-    """``tanh(v·h + c)``, by which an edit is multiplied."""
+    """``tanh(v·h + c)``: a number for each hidden state, which multiplies its edit."""
 
-    weight: Tensor = field(metadata=_D)
-    """v, (..., d)."""
-    bias: Tensor = field(metadata=_1)
-    """c, (..., 1)."""
+    weight: Float[Tensor, "... d"] = field(metadata=_D)
+    """v."""
+    bias: Float[Tensor, "... 1"] = field(metadata=_1)
+    """c."""
 
-    def of(self, h: Tensor) -> Tensor:
-        """(..., n, 1), of h (..., n, d)."""
-        # Not a product of matrix and vector, whose last bit depends on where in memory the vector lies.
+    def compute(self, h: Float[Tensor, "... n d"]) -> Float[Tensor, "... n 1"]:
+        """Return the gate of each hidden state."""
+        # Not a product of matrix and vector: the last bit of that depends on where in memory the vector lies.
         along = (h * self.weight.unsqueeze(-2)).sum(-1, keepdim=True)  # (..., n, 1)
-        return torch.tanh(along + self.bias.unsqueeze(-2))
+        return torch.tanh(along + self.bias.unsqueeze(-2))  # (..., n, 1)
 
 
 @dataclass(frozen=True)
 class Coordinates(Part, ABC):
-    """The r coordinates z of an edit of low rank."""
+    """The r coordinates z of a low-rank edit."""
 
     @abstractmethod
-    def of(self, h: Tensor) -> Tensor:
-        """z, (..., n, r), of h (..., n, d)."""
+    def compute(self, h: Float[Tensor, "... n d"]) -> Float[Tensor, "... n r"]:
+        """Return z of each hidden state."""
 
 
 @final
 @dataclass(frozen=True)
 class Affine(Coordinates):
-    """``A h + b``, or b alone."""
+    """``A h + b``; or b alone, if there is no A."""
 
-    weight: Tensor | None = field(metadata=_RD)
-    """A, (..., r, d)."""
-    bias: Tensor = field(metadata=_R)
-    """b, (..., r)."""
+    weight: Float[Tensor, "... r d"] | None = field(metadata=_R_D)
+    """A."""
+    bias: Float[Tensor, "... r"] = field(metadata=_R)
+    """b."""
 
-    def of(self, h: Tensor) -> Tensor:
+    def compute(self, h: Float[Tensor, "... n d"]) -> Float[Tensor, "... n r"]:
         if self.weight is None:
             return self.bias.unsqueeze(-2).expand(*h.shape[:-1], -1)
         if h.ndim == 2:
-            return torch.addmm(self.bias, h, self.weight.mT)
+            return torch.addmm(self.bias, h, self.weight.mT)  # one kernel, not two
         return h @ self.weight.mT + self.bias.unsqueeze(-2)
 
 
 @final
 @dataclass(frozen=True)
 class Activated(Coordinates):
-    """``f(A h + b) − C h − c``, of which C, and c, may be missing."""
+    """``f(A h + b) − C h − c``; a term is left out if its C, or its c, is None."""
 
     inside: Affine
     """A and b."""
     function: Callable[[Tensor], Tensor]
     """f, elementwise."""
-    subtracted: Tensor | None = field(default=None, metadata=_RD)
-    """C, (..., r, d)."""
-    subtracted_bias: Tensor | None = field(default=None, metadata=_R)
-    """c, (..., r)."""
+    subtracted: Float[Tensor, "... r d"] | None = field(default=None, metadata=_R_D)
+    """C."""
+    subtracted_bias: Float[Tensor, "... r"] | None = field(default=None, metadata=_R)
+    """c."""
 
-    def of(self, h: Tensor) -> Tensor:
-        z = self.function(self.inside.of(h))  # (..., n, r)
+    def compute(self, h: Float[Tensor, "... n d"]) -> Float[Tensor, "... n r"]:
+        z = self.function(self.inside.compute(h))  # (..., n, r)
         if self.subtracted is not None:
             z = z - h @ self.subtracted.mT
-        return z if self.subtracted_bias is None else z - self.subtracted_bias.unsqueeze(-2)
+        if self.subtracted_bias is not None:
+            z = z - self.subtracted_bias.unsqueeze(-2)
+        return z
 
 
 @final
 @dataclass(frozen=True)
 class Difference(Coordinates):
-    """``C (s − h)``, where s is another run's hidden state; 0 as long as there is no other run."""
+    """``C (s − h)``, where s is the hidden state of a source run; 0, if there is no source run."""
 
-    weight: Tensor = field(metadata=_RD)
-    """C, (..., r, d)."""
-    source: Tensor | None = field(default=None, metadata=_ND)
-    """s, (..., n, d): one for each hidden state that is edited."""
+    weight: Float[Tensor, "... r d"] = field(metadata=_R_D)
+    """C."""
+    source_hidden: Float[Tensor, "... n d"] | None = field(default=None, metadata=_N_D)
+    """s: one for each hidden state that is edited."""
 
-    def of(self, h: Tensor) -> Tensor:
-        if self.source is None:
+    def compute(self, h: Float[Tensor, "... n d"]) -> Float[Tensor, "... n r"]:
+        if self.source_hidden is None:
             return h.new_zeros(*h.shape[:-1], self.weight.shape[-2])
-        return (self.source - h) @ self.weight.mT
+        return (self.source_hidden - h) @ self.weight.mT
 
 
 @dataclass(frozen=True)
 class Factors(Part, ABC):
-    """What an edit is computed from: `LowRankFactors` or `ElementwiseFactors`.
+    """What an edit is computed from: either `LowRankFactors` or `ElementwiseFactors`.
 
     Examples:
         >>> import torch
@@ -169,16 +184,17 @@ class Factors(Part, ABC):
     """
 
     gate: Gate | None = field(default=None, kw_only=True)
+    """Multiplies the edit, if there is one."""
 
     @property
     @abstractmethod
     def rank(self) -> int | None:
-        """The number of coordinates, or None for an edit without them."""
+        """The number of coordinates; None for an elementwise edit, which has none."""
 
     @property
     @abstractmethod
     def lead(self) -> int | None:
-        """The leading dimension G, or None if there is none."""
+        """The leading dimension G; None if the tensors have none."""
 
     @property
     @abstractmethod
@@ -191,45 +207,53 @@ class Factors(Part, ABC):
         """Whether the edit is a matrix times h, plus a vector."""
 
     @property
-    def kind(self) -> Hashable:
-        """Equal for those that can be stacked."""
+    def signature(self) -> Hashable:
+        """Equal for factors that can be stacked: same expression, same shapes."""
         return self.form, tuple([tensor.shape for tensor in self.tensors()])
 
     def map(self: AnyFactors, function: Callable[[Tensor], Tensor]) -> AnyFactors:
-        """With `function` applied to every tensor."""
+        """Return the factors with `function` applied to every tensor."""
         return self.with_tensors([function(tensor) for tensor in self.tensors()])
 
     @staticmethod
     def stack(several: Sequence[AnyFactors]) -> AnyFactors:
-        """Those of one `kind` side by side, with one more leading dimension."""
+        """Stack factors of one `signature` along a new leading dimension."""
         tensors = zip(*(factors.tensors() for factors in several), strict=True)
         return several[0].with_tensors([torch.stack(same) for same in tensors])
 
     def unstack(self: AnyFactors) -> list[AnyFactors]:
-        """The inverse of `stack`."""
+        """Undo `stack`."""
         # `unbind`, not an index for each: the gradient of an index is as large as the whole stack.
-        return [self.with_tensors(each) for each in zip(*(tensor.unbind() for tensor in self.tensors()), strict=True)]
+        unbound = [tensor.unbind() for tensor in self.tensors()]
+        return [self.with_tensors(each) for each in zip(*unbound, strict=True)]
 
-    def with_source(self, source: Tensor) -> Factors:
-        """With the hidden states s of another run, (..., n, d) float32; for those of `Difference` alone."""
-        raise TypeError(f"{type(self).__name__} takes no hidden states of another run.")
+    def with_source_hidden(self, source_hidden: Float[Tensor, "... n d"]) -> Factors:
+        """Return the factors with the hidden states s of a source run put into them.
 
-    def edit(self, h: Tensor, keep: Tensor | None = None) -> Tensor:
-        """The edit of h.
+        Raises:
+            TypeError: the coordinates are no `Difference`, the only ones that compute with s.
+        """
+        raise TypeError(f"{type(self).__name__} takes no hidden states of a source run.")
+
+    def edit(
+        self, h: Float[Tensor, "... n d"], keep: Float[Tensor, "... n _"] | None = None
+    ) -> Float[Tensor, "... n d"]:
+        """Compute the edit of each hidden state.
 
         Args:
             h: (..., n, d) float32.
-            keep: (..., n, 1), or (..., n, r) to keep a part of the subspace: what edits, and coordinates, count for.
+            keep: (..., n, 1), which multiplies each edit, or (..., n, r), which multiplies each of its coordinates;
+                None multiplies nothing.
 
         Returns:
             (..., n, d) float32.
         """
         change = self._ungated(h, keep)
-        return change if self.gate is None else change * self.gate.of(h)
+        return change if self.gate is None else change * self.gate.compute(h)
 
     @abstractmethod
     def _ungated(self, h: Tensor, keep: Tensor | None) -> Tensor:
-        """`edit` without the gate."""
+        """Compute `edit` without the gate."""
 
 
 @final
@@ -237,8 +261,8 @@ class Factors(Part, ABC):
 class LowRankFactors(Factors):
     """``edit(h) = Bᵀ z(h)``."""
 
-    basis: Tensor = field(metadata=_RD)
-    """B, (..., r, d)."""
+    basis: Float[Tensor, "... r d"] = field(metadata=_R_D)
+    """B."""
     coordinates: Affine | Activated | Difference
     """z."""
 
@@ -258,25 +282,27 @@ class LowRankFactors(Factors):
     def is_affine(self) -> bool:
         return self.gate is None and isinstance(self.coordinates, Affine)
 
-    def with_source(self, source: Tensor) -> LowRankFactors:
+    def with_source_hidden(self, source_hidden: Float[Tensor, "... n d"]) -> Factors:
         if not isinstance(self.coordinates, Difference):
-            return super().with_source(source)  # type: ignore[return-value]  # raises
-        return replace(self, coordinates=replace(self.coordinates, source=source))
+            return super().with_source_hidden(source_hidden)  # raises
+        return replace(self, coordinates=replace(self.coordinates, source_hidden=source_hidden))
 
     def _ungated(self, h: Tensor, keep: Tensor | None) -> Tensor:
-        z = self.coordinates.of(h)  # (..., n, r)
-        return (z if keep is None else z * keep) @ self.basis
+        z = self.coordinates.compute(h)  # (..., n, r)
+        if keep is not None:
+            z = z * keep
+        return z @ self.basis  # (..., n, d)
 
 
 @final
 @dataclass(frozen=True)
 class ElementwiseFactors(Factors):
-    """``edit(h) = u ⊙ h + w``, or w alone."""
+    """``edit(h) = u ⊙ h + w``; or w alone, if there is no u."""
 
-    scale: Tensor | None = field(metadata=_D)
-    """u, (..., d)."""
-    shift: Tensor = field(metadata=_D)
-    """w, (..., d)."""
+    scale: Float[Tensor, "... d"] | None = field(metadata=_D)
+    """u."""
+    shift: Float[Tensor, "... d"] = field(metadata=_D)
+    """w."""
 
     @property
     def rank(self) -> None:
@@ -295,6 +321,11 @@ class ElementwiseFactors(Factors):
         return self.gate is None
 
     def _ungated(self, h: Tensor, keep: Tensor | None) -> Tensor:
-        shift = self.shift.unsqueeze(-2)
-        change = shift.expand_as(h) if self.scale is None else h * self.scale.unsqueeze(-2) + shift
-        return change.clone() if keep is None else change * keep  # never the memory of w itself
+        shift = self.shift.unsqueeze(-2)  # (..., 1, d)
+        if self.scale is None:
+            change = shift.expand_as(h)  # (..., n, d), a view of w
+        else:
+            change = h * self.scale.unsqueeze(-2) + shift  # (..., n, d)
+        if keep is not None:
+            return change * keep
+        return change.clone()  # never the memory of w itself

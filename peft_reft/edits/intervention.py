@@ -1,4 +1,4 @@
-"""`Intervention`: what all formulas have in common. It holds parameters, and gives the factors to compute with."""
+"""`Intervention`: what all formulas have in common. It holds parameters, and makes the factors to compute with."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..shapes import Float
 from .factors import Factors, Gate
 from .modes import without_autocast
 from .rotation import on_manifold, orthonormalise, pulls_back
@@ -24,15 +25,15 @@ class Intervention(nn.Module, ABC):
     Args:
         d: hidden size.
         r: rank, 1 <= r <= d; None for a formula without one.
-        count: how many independent interventions to hold, or None for one. They are computed side by side: parameters
-            and inputs have a leading dimension G = `count` then.
-        init_weights: True: Φ is the identity at the start wherever the formula allows; `"paper"`: as the authors'
+        count: how many independent interventions to hold; None for one. With a number, parameters and inputs have a
+            leading dimension G = `count`, and the interventions are computed side by side.
+        init_weights: True: Φ is the identity at the start, if the formula allows it; `"paper"`: as in the authors'
             code; False: random, for tests.
-        act_fn: name of the activation f, one of `formulas.ACTIVATIONS` (transformers' `ACT2FN`).
-        gate: whether the edit is multiplied by tanh(v·h + c): d + 1 parameters more, and the identity at the start for
-            every formula, since v and c begin at 0 (and what is multiplied by them as in `"paper"`).
+        act_fn: name of the activation f, one of `families.ACTIVATIONS` (transformers' `ACT2FN`).
+        gate: whether tanh(v·h + c) multiplies the edit, with d + 1 parameters more. v and c begin at 0, so that every
+            formula begins as the identity; its other parameters begin as with `"paper"`.
 
-    Computation is in float32 with autocast off, whatever the type of parameters and input.
+    It computes in float32 with autocast off, whatever the type of the parameters and of the input.
 
     Examples:
         >>> import torch
@@ -50,11 +51,13 @@ class Intervention(nn.Module, ABC):
     c: nn.Parameter
 
     parameter_shapes: ClassVar[dict[str, str]]
-    """Names, as in the formula, and the dimensions of each; `R` stands for a matrix with orthonormal rows."""
+    """Name of each parameter, as in the formula, and its dimensions. `R` always has orthonormal rows."""
     shapes_with_act_fn: ClassVar[dict[str, str]] = {}
-    """Parameters that come with `act_fn`."""
+    """The same of the parameters that `act_fn` adds."""
     has_rank: ClassVar[bool] = True
+    """Whether the formula has an r."""
     takes_act_fn: ClassVar[bool] = False
+    """Whether the formula has an f."""
 
     def __init__(
         self,
@@ -75,73 +78,85 @@ class Intervention(nn.Module, ABC):
             shape = (*lead, *(sizes[dimension] for dimension in dimensions))
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
         if not any(parameter.is_meta for parameter in self.parameters()):
-            with torch.no_grad():
-                self.reset_parameters("paper" if gate and init_weights is True else init_weights)
-                if gate and init_weights is not False:
-                    self.v.zero_()
-                    self.c.zero_()
-                elif gate:
-                    self.v.normal_(std=1 / math.sqrt(d))
-                    self.c.normal_()
+            self._fill(init_weights)
+
+    @torch.no_grad()
+    def _fill(self, init_weights: InitWeights) -> None:
+        """Fill all parameters in place, those of the gate included."""
+        if not self.gated:
+            self.reset_parameters(init_weights)
+            return
+        self.reset_parameters("paper" if init_weights is True else init_weights)
+        if init_weights is False:
+            self.v.normal_(std=1 / math.sqrt(self.v.shape[-1]))
+            self.c.normal_()
+        else:
+            self.v.zero_()
+            self.c.zero_()
 
     @classmethod
     def shapes_of(cls, act_fn: str | None, gate: bool) -> dict[str, str]:
-        """All its parameters, and the dimensions of each."""
-        with_act_fn = cls.shapes_with_act_fn if act_fn is not None else {}
-        return {**cls.parameter_shapes, **with_act_fn, **({"v": "d", "c": "1"} if gate else {})}
+        """Return all parameters with these settings, and the dimensions of each."""
+        shapes = dict(cls.parameter_shapes)
+        if act_fn is not None:
+            shapes |= cls.shapes_with_act_fn
+        if gate:
+            shapes |= {"v": "d", "c": "1"}
+        return shapes
 
     @abstractmethod
-    def factors(self, p: Mapping[str, Tensor]) -> Factors:
-        """What the formula computes with, but for the gate.
+    def factors(self, parameters: Mapping[str, Tensor]) -> Factors:
+        """Make the factors that the formula computes with, without the gate.
 
         Args:
-            p: the parameters by name, in float32, `R` with orthonormal rows.
+            parameters: by name, in float32, `R` with orthonormal rows.
         """
 
     @abstractmethod
     def reset_parameters(self, init_weights: InitWeights) -> None:
         """Fill the parameters of the formula in place."""
 
-    def edit(self, h: Tensor) -> Tensor:
-        """Φ(h) − h.
+    def edit(self, h: Float[Tensor, "... n d"]) -> Float[Tensor, "... n d"]:
+        """Compute Φ(h) − h.
 
         Args:
-            h: (n, d), or (G, n, d) with `count`; any float type.
+            h: (n, d), or (G, n, d) with `count`; of any float type.
 
         Returns:
-            The edit, same shape, float32.
+            The edit, of the same shape, float32.
         """
         with without_autocast(h.device.type):
             return self.current_factors().edit(h.float())
 
-    # The parameters are read by name: replicas of `nn.DataParallel` have them as attributes, and none registered.
+    # Parameters are read by name: a replica of `nn.DataParallel` has them as attributes, but none is registered.
 
     @property
     def trains(self) -> bool:
-        """Whether what is computed now is differentiated by the parameters."""
+        """Whether a result computed now can be differentiated by the parameters."""
         return torch.is_grad_enabled() and any(getattr(self, name).requires_grad for name in self.shapes)
 
     def current_factors(self) -> Factors:
-        """What it computes with now, in float32; differentiable in the parameters."""
+        """Return the factors of the parameters as they are now, float32, differentiable in the parameters."""
         return factors_of([self])[0]
 
-    def rotation(self) -> Tensor:
-        """R, (..., r, d) float32 with orthonormal rows to 1e-5, differentiable in the parameter."""
+    def rotation(self) -> Float[Tensor, "... r d"]:
+        """Return R, float32 with orthonormal rows to 1e-5, differentiable in the parameter."""
         return on_manifold(self.R.float(), pulls_back(self.R))
 
     @property
-    def kind(self) -> Hashable:
-        """Equal for those that `factors_of` can compute together."""
+    def signature(self) -> Hashable:
+        """Equal for interventions that `factors_of` can compute together."""
         parameters = [getattr(self, name) for name in self.shapes]
         alike = [(p.shape, p.dtype, p.device, p.requires_grad, p.is_leaf) for p in parameters]
         return type(self), self.act_fn, self.gated, *alike
 
     def _random_rotation(self, name: str) -> None:
+        """Fill a parameter with a random matrix of orthonormal rows."""
         parameter = getattr(self, name)
         parameter.copy_(orthonormalise(torch.randn_like(parameter))[0])
 
     def _linear(self, weight: str, bias: str | None = None) -> None:
-        """As `nn.Linear` starts: uniform in ±1/sqrt(d) for both."""
+        """Fill parameters as `nn.Linear` does: uniform in ±1/sqrt(d), weight and bias alike."""
         bound = 1 / math.sqrt(getattr(self, weight).shape[-1])
         for name in (weight, bias):
             if name is not None:
@@ -149,28 +164,31 @@ class Intervention(nn.Module, ABC):
 
 
 def factors_of(interventions: Sequence[Intervention]) -> list[Factors]:
-    """What interventions of one formula, shape and type compute with, differentiable in their parameters.
+    """Make the factors of interventions of one `signature`, differentiable in their parameters.
 
     Several are computed side by side: one stacked decomposition costs hardly more than one of a single R.
     """
     first = interventions[0]
-    p: dict[str, Tensor]
+    parameters: dict[str, Tensor]
     if len(interventions) == 1:
-        p = {name: getattr(first, name).float() for name in first.shapes}
-        if "R" in p:
-            p["R"] = first.rotation()
-        return [_factors(first, p)]
-    p = {name: torch.stack([getattr(each, name) for each in interventions]).float() for name in first.shapes}
-    if "R" in p:
-        stored = [each.R for each in interventions]
-        pull_back = pulls_back(stored[0])
-        p["R"] = on_manifold(p["R"], pull_back)
-        if pull_back:
-            for parameter, r in zip(stored, p["R"].detach()):
-                parameter.data.copy_(r)
-    return _factors(first, p).unstack()
+        parameters = {name: getattr(first, name).float() for name in first.shapes}
+        if "R" in parameters:
+            parameters["R"] = first.rotation()
+        return [_factors(first, parameters)]
+    parameters = {}
+    for name in first.shapes:
+        parameters[name] = torch.stack([getattr(each, name) for each in interventions]).float()
+    if "R" in parameters:
+        pull_back = pulls_back(first.R)
+        parameters["R"] = on_manifold(parameters["R"], pull_back)
+        if pull_back:  # the stack is a copy: each parameter has to be written, too
+            for each, rotation in zip(interventions, parameters["R"].detach()):
+                each.R.data.copy_(rotation)
+    return _factors(first, parameters).unstack()
 
 
-def _factors(intervention: Intervention, p: Mapping[str, Tensor]) -> Factors:
-    factors = intervention.factors(p)
-    return replace(factors, gate=Gate(p["v"], p["c"])) if intervention.gated else factors
+def _factors(intervention: Intervention, parameters: Mapping[str, Tensor]) -> Factors:
+    factors = intervention.factors(parameters)
+    if not intervention.gated:
+        return factors
+    return replace(factors, gate=Gate(weight=parameters["v"], bias=parameters["c"]))

@@ -1,4 +1,4 @@
-"""The modes of torch that an edit must take notice of."""
+"""The modes of torch that an edit takes notice of."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch.autograd import forward_ad
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Autocast off for what runs inside; nothing at all where it is off already, which is nearly always."""
+    """Return a context with autocast off; an empty one if it is off already, as it nearly always is."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
 
 def in_transform() -> bool:
-    """Whether a transform of `torch.func`, or forward-mode differentiation, sees the operations that run now.
+    """Return whether a transform of `torch.func`, or forward-mode differentiation, sees the operations that run now.
 
-    Both want plain operations: no autograd function that is written for `backward` alone, no write to an input.
+    Both need plain operations: no autograd function that has a `backward` alone, and no write to an input.
     """
     if torch.compiler.is_compiling():
         return False

@@ -1,1 +1,1 @@
-"""What users call beside the model: the collator, marks of a chat template, pictures, interchange, hot swaps."""
+"""What users call besides the model: the collator, marks of a chat template, pictures, interchange, hot swaps."""

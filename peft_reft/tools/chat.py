@@ -1,4 +1,4 @@
-"""The marks of a chat template: found from a tokenizer, written into adapters; and prompts whose length is known."""
+"""The marks of a chat template, found from a tokenizer and written into adapters; and prompts of a length you know."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from ..tuner.layer import LoReftLayer
 
 
 def chat_marks(tokenizer: Any) -> dict[str, list[list[int]]]:
-    """The headers of a tokenizer's chat template, as fields of `LoReftConfig`.
+    """Find the headers of a tokenizer's chat template, as fields of `LoReftConfig`.
 
-    An unchanged Trainer, `peft-reft train` and TRL's trainers find them by themselves. This is for training loops of
-    one's own, and for adapters that were trained without them.
+    An unchanged Trainer, TRL's trainers and `peft-reft train` find them by themselves. Call this in a training loop of
+    your own, or for an adapter that was trained without them.
 
     Args:
         tokenizer: a tokenizer or processor of transformers, with a chat template.
 
     Returns:
-        `response_template` (headers behind which an answer begins) and `instruction_template` (headers at which it has
-        ended), each a list of lists of token ids.
+        `response_template` (headers behind which an answer begins) and `instruction_template` (headers at which an
+        answer has ended), each a list of lists of token ids.
 
     Raises:
-        ValueError: there is no chat template, or its headers cannot be told from its text.
+        ValueError: the tokenizer has no chat template, or headers cannot be told from contents in it.
 
     Examples:
         >>> config = LoReftConfig(task_type="CAUSAL_LM", **chat_marks(tokenizer))  # doctest: +SKIP
@@ -47,13 +47,17 @@ def chat_marks(tokenizer: Any) -> dict[str, list[list[int]]]:
 
 
 def warn_of_limits(found: Found) -> None:
-    """Warn of the chats in which marks that were found are wrong: with tools, with system messages in mid-chat."""
-    untold = ["the results of tools"] * found.without_tools + ["system messages in mid-chat"] * found.without_system
-    if untold:
+    """Warn of chats in which the marks that were found are wrong: with tools, or with system messages in mid-chat."""
+    taken_for_answers = []
+    if found.without_tools:
+        taken_for_answers.append("the results of tools")
+    if found.without_system:
+        taken_for_answers.append("system messages in mid-chat")
+    if taken_for_answers:
         warnings.warn(
-            f"LoReFT found the headers of the chat template, but they do not tell {' and '.join(untold)} from answers:"
-            " in chats that have them, other tokens are edited than meant. Give `response_template` and "
-            "`instruction_template` in the config if you have such chats.",
+            "LoReFT found the headers of the chat template, but they do not tell "
+            f"{' and '.join(taken_for_answers)} from answers: in chats that have them, other tokens are edited than "
+            "meant. Give `response_template` and `instruction_template` in the config if you have such chats.",
             stacklevel=3,
         )
 
@@ -64,13 +68,13 @@ def set_marks(
     instruction_template: Sequence[Sequence[int]],
     adapter_names: Sequence[str] | None = None,
 ) -> list[str]:
-    """Write marks into adapters: their config, which is saved, and what their layers ask for.
+    """Write marks into adapters: into their config, which is saved, and into the plans of their layers.
 
     Args:
-        model: with LoReFT adapters; a PEFT model or what `add_adapter` of transformers made.
+        model: with LoReFT adapters; a PEFT model, or a model of transformers after `add_adapter`.
         response_template: see `LoReftConfig`.
         instruction_template: see `LoReftConfig`.
-        adapter_names: which adapters; None for those that have no marks yet.
+        adapter_names: which adapters; None: those that have no marks yet.
 
     Returns:
         The names of the adapters that were changed.
@@ -89,13 +93,14 @@ def set_marks(
     for layer in model.modules():
         if isinstance(layer, LoReftLayer):
             for name in adapter_names:
-                if (plan := layer.plans.get(name)) is not None:
+                plan = layer.plans.get(name)
+                if plan is not None:
                     layer.plans[name] = share_plan(replace(plan, wanted=replace(plan.wanted, marks=marks)))
     return list(adapter_names)
 
 
 def loreft_configs(model: nn.Module) -> dict[str, LoReftConfig]:
-    """The configs of a model's LoReFT adapters, by name."""
+    """Return the configs of a model's LoReFT adapters, by name."""
     for module in model.modules():
         configs = getattr(module, "peft_config", None)
         if isinstance(configs, dict):
@@ -105,17 +110,17 @@ def loreft_configs(model: nn.Module) -> dict[str, LoReftConfig]:
 
 @contextmanager
 def prompt_lengths(lengths: Sequence[int]) -> Iterator[None]:
-    """Say how long the prompts of the rows are, around a forward that does not say it itself.
+    """Say how long the prompts of the rows are, around forwards that do not say it themselves.
 
-    For code that is not one's own: an evaluation harness, a reward function, a loss without labels. Inside the context
-    each row of a forward of a causal language model is a prompt of that length and an answer. In a forward behind a
-    filled cache the length counts from the beginning of what the cache holds.
+    It is for code that you cannot change: an evaluation harness, a reward function, a loss without labels. Inside the
+    context each row that a causal language model is given is a prompt of the length given and an answer. If a forward
+    continues a filled cache, the length counts from the beginning of what the cache holds.
 
     Args:
-        lengths: number of real tokens of each row's prompt, in the order of the rows; padding does not count.
+        lengths: number of real tokens in the prompt of each row, in the order of the rows. Padding does not count.
 
     Raises:
-        ValueError: a length is no int of 0 or more; or, in the forward, there are more or fewer rows.
+        ValueError: a length is no int of 0 or more; or, in a forward, there are not as many rows as lengths.
 
     Examples:
         >>> import torch
@@ -134,7 +139,7 @@ def prompt_lengths(lengths: Sequence[int]) -> Iterator[None]:
     """
     given = list(lengths)
     if not all(type(length) is int and length >= 0 for length in given):
-        raise ValueError(f"prompt_lengths({lengths!r}): expected ints of 0 or more, one a row.")
+        raise ValueError(f"prompt_lengths({lengths!r}): expected ints of 0 or more, one for each row.")
     token = prompts_of.set(given)
     try:
         yield

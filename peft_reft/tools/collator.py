@@ -18,24 +18,30 @@ from ..positions.wanted import Wanted
 class DataCollatorForLoReft:
     """Adds the positions that LoReFT edits to the batches of another collator.
 
-    Optional where the model's forward sees the labels: it then derives the very same positions itself. Needed where
-    labels do not reach it (label smoothing, `compute_loss_func`). It also spares an accelerator one wait a step, and
-    shows wrong data before it reaches the model.
+    It is optional if the model's forward sees the labels, because the forward then derives the same positions itself.
+    It is needed if labels do not reach the forward (label smoothing, `compute_loss_func`). It also spares an
+    accelerator one wait a step, and finds wrong data before the data reach the model.
+
+    Calling it returns the batch of `base_collator` with one or two tensors more:
+
+    - `intervention_positions`: int64 (batch, n), the columns of the tokens to edit, -1 in an empty slot. The slots
+      stand in the order of the groups of `config.layout`. A row with several answers (packed documents, chats) has
+      these slots once for each answer, one answer after the other. Each open-ended group (`p`, `g`) follows with one
+      slot for each column.
+    - `subspaces`, if the examples have them: int64 (batch, m), row indices of R, -1 if a row has fewer. An example
+      gives them as a list. Its edits, and their gradients, stay within those rows of R.
+
+    All other attributes are those of `base_collator`, to read and to set: trainers read and set options such as
+    `padding_free`.
 
     Args:
-        base_collator: any collator that returns a mapping with `input_ids` (batch, seq); `labels` or TRL's
-            `completion_mask`, `attention_mask` and `position_ids` are used where present.
+        base_collator: any collator that returns a mapping with `input_ids` (batch, seq). `labels` or TRL's
+            `completion_mask`, `attention_mask` and `position_ids` are used if they are there.
         config: the adapter's config.
 
-    Returns (when called):
-        The batch with `intervention_positions`: int64 (batch, n), columns of the tokens to edit, -1 where a slot is
-        empty. Slots stand in the order of the groups of `config.layout`; of a row with several answers (packed
-        documents, multi-turn chats) one answer after the other; each open-ended group (`p`, `g`) follows with one slot
-        a column. Where examples have `subspaces`, a list of row indices of R each, also these: int64 (batch, m), -1
-        where a row has fewer. An example's edits, and their gradients, then stay within those rows of R.
-
     Raises:
-        ValueError: no row has a token to edit, or a packed row starts in the middle of a document.
+        ValueError: when called, if no row has a token to edit, if a packed row starts in the middle of a document, or
+            if the config does not say whether rows have answers.
 
     Examples:
         >>> import torch
@@ -54,11 +60,7 @@ class DataCollatorForLoReft:
         self.config = config
 
     def __call__(self, examples: Any, *args: Any, **kwargs: Any) -> Any:
-        subspaces = None
-        rows = examples if isinstance(examples, list | tuple) else []
-        if any(isinstance(row, Mapping) and SUBSPACES in row for row in rows):
-            subspaces = check_subspaces([list(row[SUBSPACES]) for row in rows])
-            examples = [{name: v for name, v in row.items() if name != SUBSPACES} for row in rows]
+        examples, subspaces = _without_subspaces(examples)
         batch = self.base_collator(examples, *args, **kwargs)
         batch[POSITIONS] = self._positions(batch)
         if subspaces is not None:
@@ -66,6 +68,7 @@ class DataCollatorForLoReft:
         return batch
 
     def _positions(self, batch: Any) -> Tensor:
+        """Return the slots of a batch, (batch, n) int64."""
         has_answers = self._has_answers()
         marks = Marks.of(self.config.response_template, self.config.instruction_template)
         read = Batch.read(batch, batch["input_ids"], has_answers)
@@ -73,9 +76,9 @@ class DataCollatorForLoReft:
         return source.slots(Wanted(self.config.layout, marks, self.config.edits_everything))
 
     def _has_answers(self) -> bool:
-        """Whether rows hold prompt and answer. A label of token classification is one a token, too."""
+        """Return whether rows hold prompt and answer. Labels do not say it: token classification has them, too."""
         if self.config.task_type is not None:
-            return self.config.task_type == TaskType.CAUSAL_LM
+            return bool(self.config.task_type == TaskType.CAUSAL_LM)
         if self.config.has_answers is None:
             raise ValueError(
                 "task_type=None: the collator cannot tell whether labels mark answers (causal language models) or are "
@@ -85,14 +88,26 @@ class DataCollatorForLoReft:
         return self.config.has_answers
 
     def __getattr__(self, name: str) -> Any:
-        """Anything else is the wrapped collator's: trainers read options such as `padding_free` on it ..."""
-        if name == "base_collator" or name.startswith("__"):  # copying and unpickling ask before it is there
+        """Read an attribute of the wrapped collator. Python asks here only for names that this object lacks."""
+        if name == "base_collator" or name.startswith("__"):  # copy and unpickle ask before `base_collator` is set
             raise AttributeError(name)
         return getattr(self.base_collator, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """... and set them."""
+        """Set an attribute of the wrapped collator, but for the two that this object has itself."""
         if name in ("base_collator", "config"):
             super().__setattr__(name, value)
         else:
             setattr(self.base_collator, name, value)
+
+
+def _without_subspaces(examples: Any) -> tuple[Any, Tensor | None]:
+    """Take `subspaces` out of the examples, as a tensor (batch, m); None if no example has them."""
+    rows = examples if isinstance(examples, list | tuple) else []
+    if not any(isinstance(row, Mapping) and SUBSPACES in row for row in rows):
+        return examples, None
+    subspaces = check_subspaces([list(row[SUBSPACES]) for row in rows])
+    others = []
+    for row in rows:
+        others.append({name: value for name, value in row.items() if name != SUBSPACES})
+    return others, subspaces

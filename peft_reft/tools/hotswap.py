@@ -1,11 +1,11 @@
-"""Put another adapter's weights into the place of one that is loaded, under the same name."""
+"""Replace the weights of a loaded adapter by those of another, under the same name."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from peft.utils import load_peft_weights, set_peft_model_state_dict
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import LoReftConfig
 from ..files import check_finite
@@ -27,7 +27,7 @@ _MAY_DIFFER = (
     "task_type",
     "auto_mapping",
 )
-"""Fields that say nothing about what weights of the same names and shapes compute."""
+"""Fields that do not change what weights of the same names and shapes compute."""
 
 
 def hotswap_adapter(
@@ -39,19 +39,19 @@ def hotswap_adapter(
 ) -> None:
     """Replace the weights of a loaded adapter by those of another of the same shape, in place.
 
-    What `peft.utils.hotswap.hotswap_adapter` does for LoRA. A model under `torch.compile` goes on without compiling
-    again. If anything does not fit, nothing is changed.
+    It is for LoReFT what `peft.utils.hotswap.hotswap_adapter` is for LoRA. A compiled model (`torch.compile`) is not
+    compiled again. If anything does not fit, nothing is changed.
 
     Args:
         model: a PEFT model, or `torch.compile` of one.
         model_name_or_path: folder or Hub name of the adapter to put in.
-        adapter_name: the adapter to replace; the name stays.
-        torch_device: where the file is read to; default: the CPU.
+        adapter_name: the loaded adapter. Its name stays.
+        torch_device: the device that the file is read to; None: the CPU.
         **kwargs: `subfolder`, `revision`, `token` and the like, for the Hub.
 
     Raises:
-        ValueError: there is no such adapter, or formula, positions, ties, layers or shapes differ, or it is merged, or
-            the file has values that are not finite.
+        ValueError: the model has no adapter of that name; it is merged; formula, positions, ties, layers or shapes of
+            the two differ; or the file has values that are not finite.
 
     Examples:
         >>> import tempfile
@@ -64,30 +64,41 @@ def hotswap_adapter(
         ...     model.save_pretrained(folder)
         ...     hotswap_adapter(model, folder)
     """
-    peft_model: Any = getattr(model, "_orig_mod", model)
+    peft_model: Any = getattr(model, "_orig_mod", model)  # `torch.compile` wraps it
     loaded = peft_model.peft_config.get(adapter_name)
     if not isinstance(loaded, LoReftConfig):
         raise ValueError(f"adapter_name={adapter_name!r}: the model has no LoReFT adapter of that name.")
     config = LoReftConfig.from_pretrained(model_name_or_path, **kwargs)
-    ours, theirs = loaded.to_dict(), config.to_dict()
-    for field in ours:
-        if field not in _MAY_DIFFER and ours[field] != theirs[field]:
-            raise ValueError(
-                f"The adapters are not alike: {field}={ours[field]!r} in {adapter_name!r}, {theirs[field]!r} in "
-                f"{model_name_or_path}. Use `load_adapter` instead."
-            )
-    layers = [module for module in peft_model.modules() if isinstance(module, LoReftLayer)]
-    if any(adapter_name in layer.merged_adapters for layer in layers):
-        raise ValueError(f"{adapter_name!r} is merged into the weights. Call `unmerge_adapter` first.")
+    _check_configs_alike(loaded, config, adapter_name=adapter_name, path_or_name=model_name_or_path)
+    for module in peft_model.modules():
+        if isinstance(module, LoReftLayer) and adapter_name in module.merged_adapters:
+            raise ValueError(f"{adapter_name!r} is merged into the weights. Call `unmerge_adapter` first.")
     weights = load_peft_weights(model_name_or_path, device=torch_device or "cpu", **kwargs)
     check_finite(weights, f"The adapter of {model_name_or_path}")
+    placed = LoReftModel._remap_adapter_state_dict_for_load(peft_model, loaded, adapter_name, weights)
     parameters = dict(peft_model.named_parameters())
-    for name, tensor in LoReftModel._remap_adapter_state_dict_for_load(
-        peft_model, loaded, adapter_name, weights
-    ).items():
+    _check_shapes_alike(parameters, placed, adapter_name=adapter_name, path_or_name=model_name_or_path)
+    set_peft_model_state_dict(peft_model, weights, adapter_name)
+
+
+def _check_configs_alike(loaded: LoReftConfig, other: LoReftConfig, adapter_name: str, path_or_name: str) -> None:
+    """Raise ValueError if the configs differ in a field that says what the weights compute."""
+    loaded_fields, other_fields = loaded.to_dict(), other.to_dict()
+    for field, value in loaded_fields.items():
+        if field not in _MAY_DIFFER and value != other_fields[field]:
+            raise ValueError(
+                f"The adapters are not alike: {field}={value!r} in {adapter_name!r}, {other_fields[field]!r} in "
+                f"{path_or_name}. Use `load_adapter` instead."
+            )
+
+
+def _check_shapes_alike(
+    parameters: dict[str, nn.Parameter], weights: dict[str, Tensor], adapter_name: str, path_or_name: str
+) -> None:
+    """Raise ValueError if a tensor of the file has another shape than the parameter that it would replace."""
+    for name, tensor in weights.items():
         if name in parameters and parameters[name].shape != tensor.shape:
             raise ValueError(
                 f"The adapters are not alike: {name} is {tuple(parameters[name].shape)} in {adapter_name!r}, "
-                f"{tuple(tensor.shape)} in {model_name_or_path}."
+                f"{tuple(tensor.shape)} in {path_or_name}."
             )
-    set_peft_model_state_dict(peft_model, weights, adapter_name)

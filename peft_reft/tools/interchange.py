@@ -1,11 +1,12 @@
-"""Interchange interventions and distributed alignment search (DAS), on the same layers and hooks as everything else.
+"""Interchange interventions and distributed alignment search (DAS), with the same layers and hooks as all adapters.
 
-``DII(b, s, R) = b + Rᵀ(Rs − Rb)`` (arXiv 2404.03592, eq. 1; arXiv 2303.02536): a part of the base's hidden state, the
-subspace of R, is set to what it is in a run on another input, the source. If the output then is the one that a causal
-model gives for the same exchange of a variable, the subspace holds that variable. DAS learns R by gradient.
+``DII(b, s, R) = b + Rᵀ(Rs − Rb)`` (arXiv 2404.03592, eq. 1; arXiv 2303.02536). b is a hidden state of the run on one
+input, the base run; s is the one of the run on another input, the source run. The part of b in the subspace of R is
+set to what it is in s. If the output then is the one that a causal model gives after the same exchange of a variable,
+the subspace holds that variable. DAS learns R by gradient.
 
-The intervention is an adapter like any other (`LoReftConfig(intervention="interchange", ...)`): trained, saved and
-loaded like one. Without a source it does nothing.
+The intervention is an adapter (`LoReftConfig(intervention="interchange", ...)`), trained, saved and loaded like any
+other. Without a source run it does nothing.
 """
 
 from __future__ import annotations
@@ -28,21 +29,22 @@ from ..tuner.layer import LoReftLayer
 
 @contextmanager
 def interchange(model: nn.Module, source: Mapping[str, Any], subspaces: Any = None) -> Iterator[None]:
-    """Run `model` on `source`; inside the context its forwards (and `generate`) take their subspace from that run.
+    """Run `model` on `source`. Inside the context its forwards, and `generate`, take their subspace from that run.
 
-    Nested contexts take different subspaces from different sources. The source run itself is without interchanges and
-    without gradients.
+    Nested contexts can take different subspaces from different source runs. The source run itself has no interchanges
+    and no gradients.
 
     Args:
         model: with an active adapter of `intervention="interchange"`.
-        source: inputs of the model, a row for each row of the base. Positions are found in them as in any forward, by
-            the adapter's spec or `intervention_positions`; the k-th position of the source goes to the k-th of the
-            base, so there must be as many slots in both.
-        subspaces: which rows of R are exchanged: ints for all rows of the batch, or a list (tensor (batch, n), −1 =
-            none) with those of each. Default: those given to the forward, or all.
+        source: inputs of the source run, a row for each row of the base run. Positions are found in them as in any
+            forward, by the adapter's spec or `intervention_positions`. The k-th slot of the source run goes to the
+            k-th slot of the base run, so both must have equally many.
+        subspaces: which rows of R are exchanged. Ints hold for all rows of the batch; a list of lists, or a tensor
+            (batch, n) with −1 for none, gives those of each row. None: those given to the forward, or all.
 
     Raises:
-        ValueError: no interchange intervention is active, or source and base do not have as many positions.
+        ValueError: no interchange intervention is active; or, in a forward, source run and base run do not have
+            equally many positions.
 
     Examples:
         >>> import torch
@@ -56,7 +58,7 @@ def interchange(model: nn.Module, source: Mapping[str, Any], subspaces: Any = No
         >>> one, other = (dict(input_ids=torch.randint(100, (1, 6))) for _ in range(2))
         >>> with interchange(model, source=other):
         ...     logits = model(**one).logits[0, -1]
-        >>> torch.allclose(logits, model(**other).logits[0, -1], atol=1e-5)  # all of the last layer was exchanged
+        >>> torch.allclose(logits, model(**other).logits[0, -1], atol=1e-5)  # r = 32 exchanges all of the last layer
         True
     """
     attachments = _attachments(model)
@@ -78,22 +80,24 @@ def interchange(model: nn.Module, source: Mapping[str, Any], subspaces: Any = No
 
 
 def _attachments(model: nn.Module) -> list[Attachment]:
-    found = next((module.__dict__[ATTRIBUTE] for module in model.modules() if ATTRIBUTE in module.__dict__), None)
-    if found is None:
-        raise ValueError(f"{type(model).__name__} has no LoReFT adapter.")
-    return [found] if found.decoder is None else [found, found.decoder]
+    """Return the attachment of the model; of an encoder-decoder also the one of its decoder."""
+    for module in model.modules():
+        if ATTRIBUTE in module.__dict__:
+            found: Attachment = module.__dict__[ATTRIBUTE]
+            return [found] if found.decoder is None else [found, found.decoder]
+    raise ValueError(f"{type(model).__name__} has no LoReFT adapter.")
 
 
 def interchange_accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of rows whose counterfactual output comes out.
+    """Compute the share of rows that have the counterfactual output.
 
     Args:
         logits: (batch, classes) of a classifier, or (batch, seq, vocabulary) of a causal language model.
-        labels: int64, the causal model's counterfactual answer: (batch,), or (batch, seq) with −100 where there is
-            none, as for training (the logits of a token are compared with the label of the next).
+        labels: int64, the counterfactual answer of the causal model: (batch,) classes; or (batch, seq) tokens with
+            −100 for no label, as in training, so that the logits of a token are compared with the label of the next.
 
     Returns:
-        From 0 to 1. A row of several labelled tokens counts if all of them are right.
+        From 0 to 1. A row with several labels counts if all of them are right. A row without labels is left out.
 
     Examples:
         >>> import torch
@@ -101,9 +105,10 @@ def interchange_accuracy(logits: Tensor, labels: Tensor) -> float:
         >>> interchange_accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
         0.5
     """
-    predicted = logits.argmax(-1)
+    predicted = logits.argmax(-1)  # (batch,) or (batch, seq)
     if labels.ndim == 1:
         return (predicted == labels).float().mean().item()
-    labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    right = (predicted == labels) | (labels == IGNORED)
-    return right.all(1)[(labels != IGNORED).any(1)].float().mean().item()
+    labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # (batch, seq): of the next token
+    right = (predicted == labels) | (labels == IGNORED)  # (batch, seq)
+    has_labels = (labels != IGNORED).any(1)  # (batch,)
+    return right.all(1)[has_labels].float().mean().item()

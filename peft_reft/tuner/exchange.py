@@ -71,7 +71,7 @@ def exchange(
             filled = _repeat_rows(filled, n_of_row, times)
         subspaces = forward.subspaces if run.subspaces is None else run.subspaces
         keep = index.valid if subspaces is None else forward.within(subspaces, index, factors)
-        given.append((factors.with_source(source.to(hidden.device)), keep * filled.to(keep.device)))
+        given.append((factors.with_source_hidden(source.to(hidden.device)), keep * filled.to(keep.device)))
     return given
 
 

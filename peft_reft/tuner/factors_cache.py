@@ -56,7 +56,7 @@ class FactorsCache:
         alike: dict[Hashable, dict[int, Intervention]] = {}
         for layer in self._layers:
             for each in layer.weights_of(adapter_names):
-                alike.setdefault(each.kind, {})[id(each)] = each  # by id: with tie="model" layers share one
+                alike.setdefault(each.signature, {})[id(each)] = each  # by id: with tie="model" layers share one
         for group in alike.values():
             if id(weights) in group:
                 kept = self._trained if trains else self._fixed

@@ -186,7 +186,7 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
             if isinstance(weights, Interchange):
                 raise ValueError(f"adapter_names has {name!r}, an interchange intervention: make it active instead.")
             factors = forward.factors(weights)
-            key = (plan, factors.kind)
+            key = (plan, factors.signature)
             alike.setdefault(key, []).append((name, factors))
             positions[key] = plan, index
         edits: list[Edit] = []

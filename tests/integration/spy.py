@@ -46,7 +46,7 @@ class Spy:
     def _record(self, index):
         ids, mask, labels = (self._inputs.get(name) for name in ("input_ids", "attention_mask", "labels"))
         assert index.shape == tuple(ids.shape) == tuple(mask.shape), "tokens after the first forward of a rollout"
-        flat = index.rows[index.keep.squeeze(-1) > 0].tolist()
+        flat = index.rows[index.valid.squeeze(-1) > 0].tolist()
         assert len(flat) == len(set(flat)), "a token was edited twice"
         grad = torch.is_grad_enabled()
         target = self.train if grad else self.rollout if labels is None else self.scored

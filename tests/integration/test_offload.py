@@ -105,5 +105,5 @@ def test_positions_follow_the_hidden_states_to_another_device():
     end(module)
     elsewhere = torch.empty(1, 4, 8, device="meta")
     here, there = forward.index("a", plan, torch.empty(1, 4, 8)), forward.index("a", plan, elsewhere)
-    assert here.rows.device == CPU and there.rows.device == there.keep.device == elsewhere.device
+    assert here.rows.device == CPU and there.rows.device == there.valid.device == elsewhere.device
     assert forward.index("a", plan, elsewhere) is there  # moved once for all layers of that device

@@ -1,0 +1,140 @@
+"""How much each edit changes its hidden state, as numbers and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..positions.index import PositionIndex
+from ..tuner.forward import current
+from ..tuner.layer import LoReftLayer
+
+
+def edit_norms(model: nn.Module, batch: Mapping[str, Any]) -> np.ndarray:
+    """Measure how much the active adapters change each hidden state, ‖Φ(h) − h‖ / ‖h‖.
+
+    Args:
+        model: with LoReFT adapters. It runs in eval mode, without gradients, and is left as it was.
+        batch: inputs of the model.
+
+    Returns:
+        (layers, batch, seq) float32: one entry for each edited module, in the order of the model; NaN at a token that
+        is not edited.
+
+    Raises:
+        ValueError: the model has no LoReFT adapter.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from peft_reft import LoReftConfig, edit_norms
+        >>> sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+        >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes))
+        >>> model = get_peft_model(base, LoReftConfig(task_type="CAUSAL_LM", positions="f1+l1"))
+        >>> edit_norms(model, {"input_ids": torch.arange(4).unsqueeze(0)})  # new: nothing is changed yet
+        array([[[ 0., nan, nan,  0.]],
+        <BLANKLINE>
+               [[ 0., nan, nan,  0.]]], dtype=float32)
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoReftLayer)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no LoReFT adapter.")
+    norms: dict[LoReftLayer, np.ndarray] = {}
+    with torch.no_grad(), _recorded(layers, norms), _evaluating(model):
+        model(**batch)
+    shape = next(iter(norms.values())).shape  # (batch, seq)
+    unedited = np.full(shape, np.nan, np.float32)
+    return np.stack([norms.get(layer, unedited) for layer in layers])
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put all modules into eval mode, and back into the mode of each."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def _recorded(layers: list[LoReftLayer], norms: dict[LoReftLayer, np.ndarray]) -> Iterator[None]:
+    """Fill `norms` with the (batch, seq) norms of each layer that edits in a forward."""
+    before: dict[nn.Module, Tensor] = {}
+
+    def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        before[layer] = _hidden_of(args[0]).clone()  # the layer may edit it in place
+
+    def compare(layer: Any, args: tuple[Any, ...], output: Any) -> None:
+        h = before.pop(layer).float()  # (batch, seq, d) or (tokens, d)
+        edited = _hidden_of(output).float()
+        indices = _indices(layer, h)
+        if not indices:
+            return
+        relative = ((edited - h).norm(dim=-1) / h.norm(dim=-1)).reshape(-1)  # (tokens,)
+        is_edited = torch.zeros_like(relative, dtype=torch.bool)  # (tokens,)
+        for index in indices:
+            is_edited |= index.edited
+        relative = torch.where(is_edited, relative, torch.nan).reshape(indices[0].shape)  # (batch, seq)
+        norms[layer] = relative.cpu().numpy()
+
+    handles = [layer.register_forward_pre_hook(note) for layer in layers]
+    handles += [layer.register_forward_hook(compare) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hidden_of(output: Any) -> Tensor:
+    """Return the hidden states of a block's output, which is a tensor or a tuple that begins with one."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def _indices(layer: LoReftLayer, hidden: Tensor) -> list[PositionIndex]:
+    """Return where each active adapter of `layer` edits in the forward that runs."""
+    forward = current(layer.attachment)
+    assert forward is not None
+    active: Any = layer.active_adapters  # a list of names; mypy does not read PEFT's types
+    indices = []
+    for name in active:
+        if name in layer.plans:
+            index = forward.index(name, layer.plans[name], hidden)
+            if index is not None:
+                indices.append(index)
+    return indices
+
+
+def plot_edit_norms(norms: np.ndarray, row: int = 0, tokens: list[str] | None = None, axes: Any = None) -> Any:
+    """Draw `edit_norms` as a heat map, layers by positions. Needs matplotlib, the extra `viz`.
+
+    Args:
+        norms: (layers, batch, seq), from `edit_norms`.
+        row: which row of the batch.
+        tokens: labels of the positions.
+        axes: matplotlib axes to draw on; None: new ones.
+
+    Returns:
+        The matplotlib axes.
+    """
+    import matplotlib.pyplot as plt
+
+    layers, _, seq = norms.shape
+    if axes is None:
+        _, axes = plt.subplots(figsize=(max(4, 0.3 * seq), max(2, 0.25 * layers)))
+    image = axes.imshow(norms[:, row], aspect="auto", origin="lower", cmap="viridis", vmin=0)
+    axes.set(xlabel="position", ylabel="layer", title="‖Φ(h) − h‖ / ‖h‖")
+    if tokens is not None:
+        axes.set_xticks(range(len(tokens)), tokens, rotation=90)
+    axes.figure.colorbar(image, ax=axes)
+    return axes
