@@ -29,7 +29,7 @@ from peft_reft.serving.frontend import Known
 from peft_reft.serving.options import Options
 from peft_reft.serving.schedule import NONE, Pieces, ServedPlan, arrange, edited
 from peft_reft.serving.server import Server
-from peft_reft.serving.tables import LINEAR, Table, kind_of
+from peft_reft.serving.tables import LINEAR, Table, formula_key
 from peft_reft.serving.turns import Reading
 from peft_reft.tuner.architectures import skeleton
 
@@ -301,7 +301,7 @@ def test_a_broken_adapter_edits_its_own_tokens_alone(llama, empty, tmp_path, bro
     adapter = read_adapter(good, empty)
     factors = {name: each.map(lambda t: torch.full_like(t, broken)) for name, each in adapter.factors.items()}
     loreft.add("broken", replace(adapter, factors=factors))
-    ours, theirs = loreft.slots["good"], loreft.slots["broken"]
+    ours, theirs = loreft.places["good"], loreft.places["broken"]
     h, block = torch.randn(13, 32), model.model.layers[1]
     loreft.prepare(pieces((4, 0, 4, NONE), (6, 0, 6, ours)))
     wanted = block(h[:10].clone())
@@ -379,7 +379,7 @@ def test_a_step_edits_by_the_formula(llama, empty, tmp_path):
     }
     loreft, model = server(llama, empty, adapters=sources)
     h, residual = torch.randn(9, 32), torch.randn(9, 32)
-    loreft.prepare(pieces((6, 0, 6, loreft.slots["a"]), (1, 4, 3, loreft.slots["b"]), (2, 0, 5, NONE)))
+    loreft.prepare(pieces((6, 0, 6, loreft.places["a"]), (1, 4, 3, loreft.places["b"]), (2, 0, 5, NONE)))
     found, _ = model.model.layers[1]((h.clone(), residual))
     a, b = (read_adapter(sources[name], empty).factors["model.layers.1"] for name in "ab")
     wanted, full = h.clone(), h + residual
@@ -388,7 +388,7 @@ def test_a_step_edits_by_the_formula(llama, empty, tmp_path):
     wanted[6] += b.scale * full[6] + b.shift
     torch.testing.assert_close(found, wanted)
     assert torch.equal(found[[2, 3, 4, 7, 8]], h[[2, 3, 4, 7, 8]])
-    loreft.prepare(pieces((1, 6, 6, loreft.slots["a"])))  # decoding: nothing to edit, nothing touched
+    loreft.prepare(pieces((1, 6, 6, loreft.places["a"])))  # decoding: nothing to edit, nothing touched
     assert all(not edits.work for edits in loreft.edits.values())
 
 
@@ -419,13 +419,13 @@ def test_captured_graphs_read_the_buffers(llama, empty, tmp_path, monkeypatch):
     ):
         loreft.prepare(pieces(*requests))
         wanted = h.clone()
-        for kind, work in edits.work:
-            edits.table.edit(kind, work, wanted, residual)
+        for key, work in edits.work:
+            edits.table.edit(key, work, wanted, residual)
         torch.testing.assert_close(graph(h), wanted)
         assert torch.equal(wanted, h) == (requests == [(8, 0, 8, NONE)])
 
 
-def test_slots_are_used_again(llama, empty, tmp_path):
+def test_places_are_used_again(llama, empty, tmp_path):
     big = adapter_for(llama, tmp_path, "big", r=8, positions="f2+l2", tie="position")
     small = adapter_for(llama, tmp_path, "small", r=2, positions="f1")
     loreft, model = server(llama, empty, max_adapters=1, max_positions=4)
@@ -466,7 +466,7 @@ def test_what_does_not_fit_changes_nothing(llama, empty, tmp_path):
     with pytest.raises(ValueError, match="2 adapters already"):
         loreft.add("third", good)
     loreft.remove("second")
-    assert [*loreft.slots] == ["plain"] and {*loreft.edits} == {f"model.layers.{n}" for n in range(3)}
+    assert [*loreft.places] == ["plain"] and {*loreft.edits} == {f"model.layers.{n}" for n in range(3)}
     for name, edits in loreft.edits.items():
         assert torch.equal(edits.table.stacks[LINEAR].basis[0], before[name][0])
 
@@ -530,9 +530,9 @@ def test_every_formula_fits_its_table():
             h = torch.randn(5, 16)
             wanted = h + factors.edit(h)
             found = h.clone()
-            table.edit_all(kind_of(factors), torch.ones(5, dtype=torch.long), found, None)
+            table.edit_all(formula_key(factors), torch.ones(5, dtype=torch.long), found, None)
             torch.testing.assert_close(found, wanted)
-            table.edit_all(kind_of(factors), torch.full((5,), 3), found, None)
+            table.edit_all(formula_key(factors), torch.full((5,), 3), found, None)
             torch.testing.assert_close(found, wanted)  # the set that edits nothing
 
 
