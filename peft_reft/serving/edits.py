@@ -28,7 +28,7 @@ class Edits:
         self.work: list[tuple[FormulaKey, DeviceWork]] = []
         """Empty in a step that edits nothing here. Modules in which the adapters do the same share one list."""
         self.fixed: list[tuple[FormulaKey, Tensor]] = []
-        """If graphs are captured: for each formula the set of weights of each token, (most tokens of a step,) int64."""
+        """If graphs are captured: for each formula the set of weights of each token, (tokens,) int64."""
 
     def apply(self, hidden: Tensor, residual: Tensor | None) -> None:
         """Edit the module's output in place.

@@ -89,6 +89,7 @@ attribute                                                 what it is
 `EngineCore.loreft_remove`                                method: have the worker drop an adapter
 `EngineCore.loreft_dropped`                               names of the adapters that were dropped
 `InputProcessor.loreft_adapters`                          from an adapter's name to `frontend.Known`
+`Module.loreft_edits`                                     the `Edits` of an edited module of the model
 ========================================================= ====================================================
 """
 

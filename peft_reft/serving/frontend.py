@@ -80,7 +80,7 @@ def process_inputs(
     inner: Callable[..., Any],
     processor: object,
     request_id: str,
-    prompt: Any,
+    prompt: object,
     params: object,
     *args: Any,
     **kwargs: Any,

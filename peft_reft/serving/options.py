@@ -65,10 +65,9 @@ class Options:
             value = getattr(options, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"loreft.{name}={value!r}: expected an int of 1 or more.")
-        if options.max_adapters is not None and options.max_adapters < len(options.adapters):
-            raise ValueError(
-                f"loreft.max_adapters={options.max_adapters}, but {len(options.adapters)} are named in loreft.adapters."
-            )
+        named = len(options.adapters)
+        if options.max_adapters is not None and options.max_adapters < named:
+            raise ValueError(f"loreft.max_adapters={options.max_adapters}, but {named} are named in loreft.adapters.")
         return options
 
 

@@ -172,7 +172,7 @@ def test_beams_are_refused_with_an_adapter(client):
         )
 
     assert len(ask().choices) == 2
-    with pytest.raises(openai.BadRequestError, match="use_beam_search=True: an adapter .* cannot be combined"):
+    with pytest.raises(openai.BadRequestError, match="use_beam_search=True: an adapter"):
         ask(vllm_xargs={"loreft": "emoji"})
 
 
