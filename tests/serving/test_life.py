@@ -1,4 +1,4 @@
-"""Adapters that come and go in a running engine, and requests that name none of them."""
+"""Adapters are added to a running engine and dropped; unknown ones are refused."""
 
 import asyncio
 import shutil
@@ -19,7 +19,7 @@ PROMPT = prompt_of(14, 3)
 
 @pytest.fixture(scope="module")
 def opt(tmp_path_factory):
-    """A family of its own, so that adapters of the other tests are adapters of another model here."""
+    """A model of another family than the other tests have, so that their adapters do not fit it."""
     served = make("opt", str(tmp_path_factory.mktemp("opt")))
     served.add("first", positions="f2+l2")
     return served
@@ -50,7 +50,7 @@ def test_add_and_remove(opt, llm):
 
 
 def test_another_adapter_of_the_same_name(opt, llm):
-    """What was cached under the first is not read under the second."""
+    """The second does not read what was cached with the first."""
     prompt = prompt_of(80, 4)
     for seed in (7, 8):
         opt.add("twice", positions="f4", seed=seed)
@@ -109,7 +109,7 @@ def test_an_adapter_in_use_stays(opt, llm):
 
 
 def test_a_request_that_comes_too_late():
-    """Let pass by the front end before its adapter was dropped, with the core after: that request fails alone."""
+    """The front end lets a request pass, then its adapter is dropped, then the core gets it: it fails alone."""
     core = SimpleNamespace(scheduler=SimpleNamespace(requests={}), failed=[], taken=[])
     core.model_executor = SimpleNamespace(collective_rpc=lambda method, args: [{"fingerprint": "f"}])
     core._send_error_outputs_to_client = lambda requests, client: core.failed.append((requests, client))
