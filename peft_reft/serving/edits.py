@@ -135,7 +135,7 @@ class FixedSteps:
         Args:
             key: the formula.
             modules: the modules that are edited alike.
-            rows: (n,) which of the step's tokens.
+            rows: (n,) the rows of the edited tokens in the step.
             sets: (n,) the set of weights of each.
         """
         numbers = np.array([self.number[each.name] for each in modules])

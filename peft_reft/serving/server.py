@@ -13,7 +13,7 @@ from ..tuner.architectures import find_targets
 from .adapters import ServedAdapter, read_adapter
 from .edits import Edits, FixedSteps, hook, send
 from .options import Options, check_name
-from .schedule import NONE, Pieces, ServedPlan, Turns, Work, arrange, edited, same_plans
+from .schedule import NONE, Pieces, ServedPlan, TurnPieces, Work, edited, group_by_weights, same_plans
 from .tables import LINEAR, DeviceWork, FormulaKey, Table, formula_key
 from .turns import Reading
 
@@ -182,17 +182,17 @@ class Server:
         self.clear()
         if self.fixed is not None:
             self.fixed.begin()
-        has_adapter = pieces.slot != NONE
-        in_prompt = pieces.computed < pieces.prompt
-        may_edit = has_adapter & (in_prompt | self.edits_answers[pieces.slot])  # (requests,)
+        has_adapter = pieces.place != NONE
+        in_prompt = pieces.computed < pieces.given
+        may_edit = has_adapter & (in_prompt | self.edits_answers[pieces.place])  # (requests,)
         if may_edit.any():
             self._prepare(pieces[may_edit].by_turn())
         if self.fixed is not None:
             self.fixed.send()
 
-    def _prepare(self, turns: Turns) -> None:
+    def _prepare(self, turns: TurnPieces) -> None:
         keys: set[FormulaKey] = set()
-        for place in np.unique(turns.slot):
+        for place in np.unique(turns.place):
             key = self.keys[place]
             if key is not None:
                 keys.add(key)
@@ -201,7 +201,7 @@ class Server:
             for key in keys:
                 own = np.isin(places, [place for place, each in enumerate(self.keys) if each == key])
                 if own.any():
-                    alike.work.append((key, self._send(arrange(rows[own], sets[own]))))
+                    alike.work.append((key, self._send(group_by_weights(rows[own], sets[own]))))
                     if self.fixed is not None:
                         self.fixed.note(key, alike.edits, rows[own], sets[own])
 
@@ -209,7 +209,7 @@ class Server:
         return DeviceWork(
             sets=send(work.sets, self.device),
             rows=send(work.rows, self.device),
-            valid=send(work.kept, self.device),
+            valid=send(work.valid, self.device),
         )
 
     def clear(self) -> None:

@@ -31,14 +31,14 @@ LINEAR = formula_key(LowRankFactors(torch.empty(0), Affine(torch.empty(0), torch
 
 @dataclass(frozen=True)
 class DeviceWork:
-    """`schedule.Work` on the model's device: e rows of t tokens, each row with one set of weights."""
+    """`schedule.Work` on the model's device: a grid of e lines of t tokens."""
 
     sets: Tensor
-    """(e,) int64: the row's set of weights."""
+    """(e,) int64: the set of weights of each line."""
     rows: Tensor
-    """(e, t) int64: which tokens of the step."""
+    """(e, t) int64: the rows of the tokens in the step; 0 if there is none."""
     valid: Tensor
-    """(e, t, 1) bool: False if `rows` has no token there."""
+    """(e, t, 1) bool: whether there is a token."""
 
 
 class Table:
@@ -109,7 +109,7 @@ class Table:
             h = h + residual.index_select(0, rows)
         h = h.float().view(*work.rows.shape, -1)  # (e, t, d)
         edit = _choose(self.used[key], work.sets).edit(h)  # (e, t, d)
-        # An invalid place holds token 0, which is another request's. Do not multiply by 0: the edit may be inf or NaN.
+        # An empty entry has row 0, which is another request's. Do not multiply by 0: the edit may be inf or NaN.
         edit = torch.where(work.valid, edit, 0)
         hidden.index_add_(0, rows, edit.view(len(rows), -1).to(hidden.dtype))
 

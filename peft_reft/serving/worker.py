@@ -97,8 +97,8 @@ def _pieces(runner: object, server: Server) -> Pieces:
         start=step.starts[:-1],
         count=np.diff(step.starts),
         computed=step.computed,
-        prompt=step.given,
-        slot=np.array(places, dtype=np.int64),
+        given=step.given,
+        place=np.array(places, dtype=np.int64),
         answers=answers,
     )
 
