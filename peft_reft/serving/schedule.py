@@ -62,20 +62,25 @@ class ServedPlan:
         """
         stop = np.full_like(index, _NEVER)
         turn = Turn(begin=begin, answer=answer, stop=stop, is_first=begin == 0)  # (n,) each
+        in_answer = index >= answer  # (n,)
+        has_answers = in_answer.any()
+        has_prompts = not in_answer.all()
         found = np.full_like(index, NONE)
         sets_before = 0
         for group in self.groups:
-            span = group.span(turn)
-            inside = (index >= span.lower) & (index < span.upper)  # (n,)
+            # Most steps decode: then the groups of the prompt have no tokens.
+            may_edit = has_answers if group.decodes else has_prompts
+            if may_edit:
+                span = group.span(turn)
+                inside = (index >= span.lower) & (index < span.upper)  # (n,)
+                chosen: Ints | int = sets_before
+                if self.sharing == "position":
+                    chosen = sets_before + index - span.start  # (n,)
+                found = np.where(inside, chosen, found)
             if self.sharing == "position":
-                chosen = sets_before + index - span.start  # (n,)
                 sets_before += group.count or 0
             elif self.sharing == "group":
-                chosen = np.full_like(index, sets_before)
                 sets_before += 1
-            else:
-                chosen = np.zeros_like(index)
-            found = np.where(inside, chosen, found)
         return found
 
 
