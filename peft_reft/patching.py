@@ -65,22 +65,22 @@ PATCHES: dict[str, Patch] = {
     "Module.checkpoint_fn": Patch(
         "torch", "2.6", "The same, for torch's CheckpointWrapper (FSDP).", _WITH_THE_ADAPTER
     ),
-    # When vLLM loads its plugins.
-    "Worker.load_model": Patch("vllm", "0.32", "Hooks go into the model that it loads.", _WITH_THE_ENGINE),
-    "Worker.loreft_add": Patch("vllm", "0.32", "Added: the engine's core loads an adapter by it.", _WITH_THE_ENGINE),
-    "Worker.loreft_remove": Patch("vllm", "0.32", "Added: the core drops an adapter by it.", _WITH_THE_ENGINE),
+    # When vLLM loads its plugins (`serving.engine`, whose table lists all that is touched of vLLM).
+    "Worker.load_model": Patch("vllm", "0.32", "Hooks are added to the model that it loads.", _WITH_THE_ENGINE),
+    "Worker.loreft_add": Patch("vllm", "0.32", "Added: the core calls it to load an adapter.", _WITH_THE_ENGINE),
+    "Worker.loreft_remove": Patch("vllm", "0.32", "Added: the core calls it to drop an adapter.", _WITH_THE_ENGINE),
     "GPUModelRunner._model_forward": Patch(
-        "vllm", "0.32", "Each step is told which of its tokens are edited.", _WITH_THE_ENGINE
+        "vllm", "0.32", "Before each step the plugin notes which tokens are edited.", _WITH_THE_ENGINE
     ),
-    "InputProcessor.__init__": Patch("vllm", "0.32", "The front end reads the adapters' names.", _WITH_THE_ENGINE),
+    "InputProcessor.__init__": Patch("vllm", "0.32", "The front end learns the adapters' names.", _WITH_THE_ENGINE),
     "InputProcessor.process_inputs": Patch(
-        "vllm", "0.32", "An unknown adapter is refused; cached blocks belong to one adapter.", _WITH_THE_ENGINE
+        "vllm", "0.32", "Unknown adapters are refused; cached blocks of adapters are kept apart.", _WITH_THE_ENGINE
     ),
-    "EngineCore.add_request": Patch("vllm", "0.32", "A request may name an adapter just dropped.", _WITH_THE_ENGINE),
+    "EngineCore.add_request": Patch("vllm", "0.32", "Requests of a dropped adapter are refused.", _WITH_THE_ENGINE),
     "EngineCore.loreft_add": Patch("vllm", "0.32", "Added: `add_adapter` calls it.", _WITH_THE_ENGINE),
     "EngineCore.loreft_remove": Patch("vllm", "0.32", "Added: `remove_adapter` calls it.", _WITH_THE_ENGINE),
     "ChatCompletionRequest.to_beam_search_params": Patch(
-        "vllm", "0.32", "Beam search drops `extra_args`, and with them the adapter: refused.", _WITH_THE_ENGINE
+        "vllm", "0.32", "Beam search drops `extra_args`, and so the adapter: it is refused.", _WITH_THE_ENGINE
     ),
     "CompletionRequest.to_beam_search_params": Patch("vllm", "0.32", "The same.", _WITH_THE_ENGINE),
 }

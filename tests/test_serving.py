@@ -27,9 +27,9 @@ from peft_reft.serving import list_adapters, remove_adapter_async
 from peft_reft.serving.adapters import facts, fingerprint, read_adapter
 from peft_reft.serving.frontend import Known
 from peft_reft.serving.options import Options
-from peft_reft.serving.schedule import NONE, Pieces, ServedPlan, arrange, edited
+from peft_reft.serving.schedule import NONE, Pieces, ServedPlan, edited, group_by_weights
 from peft_reft.serving.server import Server
-from peft_reft.serving.tables import LINEAR, Table, kind_of
+from peft_reft.serving.tables import LINEAR, Table, formula_key
 from peft_reft.serving.turns import Reading
 from peft_reft.tuner.architectures import skeleton
 
@@ -40,7 +40,7 @@ SPECS = ["f7+l7", "f3", "l1", "l3~2", "p", "g", "g2", "all", "f2+l2+g3", "f1+g",
 @given(spec=st.sampled_from(SPECS), prompt=st.integers(1, 24), answer=st.integers(0, 8))
 @settings(deadline=None)
 def test_the_same_tokens_as_in_training(by, spec, prompt, answer):
-    """Token by token, `set_of` says what `resolve` and `arrange` say of the whole row."""
+    """Token by token, `set_of` says what `resolve` and `make_index` say of the whole row."""
     groups = Positions.parse(spec).groups
     if by == "position" and any(group.count is None for group in groups):
         by = "group"
@@ -56,9 +56,9 @@ def test_the_same_tokens_as_in_training(by, spec, prompt, answer):
         for number, mask in enumerate(masks):
             wanted[mask.numpy()] = number
     else:
-        rows, keep = index.rows.reshape(-1, index.rows.shape[-1]), index.valid.reshape(-1, index.rows.shape[-1])
-        for number, (at, kept) in enumerate(zip(rows, keep)):
-            wanted[at[kept > 0].numpy()] = number
+        rows, valid = index.rows.reshape(-1, index.rows.shape[-1]), index.valid.reshape(-1, index.rows.shape[-1])
+        for number, (at, is_valid) in enumerate(zip(rows, valid)):
+            wanted[at[is_valid > 0].numpy()] = number
     found = plan.set_of(np.arange(n), begin=np.zeros(n, dtype=int), answer=np.full(n, prompt))
     assert found.tolist() == wanted.tolist()
     assert wanted.max(initial=NONE) < plan.sets
@@ -77,7 +77,7 @@ def test_pieces_add_up_to_the_whole(data):
         ),
     ]
     prompts = data.draw(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 6)), min_size=1, max_size=4))
-    slots = [data.draw(st.integers(0, len(plans) - 1)) for _ in prompts]
+    places = [data.draw(st.integers(0, len(plans) - 1)) for _ in prompts]
     lengths = [prompt + answer for prompt, answer in prompts]
     done, found = [0] * len(prompts), {}
     while done != lengths:
@@ -86,23 +86,23 @@ def test_pieces_add_up_to_the_whole(data):
         if not any(counts):
             continue
         start = np.cumsum([0, *counts])[:-1]
-        values = (start, counts, done, [prompt for prompt, _ in prompts], slots)
+        values = (start, counts, done, [prompt for prompt, _ in prompts], places)
         answers = [[(prompt, prompt)] for prompt, _ in prompts]
         step = Pieces(*(np.array(v, dtype=np.int64) for v in values), answers)
         rows, sets, of = edited(step.by_turn(), plans, 4)
-        for row, number, slot in zip(rows, sets, of):
+        for row, number, place in zip(rows, sets, of):
             request = int(np.searchsorted(start, row, side="right")) - 1
             while not counts[request]:
                 request -= 1
-            assert slot == slots[request]
+            assert place == places[request]
             found[request, done[request] + row - start[request]] = number
         done = [before + count for before, count in zip(done, counts)]
-    for request, ((prompt, _), slot) in enumerate(zip(prompts, slots)):
+    for request, ((prompt, _), place) in enumerate(zip(prompts, places)):
         n = lengths[request]
         whole = np.full(n, NONE)
-        if plans[slot] is not None:
-            whole = plans[slot].set_of(np.arange(n), begin=np.zeros(n, dtype=int), answer=np.full(n, prompt))
-        wanted = {(request, i): s + 4 * slot for i, s in enumerate(whole) if s != NONE}
+        if plans[place] is not None:
+            whole = plans[place].set_of(np.arange(n), begin=np.zeros(n, dtype=int), answer=np.full(n, prompt))
+        wanted = {(request, i): s + 4 * place for i, s in enumerate(whole) if s != NONE}
         assert {key: value for key, value in found.items() if key[0] == request} == wanted
 
 
@@ -152,7 +152,7 @@ def sets_of_chat(groups, by, ids, given):
             elif group.letter == "l":
                 slots = {n: group.ends.suffix - 1 - back for back, n in enumerate(reversed(kept)) if back < s}
             else:
-                slots = {n: place for place, n in enumerate(answer) if group.count is None or place < group.count}
+                slots = {n: k for k, n in enumerate(answer) if group.count is None or k < group.count}
             for n, slot in slots.items():
                 sets[n] = {"all": 0, "group": number, "position": before + slot}[by]
             before += group.count or 0
@@ -271,16 +271,16 @@ def test_a_salt_has_the_length_where_it_matters():
 
 
 def test_marks_come_with_the_adapter(llama, empty, tmp_path):
-    source = adapter_for(llama, tmp_path, positions="f2+l2", tie="group")
+    path = adapter_for(llama, tmp_path, positions="f2+l2", tie="group")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    plain = read_adapter(source, empty)
+    plain = read_adapter(path, empty)
     assert plain.reading == Reading(response=[], instruction=[], needs_end_below=None)
     if "response_template" in config:
         marked = {**config, "response_template": RESPONSE, "instruction_template": INSTRUCTION}
         (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(marked))
-        assert read_adapter(source, empty).reading == reading("f2+l2", "group")
-    known = Known.of(json.loads(json.dumps(facts(source))))
-    assert known.reading == read_adapter(source, empty).reading and known.fingerprint == fingerprint(source)
+        assert read_adapter(path, empty).reading == reading("f2+l2", "group")
+    known = Known.of(json.loads(json.dumps(facts(path))))
+    assert known.reading == read_adapter(path, empty).reading and known.fingerprint == fingerprint(path)
 
 
 def test_a_group_that_does_not_say_its_span_cannot_be_made():
@@ -295,13 +295,13 @@ def test_a_group_that_does_not_say_its_span_cannot_be_made():
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_a_broken_adapter_edits_its_own_tokens_alone(llama, empty, tmp_path, broken):
-    """Sets with different numbers of tokens leave places of the grid empty: those must not reach token 0."""
+    """Sets with different numbers of tokens leave entries of the grid empty. Those must not reach token 0."""
     good = adapter_for(llama, tmp_path, "good", positions="f1+l2")
     loreft, model = server(llama, empty, adapters={"good": good})
     adapter = read_adapter(good, empty)
     factors = {name: each.map(lambda t: torch.full_like(t, broken)) for name, each in adapter.factors.items()}
     loreft.add("broken", replace(adapter, factors=factors))
-    ours, theirs = loreft.slots["good"], loreft.slots["broken"]
+    ours, theirs = loreft.places["good"], loreft.places["broken"]
     h, block = torch.randn(13, 32), model.model.layers[1]
     loreft.prepare(pieces((4, 0, 4, NONE), (6, 0, 6, ours)))
     wanted = block(h[:10].clone())
@@ -313,12 +313,13 @@ def test_a_broken_adapter_edits_its_own_tokens_alone(llama, empty, tmp_path, bro
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=60))
-def test_arrange_wastes_at_most_half(sets):
-    work = arrange(np.arange(len(sets)) + 3, np.array(sets))
-    kept = work.kept[..., 0]
-    by_row = {int(row): int(number) for number, rows, keep in zip(work.sets, work.rows, kept) for row in rows[keep]}
+def test_group_by_weights_wastes_at_most_half(sets):
+    work = group_by_weights(np.arange(len(sets)) + 3, np.array(sets))
+    valid = work.valid[..., 0]
+    lines = zip(work.sets, work.rows, valid)
+    by_row = {int(row): int(number) for number, rows, is_valid in lines for row in rows[is_valid]}
     assert by_row == {n + 3: number for n, number in enumerate(sets)}
-    assert kept.sum() == len(sets) and work.rows.size <= 2 * len(sets) + len({*sets})
+    assert valid.sum() == len(sets) and work.rows.size <= 2 * len(sets) + len({*sets})
 
 
 def adapter_for(model, tmp_path, name="adapter", config=LoReftConfig, scale=0.5, **fields):
@@ -355,16 +356,16 @@ def server(llama, empty, graph_tokens=0, compiles=False, **options):
 
 
 def pieces(*requests):
-    """Of (count, computed, prompt, slot) each."""
-    count, computed, prompt, slot = (np.array(values, dtype=np.int64) for values in zip(*requests))
-    return Pieces(np.cumsum(count) - count, count, computed, prompt, slot, [[(n, n)] for n in prompt.tolist()])
+    """The pieces of a step, from (count, computed, given, place) of each request."""
+    count, computed, given, place = (np.array(values, dtype=np.int64) for values in zip(*requests))
+    return Pieces(np.cumsum(count) - count, count, computed, given, place, [[(n, n)] for n in given.tolist()])
 
 
 @pytest.mark.parametrize("formula", [name for name in INTERVENTIONS if name != "interchange"])
 @pytest.mark.parametrize("tie", ["layer", "group", "position", "model"])
 def test_read_adapter(llama, empty, tmp_path, formula, tie):
-    source = adapter_for(llama, tmp_path, intervention=formula, tie=tie, positions="f2+l1")
-    adapter = read_adapter(source, empty)
+    path = adapter_for(llama, tmp_path, intervention=formula, tie=tie, positions="f2+l1")
+    adapter = read_adapter(path, empty)
     assert [*adapter.plans] == [f"model.layers.{n}" for n in range(3)]
     assert adapter.sets == {"layer": 1, "group": 2, "position": 3, "model": 1}[tie]
     assert adapter.rank == (8 if INTERVENTIONS[formula].has_rank else 0)
@@ -373,33 +374,33 @@ def test_read_adapter(llama, empty, tmp_path, formula, tie):
 
 def test_a_step_edits_by_the_formula(llama, empty, tmp_path):
     """Two requests, two adapters of different ranks and formulas, against the formulas written out."""
-    sources = {
+    paths = {
         "a": adapter_for(llama, tmp_path, "a", r=2, positions="f2+l1"),
         "b": adapter_for(llama, tmp_path, "b", positions="all", intervention="red"),
     }
-    loreft, model = server(llama, empty, adapters=sources)
+    loreft, model = server(llama, empty, adapters=paths)
     h, residual = torch.randn(9, 32), torch.randn(9, 32)
-    loreft.prepare(pieces((6, 0, 6, loreft.slots["a"]), (1, 4, 3, loreft.slots["b"]), (2, 0, 5, NONE)))
+    loreft.prepare(pieces((6, 0, 6, loreft.places["a"]), (1, 4, 3, loreft.places["b"]), (2, 0, 5, NONE)))
     found, _ = model.model.layers[1]((h.clone(), residual))
-    a, b = (read_adapter(sources[name], empty).factors["model.layers.1"] for name in "ab")
+    a, b = (read_adapter(paths[name], empty).factors["model.layers.1"] for name in "ab")
     wanted, full = h.clone(), h + residual
     for token in (0, 1, 5):
         wanted[token] += (a.coordinates.weight @ full[token] + a.coordinates.bias) @ a.basis
     wanted[6] += b.scale * full[6] + b.shift
     torch.testing.assert_close(found, wanted)
     assert torch.equal(found[[2, 3, 4, 7, 8]], h[[2, 3, 4, 7, 8]])
-    loreft.prepare(pieces((1, 6, 6, loreft.slots["a"])))  # decoding: nothing to edit, nothing touched
+    loreft.prepare(pieces((1, 6, 6, loreft.places["a"])))  # decoding: nothing to edit, nothing touched
     assert all(not edits.work for edits in loreft.edits.values())
 
 
 def test_captured_graphs_read_the_buffers(llama, empty, tmp_path, monkeypatch):
     """Operations recorded in one step edit the tokens of another, and those of none."""
     monkeypatch.setattr("peft_reft.serving.edits.is_capturing", lambda hidden: True)
-    sources = {
+    paths = {
         "a": adapter_for(llama, tmp_path, "a", positions="f1+g"),
         "b": adapter_for(llama, tmp_path, "b", r=2, positions="l2"),
     }
-    loreft, _ = server(llama, empty, graph_tokens=16, adapters=sources)
+    loreft, _ = server(llama, empty, graph_tokens=16, adapters=paths)
     edits = loreft.edits["model.layers.0"]
     residual = torch.randn(8, 32)
 
@@ -419,13 +420,13 @@ def test_captured_graphs_read_the_buffers(llama, empty, tmp_path, monkeypatch):
     ):
         loreft.prepare(pieces(*requests))
         wanted = h.clone()
-        for kind, work in edits.work:
-            edits.table.edit(kind, work, wanted, residual)
+        for key, work in edits.work:
+            edits.table.edit(key, work, wanted, residual)
         torch.testing.assert_close(graph(h), wanted)
         assert torch.equal(wanted, h) == (requests == [(8, 0, 8, NONE)])
 
 
-def test_slots_are_used_again(llama, empty, tmp_path):
+def test_places_are_used_again(llama, empty, tmp_path):
     big = adapter_for(llama, tmp_path, "big", r=8, positions="f2+l2", tie="position")
     small = adapter_for(llama, tmp_path, "small", r=2, positions="f1")
     loreft, model = server(llama, empty, max_adapters=1, max_positions=4)
@@ -466,7 +467,7 @@ def test_what_does_not_fit_changes_nothing(llama, empty, tmp_path):
     with pytest.raises(ValueError, match="2 adapters already"):
         loreft.add("third", good)
     loreft.remove("second")
-    assert [*loreft.slots] == ["plain"] and {*loreft.edits} == {f"model.layers.{n}" for n in range(3)}
+    assert [*loreft.places] == ["plain"] and {*loreft.edits} == {f"model.layers.{n}" for n in range(3)}
     for name, edits in loreft.edits.items():
         assert torch.equal(edits.table.stacks[LINEAR].basis[0], before[name][0])
 
@@ -487,7 +488,7 @@ def test_what_cannot_be_served(llama, empty, tmp_path):
     shutil.copytree(good, other)
     config = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps({**config, "r": 4}))
-    for source, message in (
+    for path, message in (
         (lora, "not of LoReFT"),
         (head, "modules_to_save"),
         (swap, "interchange"),
@@ -498,7 +499,7 @@ def test_what_cannot_be_served(llama, empty, tmp_path):
         (str(other), "does not fit LlamaForCausalLM"),
     ):
         with pytest.raises(ValueError, match=message):
-            read_adapter(source, empty)
+            read_adapter(path, empty)
     assert fingerprint(good) != fingerprint(str(other))
 
 
@@ -530,9 +531,9 @@ def test_every_formula_fits_its_table():
             h = torch.randn(5, 16)
             wanted = h + factors.edit(h)
             found = h.clone()
-            table.edit_all(kind_of(factors), torch.ones(5, dtype=torch.long), found, None)
+            table.edit_all(formula_key(factors), torch.ones(5, dtype=torch.long), found, None)
             torch.testing.assert_close(found, wanted)
-            table.edit_all(kind_of(factors), torch.full((5,), 3), found, None)
+            table.edit_all(formula_key(factors), torch.full((5,), 3), found, None)
             torch.testing.assert_close(found, wanted)  # the set that edits nothing
 
 

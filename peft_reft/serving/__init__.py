@@ -1,25 +1,27 @@
 """LoReFT adapters in vLLM: a plugin that edits hidden states request by request, many adapters in one batch.
 
-`pip install "peft-reft[vllm]"` registers it; vLLM calls `register` in each of its processes. Adapters are named at the
-start (`--additional-config '{"loreft": {"adapters": {"emoji": "PATH"}}}'`) or while serving (`add_adapter`,
-`remove_adapter`); a request chooses one by name (`SamplingParams(extra_args={"loreft": "emoji"})`, over HTTP
-`"vllm_xargs": {"loreft": "emoji"}`). See docs/serving.md.
+`pip install "peft-reft[vllm]"` registers the plugin, and vLLM calls `register` in each of its processes. Adapters are
+named at the start (`--additional-config '{"loreft": {"adapters": {"emoji": "PATH"}}}'`) or while the engine runs
+(`add_adapter`, `remove_adapter`). A request chooses one by name (`SamplingParams(extra_args={"loreft": "emoji"})`;
+over HTTP, `"vllm_xargs": {"loreft": "emoji"}`). See docs/serving.md.
 
-============== =========================================================== ==========
-module         its one job                                                 runs in
-============== =========================================================== ==========
-`options`      `additional_config["loreft"]`, checked                      everywhere
-`adapters`     read an adapter as a served model needs it                  worker
-`turns`        where prompts end; who shares cached blocks                 everywhere
-`schedule`     which tokens of a step which weights edit (NumPy)           worker
-`tables`       weights of all adapters of one module, stacked (torch)      worker
-`edits`        hook of a module, operation in compiled graphs              worker
-`server`       slots of adapters; what each step edits                     worker
-`worker`       all that put into vLLM's worker                             worker
-`core`         adding, dropping; which requests use an adapter             core
-`frontend`     names checked, cache salted; `add_adapter` and its like     front end
-`endpoints`    the same over HTTP                                          API server
-============== =========================================================== ==========
+============== ============================================================= ==========
+module         its one job                                                   runs in
+============== ============================================================= ==========
+`engine`       all that is read, called or replaced of vLLM, with a table    everywhere
+`plugin`       puts the functions of the next three into vLLM                everywhere
+`frontend`     adds and drops adapters; checks names; salts the cache        front end
+`core`         knows all requests: which adapters may be dropped             core
+`worker`       hooks the loaded model; prepares each step                    worker
+`endpoints`    adapters over HTTP                                            API server
+`options`      `additional_config["loreft"]` and its checks                  everywhere
+`adapters`     reads an adapter for serving                                  everywhere
+`turns`        where prompts and answers are; who shares cached blocks       everywhere
+`schedule`     which tokens of a step are edited, with which weights (NumPy) worker
+`tables`       the weights of all adapters of one module, stacked (torch)    worker
+`edits`        the hook of a module, and its operation in compiled graphs    worker
+`server`       the places of adapters; what each step edits                  worker
+============== ============================================================= ==========
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Read an adapter as a served model needs it: by the library's own loader, into a model without weights."""
+"""Read an adapter for serving: PEFT loads it into a model without weights, and its plans and factors are taken out."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ class ServedAdapter:
     """An adapter, module by module.
 
     Args:
-        plans: name of an edited module -> which tokens it edits there, and how they share weights.
-        factors: name of an edited module -> what it computes with, float32, with a leading dimension for several sets.
-        fingerprint: of its files; equal for equal ones.
-        reading: where it finds the ends of prompts.
+        plans: from the name of an edited module to which tokens are edited there and how they share weights.
+        factors: from the name of an edited module to the tensors of the formula, float32, with a leading dimension if
+            there are several sets of weights.
+        fingerprint: a digest of the adapter's files, see `fingerprint`.
+        reading: how the adapter finds prompts and answers in a request.
     """
 
     plans: dict[str, ServedPlan]
@@ -43,73 +44,84 @@ class ServedAdapter:
 
     @property
     def rank(self) -> int:
+        """The largest rank of the edits; 0 if the formula has none."""
         return max((factors.rank or 0 for factors in self.factors.values()), default=0)
 
     @property
     def sets(self) -> int:
+        """The largest number of sets of weights in a module."""
         return max(plan.sets for plan in self.plans.values())
 
 
-def read_adapter(source: str, empty: nn.Module) -> ServedAdapter:
+def read_adapter(path_or_name: str, empty: nn.Module) -> ServedAdapter:
     """Read what `save_pretrained` wrote.
 
     Args:
-        source: a folder, or a name on the Hub.
-        empty: transformers' model that it is for, without weights (`skeleton`).
+        path_or_name: a folder, or a name on the Hub.
+        empty: the transformers model that the adapter is for, without weights (`skeleton`).
 
     Raises:
-        ValueError: it is no LoReFT adapter, is damaged, does not fit the model, or cannot be served; says which.
+        ValueError: this is no LoReFT adapter, or it is damaged, does not fit the model or cannot be served. The
+            message says which.
     """
-    folder = fetch(source)
-    config = _config(folder, source)
+    folder = fetch(path_or_name)
+    config = _config(folder, path_or_name)
     for field in ("modules_to_save", "trainable_token_indices"):
-        if value := getattr(config, field):
+        value = getattr(config, field)
+        if value:
             raise ValueError(
-                f"{source} has {field}={value!r}: a server shares all weights of the model but the edits."
+                f"{path_or_name} has {field}={value!r}: the adapters of a server share all weights but their edits "
+                "(allowed: None)."
             )
     if config.intervention == "interchange":
-        raise ValueError(f"{source} has intervention='interchange', which edits with hidden states of another run.")
+        raise ValueError(f"{path_or_name} has intervention='interchange': it needs hidden states of another run.")
     try:
         model: Any = PeftModel.from_pretrained(copy.deepcopy(empty), folder, adapter_name=_NAME, config=config)
     except (RuntimeError, SafetensorError) as error:  # shapes that do not fit, a file cut short
-        raise ValueError(f"{source} does not fit {type(empty).__name__}: {error}") from error
-    plans, factors = {}, {}
+        raise ValueError(f"{path_or_name} does not fit {type(empty).__name__}: {error}") from error
+    plans: dict[str, ServedPlan] = {}
+    factors: dict[str, Factors] = {}
     with torch.inference_mode():
         for name, layer in _layers(model.get_base_model()):
             plan = layer.plans[_NAME]
             plans[name] = ServedPlan(plan.groups, plan.sharing)
-            factors[name] = layer.weights(_NAME).eval().requires_grad_(False).current_factors()
+            intervention = layer.weights(_NAME).eval().requires_grad_(False)
+            factors[name] = intervention.current_factors()
     return ServedAdapter(plans, factors, fingerprint(folder), Reading.of(config))
 
 
-def _config(folder: str, source: str) -> LoReftConfig:
+def _config(folder: str, path_or_name: str) -> LoReftConfig:
     config = LoReftConfig.from_pretrained(folder)
     if not isinstance(config, LoReftConfig):
-        raise ValueError(f"{source} holds an adapter of type {config.peft_type}, not of LoReFT.")
+        raise ValueError(f"{path_or_name} holds an adapter of type {config.peft_type}, not of LoReFT.")
     return config
 
 
-def facts(source: str) -> dict[str, Any]:
-    """What the front end must know of an adapter, as plain data: its `fingerprint`, and `reading`, the fields of one.
+def facts(path_or_name: str) -> dict[str, Any]:
+    """What the front end must know of an adapter, as plain data that processes can exchange.
+
+    Returns:
+        The `fingerprint`, and the fields of its `Reading` as `reading`.
 
     Raises:
-        ValueError: `source` is no LoReFT adapter.
+        ValueError: this is no LoReFT adapter.
     """
-    folder = fetch(source)
-    return {"fingerprint": fingerprint(folder), "reading": asdict(Reading.of(_config(folder, source)))}
+    folder = fetch(path_or_name)
+    reading = Reading.of(_config(folder, path_or_name))
+    return {"fingerprint": fingerprint(folder), "reading": asdict(reading)}
 
 
-def fetch(source: str) -> str:
-    """The folder of an adapter; ValueError, naming what is missing, if it is none."""
-    folder = local_folder(source, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME])
+def fetch(path_or_name: str) -> str:
+    """The local folder of an adapter. Raises ValueError if a file is missing, and names that file."""
+    folder = local_folder(path_or_name, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME])
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not os.path.isfile(os.path.join(folder, name)):
-            raise ValueError(f"{source} has no {name}: it is no adapter that `save_pretrained` wrote.")
+            raise ValueError(f"{path_or_name} has no {name}: it is no adapter that `save_pretrained` wrote.")
     return folder
 
 
 def fingerprint(folder: str) -> str:
-    """Of an adapter's files: the same for the same adapter wherever it lies, and in every process."""
+    """A digest of an adapter's files: equal files have the same in every folder and every process."""
     digest = hashlib.sha256()
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         with open(os.path.join(folder, name), "rb") as file:
@@ -118,6 +130,8 @@ def fingerprint(folder: str) -> str:
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, LoReftLayer]]:
+    """The edited modules of a model: their names, and the layers of LoReFT in them."""
     for name, module in model.named_modules():
         if isinstance(module, LoReftLayer):
-            yield name.rpartition(".")[0], module
+            edited_module = name.rpartition(".")[0]
+            yield edited_module, module

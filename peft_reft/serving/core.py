@@ -1,52 +1,55 @@
-"""In the engine's core, between front end and worker: only here is known which requests there are."""
+"""The plugin in the engine's core, between front end and worker. Only the core knows which requests exist."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+from .engine import adapter_of, call_worker, fail_request, keep, kept, requests_of_core
 from .options import KEY
 
-_ATTRIBUTE = "loreft_dropped"
 
-
-def add(core: Any, name: str, source: str) -> dict[str, Any]:
-    """`EngineCore.loreft_add`: have the worker load an adapter; returns what `worker.add` does."""
-    answer: dict[str, Any] = core.model_executor.collective_rpc("loreft_add", args=(name, source))[0]
+def add(core: object, name: str, path_or_name: str) -> dict[str, Any]:
+    """Have the worker load an adapter (`EngineCore.loreft_add`). Returns what `worker.add` returns."""
+    answer: dict[str, Any] = call_worker(core, "loreft_add", name, path_or_name)
     if "error" not in answer:
         _dropped(core).discard(name)
     return answer
 
 
-def remove(core: Any, name: str) -> int:
-    """`EngineCore.loreft_remove`: drop an adapter, unless requests use it; returns how many do.
+def remove(core: object, name: str) -> int:
+    """Drop an adapter if no request uses it (`EngineCore.loreft_remove`).
 
-    Requests wait in the scheduler before a worker hears of them.
+    The core decides because requests wait here before a worker hears of them.
+
+    Returns:
+        How many requests use the adapter. It is dropped if there are none.
     """
-    used = sum(adapter_of(request) == name for request in core.scheduler.requests.values())
-    if not used:
-        core.model_executor.collective_rpc("loreft_remove", args=(name,))
+    users = sum(adapter_of(request) == name for request in requests_of_core(core))
+    if users == 0:
+        call_worker(core, "loreft_remove", name)
         _dropped(core).add(name)
-    return used
+    return users
 
 
-def add_request(inner: Callable[..., None], core: Any, request: Any, *args: Any, **kwargs: Any) -> None:
-    """`EngineCore.add_request`, for a request that the front end let pass just before its adapter was dropped."""
+def add_request(inner: Callable[..., None], core: object, request: object, *args: Any, **kwargs: Any) -> None:
+    """Add a request to the core (`EngineCore.add_request`) unless its adapter has been dropped.
+
+    The front end refuses unknown adapters, but it may let a request pass just before its adapter is dropped.
+    """
     name = adapter_of(request)
     if name is None or name not in _dropped(core):
         inner(core, request, *args, **kwargs)
-    elif hasattr(core, "_send_error_outputs_to_client"):  # in a process of its own, where an exception would end it
-        core._send_error_outputs_to_client([request.request_id], request.client_index)
-    else:
+        return
+    # An exception would end a core that runs in a process of its own.
+    if not fail_request(core, request):
         raise ValueError(f"{KEY}={name!r}: the adapter was dropped.")
 
 
-def adapter_of(request: Any) -> str | None:
-    """The adapter that a request of the scheduler's, or of the worker's, names."""
-    params = request.sampling_params
-    return None if params is None or params.extra_args is None else params.extra_args.get(KEY)
-
-
-def _dropped(core: Any) -> set[str]:
-    found: set[str] = core.__dict__.setdefault(_ATTRIBUTE, set())
+def _dropped(core: object) -> set[str]:
+    """The names of the adapters that were dropped and not added again."""
+    found: set[str] | None = kept(core, "loreft_dropped")
+    if found is None:
+        found = set()
+        keep(core, "loreft_dropped", found)
     return found

@@ -1,4 +1,4 @@
-"""The edits of one module of a served model: its hook, the operation in compiled graphs, what of it a step uses."""
+"""The edits of one module: its hook, its operation in compiled graphs, and the buffers that captured graphs read."""
 
 from __future__ import annotations
 
@@ -6,57 +6,64 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .engine import find_named
 from .schedule import Ints
-from .tables import DeviceWork, Kind, Table
+from .tables import DeviceWork, FormulaKey, Table
 
 _ATTRIBUTE = "loreft_edits"
 
 
 class Edits:
-    """A table of weights, and what of it the running step uses.
+    """A module's table of weights, and what the running step computes with it.
 
-    Kept where vLLM keeps its attention layers (`static_forward_context`): a compiled graph names it by a string.
+    A compiled graph can hold no such object, but it can hold its name (see `engine.named_in_graphs`).
     """
 
     def __init__(self, name: str, table: Table) -> None:
         self.name = f"peft_reft.{name}"
         self.table = table
-        self.work: list[tuple[Kind, DeviceWork]] = []
-        """Empty in a step that edits nothing here. Modules with the same plans share the list."""
-        self.fixed: list[tuple[Kind, Tensor]] = []
-        """Where graphs are captured: for each kind, the set of weights of each token, (most tokens a step,) int64."""
+        self.work: list[tuple[FormulaKey, DeviceWork]] = []
+        """Empty in a step that edits nothing here. Modules in which the adapters do the same share one list."""
+        self.fixed: list[tuple[FormulaKey, Tensor]] = []
+        """If graphs are captured: for each formula the set of weights of each token, (tokens,) int64."""
 
     def apply(self, hidden: Tensor, residual: Tensor | None) -> None:
-        """Edit `hidden` (tokens, d) or (1, tokens, d) in place; what the formulas see is `hidden + residual`."""
+        """Edit the module's output in place.
+
+        Args:
+            hidden: (tokens, d) or (1, tokens, d), changed in place.
+            residual: of the same shape, or None. The formulas see `hidden + residual`.
+        """
         capturing = is_capturing(hidden)
-        if not (capturing or self.work):
-            return  # every decode step of positions that are the prompt's
-        hidden = hidden.view(-1, hidden.shape[-1])
+        if not capturing and not self.work:
+            return  # every decode step, if the adapters edit prompts only
+        hidden = hidden.view(-1, hidden.shape[-1])  # (tokens, d)
         if capturing:
-            for kind, sets in self.fixed:
-                self.table.edit_all(kind, sets[: len(hidden)], hidden, residual)
+            for key, sets in self.fixed:
+                self.table.edit_all(key, sets[: len(hidden)], hidden, residual)
         else:
-            for kind, work in self.work:
-                self.table.edit(kind, work, hidden, residual)
+            for key, work in self.work:
+                self.table.edit(key, work, hidden, residual)
 
 
 def is_capturing(hidden: Tensor) -> bool:
-    """Whether what runs now is recorded, to be run again for other tokens without passing through Python."""
+    """Whether the running operations are being captured as a graph, which later runs them without Python."""
     return hidden.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def hook(module: nn.Module, edits: Edits) -> None:
-    """Have what `module` returns edited."""
+    """Have the output of `module` edited."""
     setattr(module, _ATTRIBUTE, edits)
     module.register_forward_hook(_edit_output)
 
 
 def _edit_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook. vLLM's blocks return hidden states and the residual to be added to them, or their sum.
+    """Forward hook. A block of vLLM returns hidden states and the residual that is to be added, or their sum alone.
 
-    The hidden states are a new tensor that nobody else has yet, so they are edited in place.
+    The hidden states are a new tensor that nothing else holds yet, so the edit changes them in place.
     """
     hidden, residual = output if isinstance(output, tuple) else (output, None)
     edits: Edits = getattr(module, _ATTRIBUTE)
@@ -67,14 +74,13 @@ def _edit_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 
 def _edit(hidden: Tensor, residual: Tensor | None, name: str) -> None:
-    from vllm.forward_context import get_forward_context
-
-    edits: Edits = get_forward_context().no_compile_layers[name]
+    """The operation `peft_reft::edit` of compiled graphs."""
+    edits: Edits = find_named(name)
     edits.apply(hidden, residual)
 
 
 def _edit_fake(hidden: Tensor, residual: Tensor | None, name: str) -> None:
-    """For tracing: nothing but `hidden` changes."""
+    """The same for tracing. It has no result, and the operation's signature says that it changes `hidden`."""
 
 
 _library = torch.library.Library("peft_reft", "FRAGMENT")
@@ -84,46 +90,70 @@ _library._register_fake("edit", _edit_fake)
 
 
 class FixedSteps:
-    """A step's edits for captured graphs: in buffers that stay where they are and are filled before the step.
+    """The edits of a step for captured graphs: buffers that stay where they are, and are filled before each step.
+
+    A buffer says for each formula, module and token which set of weights edits the token. Tokens that are not edited
+    have the table's last set, which is 0:
+
+        token              0  1  2  3  4  5 …      sets = 8, so 8 edits nothing
+        formula 0, layer 0 2  2  8  8  5  8 …
+        formula 0, layer 1 2  2  8  8  5  8 …
 
     Args:
         edits: of all modules.
-        kinds: of the adapters that can be served; a graph runs what it was captured with.
-        tokens: most tokens a step.
+        keys: the formulas that adapters can have. A captured graph cannot compute others.
+        tokens: the largest number of tokens in a step.
+        device: the model's device.
     """
 
-    def __init__(self, edits: list[Edits], kinds: list[Kind], tokens: int, device: torch.device) -> None:
-        self.kinds = kinds
+    def __init__(self, edits: list[Edits], keys: list[FormulaKey], tokens: int, device: torch.device) -> None:
+        self.keys = keys
         self.none = edits[0].table.sets  # the set that edits nothing
-        self.staged = np.full((len(kinds), len(edits), tokens), self.none, dtype=np.int64)
-        self.on_device = send(self.staged, device).clone()
-        self.place = {each.name: n for n, each in enumerate(edits)}
-        self.until = self.stale = 0
-        """Up to which token this step, and the one before, say anything."""
-        for n, each in enumerate(edits):
-            for kind in kinds:
-                each.table.reserve(kind)
-            each.fixed = [(kind, self.on_device[k, n]) for k, kind in enumerate(kinds)]
+        self.staged = np.full((len(keys), len(edits), tokens), self.none, dtype=np.int64)
+        self.on_device = send(self.staged, device).clone()  # (formulas, modules, tokens)
+        self.number = {each.name: number for number, each in enumerate(edits)}
+        """From a module's name to its index in the buffers."""
+        self.until = 0
+        """The step's edited tokens are below this index."""
+        self.stale = 0
+        """The same for the step before, whose entries are still on the device."""
+        for key in keys:
+            for each in edits:
+                each.table.reserve(key)
+        for number, each in enumerate(edits):
+            each.fixed = [(key, self.on_device[k, number]) for k, key in enumerate(keys)]
 
     def begin(self) -> None:
         """Forget the step before."""
         self.staged[..., : self.until] = self.none
-        self.stale, self.until = self.until, 0
+        self.stale = self.until
+        self.until = 0
 
-    def note(self, kind: Kind, modules: list[Edits], rows: Ints, sets: Ints) -> None:
-        """Tokens `rows` are edited with weights `sets` in `modules`; both (n,)."""
-        places = np.array([self.place[each.name] for each in modules])
-        self.staged[self.kinds.index(kind)][places[:, None], rows] = sets
+    def note(self, key: FormulaKey, modules: list[Edits], rows: Ints, sets: Ints) -> None:
+        """Note edits of the coming step.
+
+        Args:
+            key: the formula.
+            modules: the modules that are edited alike.
+            rows: (n,) the rows of the edited tokens in the step.
+            sets: (n,) the set of weights of each.
+        """
+        numbers = np.array([self.number[each.name] for each in modules])
+        of_formula = self.staged[self.keys.index(key)]  # (modules, tokens), a view
+        of_formula[numbers[:, None], rows] = sets
         self.until = max(self.until, int(rows.max()) + 1)
 
     def send(self) -> None:
-        """Bring the buffers up to date."""
-        if changed := max(self.until, self.stale):
+        """Bring the buffers on the device up to date."""
+        changed = max(self.until, self.stale)
+        if changed > 0:
             part = np.ascontiguousarray(self.staged[..., :changed])
             self.on_device[..., :changed].copy_(send(part, self.on_device.device))
 
 
-def send(array: np.ndarray, device: torch.device) -> Tensor:
-    """An array on the device, without waiting for the steps that it still has to compute."""
+def send(array: NDArray[Any], device: torch.device) -> Tensor:
+    """Copy an array to the device, without waiting for the steps that the device still has to compute."""
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

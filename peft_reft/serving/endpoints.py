@@ -1,20 +1,19 @@
-"""Adapters over HTTP, in the manner of vLLM's own for LoRA: entry point of the group `vllm.endpoint_plugins`.
+"""Adapters over HTTP, with routes like vLLM's own for LoRA. Entry point of the group `vllm.endpoint_plugins`.
 
-vLLM adds routes of plugins only where they are allowed by name, `VLLM_PLUGINS=loreft`: whoever may call these can have
-the server read any folder.
+vLLM adds a plugin's routes only if `VLLM_PLUGINS` names the plugin (`VLLM_PLUGINS=loreft`), because whoever reaches
+them can have the server read any folder.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
+from .engine import count_api_servers
 from .frontend import add_adapter_async, list_adapters, remove_adapter_async
-
-router = APIRouter()
 
 
 class LoadLoReftAdapter(BaseModel):
@@ -30,56 +29,56 @@ class UnloadLoReftAdapter(BaseModel):
     loreft_name: str
 
 
-def _answer(error: Exception | None, done: str) -> JSONResponse:
-    if error is None:
-        return JSONResponse({"message": done})
-    details = {"message": str(error), "type": "BadRequestError", "param": None, "code": 400}
-    return JSONResponse({"error": details}, status_code=400)
-
-
-@router.post("/v1/load_loreft_adapter")
 async def load_loreft_adapter(body: LoadLoReftAdapter, request: Request) -> JSONResponse:
     """Load an adapter from a folder or the Hub."""
     try:
         await add_adapter_async(request.app.state.loreft_engine, body.loreft_name, body.loreft_path)
     except ValueError as error:
-        return _answer(error, "")
-    return _answer(None, f"Adapter {body.loreft_name!r} is loaded.")
+        return _refusal(error)
+    return JSONResponse({"message": f"Adapter {body.loreft_name!r} is loaded."})
 
 
-@router.post("/v1/unload_loreft_adapter")
 async def unload_loreft_adapter(body: UnloadLoReftAdapter, request: Request) -> JSONResponse:
-    """Drop an adapter, as soon as no request uses it."""
+    """Drop an adapter as soon as no request uses it."""
     try:
         await remove_adapter_async(request.app.state.loreft_engine, body.loreft_name)
     except ValueError as error:
-        return _answer(error, "")
-    return _answer(None, f"Adapter {body.loreft_name!r} is dropped.")
+        return _refusal(error)
+    return JSONResponse({"message": f"Adapter {body.loreft_name!r} is dropped."})
 
 
-@router.get("/v1/loreft_adapters")
 async def loreft_adapters(request: Request) -> JSONResponse:
-    """Names of the adapters that requests can choose."""
+    """List the names of the adapters that requests can choose."""
     try:
         names = list_adapters(request.app.state.loreft_engine)
     except ValueError as error:
-        return _answer(error, "")
+        return _refusal(error)
     return JSONResponse({"object": "list", "data": [{"id": name, "object": "loreft_adapter"} for name in names]})
 
 
+def _refusal(error: ValueError) -> JSONResponse:
+    details = {"message": str(error), "type": "BadRequestError", "param": None, "code": 400}
+    return JSONResponse({"error": details}, status_code=400)
+
+
 class Endpoints:
-    """vLLM's `EndpointPlugin` protocol."""
+    """The three routes. vLLM's `EndpointPlugin` protocol names the attributes and methods."""
 
     name = "loreft"
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        app.include_router(router)
+        """Add the routes to vLLM's server."""
+        app.add_api_route("/v1/load_loreft_adapter", load_loreft_adapter, methods=["POST"])
+        app.add_api_route("/v1/unload_loreft_adapter", unload_loreft_adapter, methods=["POST"])
+        app.add_api_route("/v1/loreft_adapters", loreft_adapters, methods=["GET"])
 
-    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        if getattr(args, "api_server_count", None) not in (None, 1):
+    async def init_state(self, engine_client: object, state: Any, args: object) -> None:
+        """Give the routes the engine (`state` is that of the FastAPI application)."""
+        servers = count_api_servers(args)
+        if servers != 1:
             raise ValueError(
-                f"--api-server-count={args.api_server_count}: adapters come and go in one process that requests reach "
-                "(allowed: 1), or run without VLLM_PLUGINS=loreft."
+                f"--api-server-count={servers}: only one process knows which adapters there are "
+                "(allowed: 1, or run without VLLM_PLUGINS=loreft)."
             )
         state.loreft_engine = engine_client

@@ -1,4 +1,4 @@
-"""What `additional_config["loreft"]` may say. No vLLM here."""
+"""The options that users pass to the engine as `additional_config["loreft"]`, and their checks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 KEY = "loreft"
-"""Name of the options in `additional_config`, and of the adapter in a request's `extra_args`."""
+"""The key of the options in `additional_config`, and of the adapter's name in a request's `extra_args`."""
 
 
 @dataclass(frozen=True)
@@ -15,15 +15,15 @@ class Options:
     """How adapters are served.
 
     Args:
-        adapters: name -> folder that `save_pretrained` wrote, or its name on the Hub.
-        max_adapters: how many there may be at once; None for 8, or as many as are named if more.
-        max_rank: largest rank; None for 8, or the largest among those named if more.
-        max_positions: most sets of weights that an adapter may have in a layer: 1 if its positions share one (`tie`
-            "layer" and "model"), else the number of its groups, or of its positions. None for 1, or the largest among
-            those named.
+        adapters: from an adapter's name to the folder that `save_pretrained` wrote, or to its name on the Hub.
+        max_adapters: how many adapters there may be at once. None: 8, or the number of `adapters` if that is more.
+        max_rank: the largest rank. None: 8, or the largest rank among `adapters` if that is more.
+        max_positions: the largest number of sets of weights that an adapter may have in a layer: 1 if all positions
+            share one set (`tie` "layer" and "model"), else the number of its groups or positions. None: the largest
+            number among `adapters`, at least 1.
 
-    Memory is `max_adapters * max_positions * (2 * max_rank * d + max_rank) * 4` bytes for each edited module, taken
-    with the first adapter of a kind of formula.
+    Each edited module takes `max_adapters * max_positions * (2 * max_rank * d + max_rank) * 4` bytes for LoReFT.
+    Each further formula in use takes memory of its own.
 
     Examples:
         >>> from peft_reft.serving.options import Options
@@ -38,36 +38,41 @@ class Options:
 
     @staticmethod
     def read(additional_config: Any) -> Options | None:
-        """The options in vLLM's `additional_config`, or None if LoReFT is not asked for.
+        """The options in vLLM's `additional_config`, None if it does not ask for LoReFT.
 
         Raises:
-            ValueError: an option is unknown or its value is no good; the message names it.
+            ValueError: an option is unknown or its value is not allowed. The message names it.
         """
         if not isinstance(additional_config, Mapping) or KEY not in additional_config:
             return None
         given = additional_config[KEY]
         allowed = [each.name for each in fields(Options)]
-        if not isinstance(given, Mapping) or (unknown := [name for name in given if name not in allowed]):
-            got = repr(given) if not isinstance(given, Mapping) else f"has {', '.join(map(repr, unknown))}"
-            raise ValueError(f"additional_config[{KEY!r}] {got}; allowed are {', '.join(allowed)}.")
+        if not isinstance(given, Mapping):
+            raise ValueError(f"additional_config[{KEY!r}]={given!r}; allowed is a mapping with {', '.join(allowed)}.")
+        unknown = [repr(name) for name in given if name not in allowed]
+        if unknown:
+            raise ValueError(f"additional_config[{KEY!r}] has {', '.join(unknown)}; allowed are {', '.join(allowed)}.")
         options = Options(**given)
         if not isinstance(options.adapters, Mapping):
             raise ValueError(f"loreft.adapters={options.adapters!r}: expected a mapping from names to folders.")
-        for name, source in options.adapters.items():
+        for name, path_or_name in options.adapters.items():
             check_name(name)
-            if not isinstance(source, str) or not source:
-                raise ValueError(f"loreft.adapters[{name!r}]={source!r}: expected a folder, or a name on the Hub.")
+            if not isinstance(path_or_name, str) or not path_or_name:
+                raise ValueError(
+                    f"loreft.adapters[{name!r}]={path_or_name!r}: expected a folder, or a name on the Hub."
+                )
         for name in ("max_adapters", "max_rank", "max_positions"):
             value = getattr(options, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"loreft.{name}={value!r}: expected an int of 1 or more.")
-        if options.max_adapters is not None and options.max_adapters < len(options.adapters):
-            raise ValueError(f"loreft.max_adapters={options.max_adapters}, but {len(options.adapters)} are named.")
+        named = len(options.adapters)
+        if options.max_adapters is not None and options.max_adapters < named:
+            raise ValueError(f"loreft.max_adapters={options.max_adapters}, but {named} are named in loreft.adapters.")
         return options
 
 
 def check_name(name: Any) -> str:
-    """`name`, if an adapter can go by it; else ValueError."""
+    """Return `name` if it can be an adapter's name, else raise ValueError."""
     if not isinstance(name, str) or not name or "/" in name:
-        raise ValueError(f"loreft={name!r}: an adapter's name is a string of one character or more, without a slash.")
+        raise ValueError(f"loreft={name!r}: an adapter's name must be a string that is not empty and has no slash.")
     return name

@@ -1,7 +1,8 @@
-"""The adapters of one worker: their place in the served model, and what each step edits."""
+"""The adapters of one worker: their places in the tables of weights, and what each step edits."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,26 +13,41 @@ from ..tuner.architectures import find_targets
 from .adapters import ServedAdapter, read_adapter
 from .edits import Edits, FixedSteps, hook, send
 from .options import Options, check_name
-from .schedule import NONE, Pieces, ServedPlan, Turns, Work, arrange, edited, same_plans
-from .tables import LINEAR, DeviceWork, Kind, Table, kind_of
+from .schedule import NONE, Pieces, ServedPlan, TurnPieces, Work, edited, group_by_weights, same_plans
+from .tables import LINEAR, DeviceWork, FormulaKey, Table, formula_key
 from .turns import Reading
 
 _AT_START = "Name an adapter like it when the engine starts, or start it with enforce_eager."
 
 
+@dataclass(frozen=True)
+class _Alike:
+    """Modules in which every adapter does the same, so that a step is prepared once for all of them."""
+
+    plans: tuple[ServedPlan | None, ...]
+    """For each place what its adapter does in these modules, None for nothing."""
+    edits: list[Edits]
+    work: list[tuple[FormulaKey, DeviceWork]] = field(default_factory=list)
+    """What the running step edits; the same list as `Edits.work` of each module."""
+
+
 class Server:
-    """Adapters in slots, and the modules that they edit.
+    """Adapters, and the modules that they edit.
+
+    Each adapter has a place: a number below `max_adapters`. The adapter at place n has the sets of weights from
+    `n * max_positions` on, in the table of every module.
 
     Args:
-        model: as vLLM built it, its weights loaded.
-        empty: transformers' model of the same config, without weights.
+        model: the model as vLLM built it, with its weights loaded.
+        empty: the transformers model of the same config, without weights.
         options: what to serve.
-        layers: where compiled graphs look for what they name (vLLM's `static_forward_context`).
-        compiles: whether the model is compiled: then it takes no new hooks once it has run.
-        graph_tokens: most tokens a step if steps are captured as graphs, else 0.
+        named: the objects that compiled graphs can name (`engine.named_in_graphs`). The edits are added.
+        device: the model's device.
+        compiles: whether the model is compiled. Then it takes no new hooks once it has run.
+        graph_tokens: the largest number of tokens in a step if steps are captured as graphs, else 0.
 
     Raises:
-        ValueError: an adapter cannot be served, as for `add`.
+        ValueError: an adapter cannot be served, see `add`.
     """
 
     def __init__(
@@ -39,98 +55,123 @@ class Server:
         model: nn.Module,
         empty: Any,
         options: Options,
-        layers: dict[str, Any],
+        named: dict[str, Any],
         device: torch.device,
         compiles: bool,
         graph_tokens: int,
     ) -> None:
-        self.model, self.empty, self.layers, self.device = model, empty, layers, device
+        self.model = model
+        self.empty = empty
+        self.named = named
+        self.device = device
         self.modules = {name for name, _ in model.named_modules()}
-        named = {name: read_adapter(source, empty) for name, source in options.adapters.items()}
-        self.max_adapters = options.max_adapters or max(8, len(named))
-        self.max_rank = options.max_rank or max([8, *(adapter.rank for adapter in named.values())])
-        self.max_positions = options.max_positions or max([1, *(adapter.sets for adapter in named.values())])
-        self.slots: dict[str, int] = {}
+        at_start = {name: read_adapter(path_or_name, empty) for name, path_or_name in options.adapters.items()}
+        ranks = [adapter.rank for adapter in at_start.values()]
+        sets = [adapter.sets for adapter in at_start.values()]
+        self.max_adapters = options.max_adapters or max(8, len(at_start))
+        self.max_rank = options.max_rank or max([8, *ranks])
+        self.max_positions = options.max_positions or max([1, *sets])
+        self.places: dict[str, int] = {}
+        """From an adapter's name to its place."""
         self.plans: list[dict[str, ServedPlan]] = [{} for _ in range(self.max_adapters)]
-        self.kinds: list[Kind | None] = [None] * self.max_adapters
+        """For each place, from a module's name to what the adapter does there."""
+        self.keys: list[FormulaKey | None] = [None] * self.max_adapters
+        """For each place the adapter's formula."""
         self.readings: dict[int, Reading] = {}
-        """By slot."""
+        """From a place in use to how its adapter reads requests."""
         self.edits_answers = np.zeros(self.max_adapters, dtype=bool)
+        """For each place whether its adapter edits generated tokens."""
         self.edits: dict[str, Edits] = {}
-        self.groups: list[tuple[tuple[ServedPlan | None, ...], list[Edits], list[tuple[Kind, DeviceWork]]]] = []
+        """From a module's name to its edits."""
+        self.alike: list[_Alike] = []
         self.fixed: FixedSteps | None = None
-        self.closed = False  # to hooks
-        for target in find_targets(empty, "block"):  # those that no adapter edits yet, too
+        self.takes_hooks = True
+        for target in find_targets(empty, "block"):  # also the blocks that no adapter edits yet
             self._hook(target.name, target.d)
-        for name, adapter in named.items():
+        for name, adapter in at_start.items():
             self.add(name, adapter)
-        self.closed = compiles
+        self.takes_hooks = not compiles
         if graph_tokens:
-            kinds = list(dict.fromkeys([LINEAR, *(kind for kind in self.kinds if kind is not None)]))
-            self.fixed = FixedSteps([*self.edits.values()], kinds, graph_tokens, device)
+            in_use = [key for key in self.keys if key is not None]
+            distinct = list(dict.fromkeys([LINEAR, *in_use]))
+            self.fixed = FixedSteps([*self.edits.values()], distinct, graph_tokens, device)
 
     def _hook(self, name: str, d: int) -> None:
-        table = Table(d, self.max_rank, self.max_adapters * self.max_positions, self.device)
-        edits = self.edits[name] = Edits(name, table)
-        self.layers[edits.name] = edits
-        hook(self.model.get_submodule(self._served(name)), edits)
+        """Prepare a module, whose output is (..., d), for edits."""
+        table = Table(d=d, r=self.max_rank, sets=self.max_adapters * self.max_positions, device=self.device)
+        edits = Edits(name, table)
+        self.edits[name] = edits
+        self.named[edits.name] = edits
+        hook(self.model.get_submodule(self._served_name(name)), edits)
 
-    def _served(self, name: str) -> str:
-        """vLLM's name for a module of transformers' model; they differ where vLLM runs transformers' own code."""
-        below = name.removeprefix(f"{self.empty.base_model_prefix}.")
-        return name if name in self.modules else f"model.{below}"
+    def _served_name(self, name: str) -> str:
+        """vLLM's name for a module of the transformers model.
+
+        The two differ only for models that vLLM runs with transformers' own code.
+        """
+        if name in self.modules:
+            return name
+        return f"model.{name.removeprefix(f'{self.empty.base_model_prefix}.')}"
 
     def add(self, name: str, adapter: ServedAdapter) -> None:
-        """Give an adapter a slot.
+        """Give an adapter a place, and write its weights there.
 
         Raises:
-            ValueError: it does not fit the model or the limits, or the name is taken; nothing has changed then.
+            ValueError: the name is taken, or the adapter does not fit the model or the limits. Nothing has changed
+                then.
         """
-        check_name(name)
-        if name in self.slots:
-            raise ValueError(f"There is an adapter {name!r} already. Remove it first, or give another name.")
-        if len(self.slots) == self.max_adapters:
-            raise ValueError(f"There are {self.max_adapters} adapters already (max_adapters). Remove one first.")
-        needed = {"max_rank": adapter.rank, "max_positions": adapter.sets}
-        for limit, value in needed.items():
-            if value > getattr(self, limit):
-                raise ValueError(f"{name!r} needs {limit}={value}, and the engine has {limit}={getattr(self, limit)}.")
-        if missing := [module for module in adapter.plans if self._served(module) not in self.modules]:
-            raise ValueError(
-                f"{name!r} edits {missing[0]}, and vLLM's {type(self.model).__name__} has no module of that name."
-            )
-        new = [module for module in adapter.plans if module not in self.edits]
-        if new and self.closed:
-            raise ValueError(f"{name!r} edits {new[0]}, and a compiled model takes no new hooks. {_AT_START}")
-        kind = kind_of(next(iter(adapter.factors.values())))
-        if self.fixed is not None and kind not in self.fixed.kinds:
-            raise ValueError(f"{name!r} has a formula that captured graphs do not compute. {_AT_START}")
-        for module in new:
+        key = formula_key(next(iter(adapter.factors.values())))
+        new_modules = [module for module in adapter.plans if module not in self.edits]
+        self._check(name, adapter, key, new_modules)
+        for module in new_modules:
             self._hook(module, adapter.factors[module].d)
-        slot = min({*range(self.max_adapters)} - {*self.slots.values()})
+        place = min({*range(self.max_adapters)} - {*self.places.values()})
         for module, factors in adapter.factors.items():
-            self.edits[module].table.write(slot * self.max_positions, factors)
-        self.slots[name] = slot
-        self.readings[slot] = adapter.reading
-        self._set(slot, adapter.plans, kind)
+            self.edits[module].table.write(place * self.max_positions, factors)
+        self.places[name] = place
+        self.readings[place] = adapter.reading
+        self._set(place, adapter.plans, key)
+
+    def _check(self, name: str, adapter: ServedAdapter, key: FormulaKey, new_modules: list[str]) -> None:
+        """Raise ValueError if an adapter cannot be added."""
+        check_name(name)
+        if name in self.places:
+            raise ValueError(f"There is an adapter {name!r} already. Remove it first, or give another name.")
+        if len(self.places) == self.max_adapters:
+            raise ValueError(f"There are {self.max_adapters} adapters already (max_adapters). Remove one first.")
+        if adapter.rank > self.max_rank:
+            raise ValueError(f"{name!r} needs max_rank={adapter.rank}, and the engine has max_rank={self.max_rank}.")
+        if adapter.sets > self.max_positions:
+            raise ValueError(
+                f"{name!r} needs max_positions={adapter.sets}, and the engine has max_positions={self.max_positions}."
+            )
+        for module in adapter.plans:
+            if self._served_name(module) not in self.modules:
+                raise ValueError(
+                    f"{name!r} edits {module}, and vLLM's {type(self.model).__name__} has no module of that name."
+                )
+        if new_modules and not self.takes_hooks:
+            raise ValueError(f"{name!r} edits {new_modules[0]}, and a compiled model takes no new hooks. {_AT_START}")
+        if self.fixed is not None and key not in self.fixed.keys:
+            raise ValueError(f"{name!r} has a formula that captured graphs do not compute. {_AT_START}")
 
     def remove(self, name: str) -> None:
-        """Free an adapter's slot. No request may be using it."""
-        slot = self.slots.pop(name)
-        del self.readings[slot]
-        self._set(slot, {}, None)
+        """Free an adapter's place. No request may be using it."""
+        place = self.places.pop(name)
+        del self.readings[place]
+        self._set(place, {}, None)
 
-    def _set(self, slot: int, plans: dict[str, ServedPlan], kind: Kind | None) -> None:
-        self.plans[slot] = plans
-        self.kinds[slot] = kind
-        self.edits_answers[slot] = any(plan.edits_answers for plan in plans.values())
-        self.groups = []
-        for of_slots, modules in same_plans(self.edits, self.plans).items():
-            work: list[tuple[Kind, DeviceWork]] = []
-            alike = [self.edits[module] for module in modules]
-            self.groups.append((of_slots, alike, work))
-            for each in alike:
-                each.work = work
+    def _set(self, place: int, plans: dict[str, ServedPlan], key: FormulaKey | None) -> None:
+        """Note what the adapter at a place does, and group the modules anew."""
+        self.plans[place] = plans
+        self.keys[place] = key
+        self.edits_answers[place] = any(plan.edits_answers for plan in plans.values())
+        self.alike = []
+        for of_places, modules in same_plans(self.edits, self.plans).items():
+            alike = _Alike(of_places, [self.edits[module] for module in modules])
+            self.alike.append(alike)
+            for edits in alike.edits:
+                edits.work = alike.work
 
     def prepare(self, pieces: Pieces) -> None:
         """Note what the coming step edits.
@@ -141,28 +182,37 @@ class Server:
         self.clear()
         if self.fixed is not None:
             self.fixed.begin()
-        some = pieces.slot != NONE
-        some &= (pieces.computed < pieces.prompt) | self.edits_answers[pieces.slot]
-        if some.any():
-            self._prepare(pieces[some].by_turn())
+        has_adapter = pieces.place != NONE
+        in_prompt = pieces.computed < pieces.given
+        may_edit = has_adapter & (in_prompt | self.edits_answers[pieces.place])  # (requests,)
+        if may_edit.any():
+            self._prepare(pieces[may_edit].by_turn())
         if self.fixed is not None:
             self.fixed.send()
 
-    def _prepare(self, turns: Turns) -> None:
-        kinds = {kind for slot in np.unique(turns.slot) if (kind := self.kinds[slot]) is not None}
-        for of_slots, alike, work in self.groups:
-            rows, sets, slots = edited(turns, of_slots, self.max_positions)
-            for kind in kinds:
-                own = np.isin(slots, [slot for slot, each in enumerate(self.kinds) if each == kind])
+    def _prepare(self, turns: TurnPieces) -> None:
+        keys: set[FormulaKey] = set()
+        for place in np.unique(turns.place):
+            key = self.keys[place]
+            if key is not None:
+                keys.add(key)
+        for alike in self.alike:
+            rows, sets, places = edited(turns, alike.plans, self.max_positions)  # each (n,)
+            for key in keys:
+                own = np.isin(places, [place for place, each in enumerate(self.keys) if each == key])
                 if own.any():
-                    work.append((kind, self._send(arrange(rows[own], sets[own]))))
+                    alike.work.append((key, self._send(group_by_weights(rows[own], sets[own]))))
                     if self.fixed is not None:
-                        self.fixed.note(kind, alike, rows[own], sets[own])
+                        self.fixed.note(key, alike.edits, rows[own], sets[own])
 
     def _send(self, work: Work) -> DeviceWork:
-        return DeviceWork(*(send(array, self.device) for array in (work.sets, work.rows, work.kept)))
+        return DeviceWork(
+            sets=send(work.sets, self.device),
+            rows=send(work.rows, self.device),
+            valid=send(work.valid, self.device),
+        )
 
     def clear(self) -> None:
-        """Edit nothing, until the next step is prepared."""
-        for _, _, work in self.groups:
-            work.clear()
+        """Edit nothing until the next step is prepared."""
+        for alike in self.alike:
+            alike.work.clear()

@@ -1,4 +1,4 @@
-"""Weights of all adapters of one module, stacked by set; and the edit of a step's tokens. Pure torch."""
+"""The weights of all adapters of one module, stacked, and the edit of a step's tokens with them. Pure torch."""
 
 from __future__ import annotations
 
@@ -12,92 +12,124 @@ from ..edits.factors import Affine, Factors, LowRankFactors
 
 
 @dataclass(frozen=True)
-class Kind:
-    """How adapters compute: those of one kind are computed together, whatever their ranks."""
+class FormulaKey:
+    """Equal for adapters whose edits can be computed together, whatever their ranks."""
 
     form: Hashable
     example: Factors = field(compare=False, repr=False)
-    """Factors of this kind, whose tensors are empty."""
+    """Factors of this formula with empty tensors."""
 
 
-def kind_of(factors: Factors) -> Kind:
-    return Kind(factors.form, factors.map(lambda tensor: tensor.new_empty(0)))
+def formula_key(factors: Factors) -> FormulaKey:
+    """The key of the table that these factors belong to."""
+    return FormulaKey(form=factors.form, example=factors.map(lambda tensor: tensor.new_empty(0)))
+
+
+LINEAR = formula_key(LowRankFactors(torch.empty(0), Affine(torch.empty(0), torch.empty(0))))
+"""The key of most formulas, LoReFT's among them."""
 
 
 @dataclass(frozen=True)
 class DeviceWork:
-    """`schedule.Work` on the model's device."""
+    """`schedule.Work` on the model's device: a grid of e lines of t tokens."""
 
     sets: Tensor
-    """(e,) int64."""
+    """(e,) int64: the set of weights of each line."""
     rows: Tensor
-    """(e, t) int64."""
-    kept: Tensor
-    """(e, t, 1) bool: False at an empty place."""
-
-
-LINEAR = kind_of(LowRankFactors(torch.empty(0), Affine(torch.empty(0), torch.empty(0))))
-"""What most formulas come as, LoReFT among them."""
+    """(e, t) int64: the rows of the tokens in the step; 0 if there is none."""
+    valid: Tensor
+    """(e, t, 1) bool: whether there is a token."""
 
 
 class Table:
-    """Factors of every adapter in one module, float32, `sets` of them, of rank `r` (smaller ones are filled with 0).
+    """The factors of all adapters in one module, float32: `sets` sets of weights of rank `r`.
 
-    A formula computes with tensors of its own, so there is a stack for each kind of adapter that is loaded. One set
-    more, the last, is left at 0 and edits nothing.
+    Each formula has tensors of its own, so the table has one stack for each formula among the adapters. In a stack,
+    each tensor has a leading dimension of `sets + 1`. The last set is 0 and edits nothing. Smaller ranks are filled
+    with 0.
     """
 
     def __init__(self, d: int, r: int, sets: int, device: torch.device) -> None:
         self.sizes = {"d": d, "r": r, "1": 1}
         self.sets = sets
         self.device = device
-        self.stacks: dict[Kind, Factors] = {}
-        self.used: dict[Kind, Factors] = {}
+        self.stacks: dict[FormulaKey, Factors] = {}
+        self.used: dict[FormulaKey, Factors] = {}
         """The same memory, up to the largest rank that has been written."""
         self.rank = 0
 
-    def reserve(self, kind: Kind) -> None:
-        """Have a stack for adapters of this kind."""
-        if kind not in self.stacks:
-            shapes = [[self.sizes[size] for size in dimensions] for dimensions in kind.example.dimensions()]
-            empty = [torch.zeros(self.sets + 1, *shape, device=self.device) for shape in shapes]
-            self.stacks[kind] = kind.example.with_tensors(empty)
+    def reserve(self, key: FormulaKey) -> None:
+        """Make a stack for adapters of this formula, unless there is one."""
+        if key in self.stacks:
+            return
+        empty: list[Tensor] = []
+        for dimensions in key.example.dimensions():  # such as "rd"
+            shape = [self.sizes[size] for size in dimensions]
+            empty.append(torch.zeros(self.sets + 1, *shape, device=self.device))  # such as (sets + 1, r, d)
+        self.stacks[key] = key.example.with_tensors(empty)
 
     def write(self, first: int, factors: Factors) -> None:
-        """Put factors, with or without a leading dimension, at set `first` and those behind it."""
-        kind = kind_of(factors)
-        self.reserve(kind)
-        for stack, own in zip(self.stacks[kind].tensors(), factors.tensors()):
-            own = own if factors.lead is not None else own.unsqueeze(0)
+        """Write factors into the sets from `first` on.
+
+        Args:
+            first: the first set that is written.
+            factors: one set of weights; or several, with a leading dimension.
+        """
+        key = formula_key(factors)
+        self.reserve(key)
+        for stack, own in zip(self.stacks[key].tensors(), factors.tensors()):
+            if factors.lead is None:
+                own = own.unsqueeze(0)  # (1, ...)
             sets = slice(first, first + len(own))
+            corner = [slice(0, size) for size in own.shape[1:]]  # the adapter's rank may be smaller than the stack's
             stack[sets] = 0
-            stack[(sets, *(slice(0, size) for size in own.shape[1:]))] = own
+            stack[(sets, *corner)] = own
         self.rank = max(self.rank, factors.rank or 0)
         self.used = {each: self._narrow(stack) for each, stack in self.stacks.items()}
 
     def _narrow(self, stack: Factors) -> Factors:
-        pairs = zip(stack.tensors(), stack.dimensions())
-        return stack.with_tensors([t[:, : self.rank] if "r" in dimensions else t for t, dimensions in pairs])
+        """Cut a stack to the largest rank in use, which is the dimension behind the sets."""
+        narrowed: list[Tensor] = []
+        for tensor, dimensions in zip(stack.tensors(), stack.dimensions()):
+            narrowed.append(tensor[:, : self.rank] if "r" in dimensions else tensor)
+        return stack.with_tensors(narrowed)
 
-    def edit(self, kind: Kind, work: DeviceWork, hidden: Tensor, residual: Tensor | None) -> None:
-        """Edit `hidden` (tokens, d) in place, at `work.rows`; what is edited is `hidden + residual`."""
-        rows = work.rows.flatten()
-        h = hidden.index_select(0, rows)
+    def edit(self, key: FormulaKey, work: DeviceWork, hidden: Tensor, residual: Tensor | None) -> None:
+        """Edit the tokens of `work` in place.
+
+        Args:
+            key: the formula.
+            work: the tokens, and the sets of weights that edit them.
+            hidden: (tokens, d), changed in place.
+            residual: (tokens, d), or None. The formula sees `hidden + residual`.
+        """
+        rows = work.rows.flatten()  # (e * t,)
+        h = hidden.index_select(0, rows)  # (e * t, d)
         if residual is not None:
             h = h + residual.index_select(0, rows)
-        edit = _choose(self.used[kind], work.sets).edit(h.float().view(*work.rows.shape, -1))
-        # An empty place repeats token 0, another request's. Not a product with 0: the edit may not be finite.
-        edit = torch.where(work.kept, edit, 0)
+        h = h.float().view(*work.rows.shape, -1)  # (e, t, d)
+        edit = _choose(self.used[key], work.sets).edit(h)  # (e, t, d)
+        # An empty entry has row 0, which is another request's. Do not multiply by 0: the edit may be inf or NaN.
+        edit = torch.where(work.valid, edit, 0)
         hidden.index_add_(0, rows, edit.view(len(rows), -1).to(hidden.dtype))
 
-    def edit_all(self, kind: Kind, sets: Tensor, hidden: Tensor, residual: Tensor | None) -> None:
-        """Edit every one of `hidden` (tokens, d) in place, with the set of weights that `sets` (tokens,) says.
+    def edit_all(self, key: FormulaKey, sets: Tensor, hidden: Tensor, residual: Tensor | None) -> None:
+        """Edit every token in place, each with its own set of weights.
 
-        The same operations whatever is edited, on tensors of the same shapes: a captured graph can run them again.
+        The operations and their shapes are the same whatever is edited, so that a captured graph can run them again.
+
+        Args:
+            key: the formula.
+            sets: (tokens,) int64, the set of weights of each token.
+            hidden: (tokens, d), changed in place.
+            residual: (tokens, d), or None. The formula sees `hidden + residual`.
         """
         h = hidden if residual is None else hidden + residual
-        hidden += _choose(self.stacks[kind], sets).edit(h.float().unsqueeze(1)).squeeze(1).to(hidden.dtype)
+        h = h.float().unsqueeze(1)  # (tokens, 1, d)
+        edit = _choose(self.stacks[key], sets).edit(h)  # (tokens, 1, d)
+        hidden += edit.squeeze(1).to(hidden.dtype)
 
 
 def _choose(factors: Factors, sets: Tensor) -> Factors:
+    """Factors with a leading dimension of `len(sets)`, one for each entry of `sets`."""
     return factors.map(lambda tensor: tensor.index_select(0, sets))

@@ -1,10 +1,9 @@
-"""Where a request's prompts end, by the marks of its adapter; and with whom it shares cached blocks. Plain Python."""
+"""Where the prompts and answers of a request are, by the marks of its adapter; which requests share cached blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..config import LoReftConfig
 from ..positions.turns import answers_of
@@ -14,13 +13,13 @@ from .schedule import Spans
 
 @dataclass(frozen=True)
 class Reading:
-    """How an adapter reads requests. Made of ints and lists alone, to be sent from one process to another.
+    """How an adapter reads requests. It has only ints and lists, so that one process can send it to another.
 
     Args:
         response: `response_template` of the adapter's config, empty if it has none.
-        instruction: its `instruction_template`.
-        needs_end_below: prompts of fewer tokens than this are edited in a way that depends on where they end; None:
-            all prompts.
+        instruction: its `instruction_template`, likewise.
+        needs_end_below: prompts of fewer tokens than this are edited in a way that depends on where they end. None:
+            all prompts are.
     """
 
     response: list[list[int]]
@@ -29,32 +28,32 @@ class Reading:
 
     @staticmethod
     def of(config: LoReftConfig) -> Reading:
-        """From an adapter's config."""
-        ends = []
+        """The reading of an adapter with this config."""
+        ends: list[int | None] = []
         for spec in config.specs:
             everything = spec.groups.edits_every_token and config.sharing == "all"
             ends.append(Wanted(spec.groups, marks=None, everything=everything).needs_end_below)
         return Reading(
-            response=_lists(getattr(config, "response_template", None)),
-            instruction=_lists(getattr(config, "instruction_template", None)),
+            response=_lists(config.response_template),
+            instruction=_lists(config.instruction_template),
             needs_end_below=largest_or_none(ends),
         )
 
     def answers(self, ids: Sequence[int] | None, length: int) -> Spans:
-        """The answers in what a request was given; the last one goes on with what is generated.
+        """Find the answers in what a request was given. The last one goes on with what is generated.
 
         Args:
-            ids: its token ids, None if embeddings were given.
-            length: how many tokens there are.
+            ids: its token ids; None if it was given embeddings.
+            length: how many tokens or embeddings it was given.
         """
         if ids is None or not self.response:
             return [(length, length)]
         return answers_of(ids, self.response, self.instruction, given=length)
 
     def depends_on_length(self, ids: Sequence[int] | None, length: int) -> bool:
-        """Whether the edits of what a request was given would be others if it went on, as in a chat's next turn.
+        """Whether a longer request that begins with the same tokens may edit other ones of them.
 
-        Not so if its tokens alone say where its prompts end, or if that makes no difference.
+        It does not if the tokens alone say where prompts end, or if that makes no difference.
         """
         if self.needs_end_below is not None and length >= self.needs_end_below:
             return False
@@ -62,20 +61,15 @@ class Reading:
             return True
         if answers_of(ids, self.response, self.instruction) != self.answers(ids, length):
             return True
-        # The last tokens may be the beginning of a header, which then moves the end of a prompt.
-        return any(_begins(template, ids) for template in (*self.response, *self.instruction))
+        # The last tokens may be the beginning of a header. If the rest follows, a prompt ends elsewhere.
+        return any(_may_go_on(ids, template) for template in (*self.response, *self.instruction))
 
 
-def token_ids(request: Any) -> Sequence[int] | None:
-    """What a request was given, None if some of it is embeddings."""
-    ids: Sequence[int] | None = None if request.prompt_embeds is not None else request.prompt_token_ids
-    return ids
+def _may_go_on(ids: Sequence[int], template: Sequence[int]) -> bool:
+    """Whether `ids` ends with a beginning of `template` that is not all of it."""
+    longest = min(len(template) - 1, len(ids))
+    return any(list(ids[-n:]) == list(template[:n]) for n in range(1, longest + 1))
 
 
-def _begins(template: Sequence[int], ids: Sequence[int]) -> bool:
-    """Whether `ids` ends with a part of `template`: its beginning, but not all of it."""
-    return any(list(ids[-n:]) == list(template[:n]) for n in range(1, min(len(template) - 1, len(ids)) + 1))
-
-
-def _lists(templates: Iterable[Any] | None) -> list[list[int]]:
-    return [list(template) for template in templates or ()]
+def _lists(templates: Iterable[Iterable[int]] | None) -> list[list[int]]:
+    return [] if templates is None else [list(template) for template in templates]

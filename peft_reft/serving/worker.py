@@ -1,4 +1,4 @@
-"""In vLLM's worker: LoReFT put into the model that was loaded, each step prepared, adapters added and dropped."""
+"""The plugin in vLLM's worker: hooks go into the loaded model, each step is prepared, adapters come and go."""
 
 from __future__ import annotations
 
@@ -8,125 +8,131 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from .. import __version__
-from ..patching import wrap
 from ..tuner.architectures import skeleton
 from .adapters import read_adapter
-from .core import adapter_of
+from .engine import (
+    adapter_of,
+    add_to_graph_key,
+    additional_config,
+    captures_graphs,
+    check_engine,
+    check_version,
+    compiles,
+    config_of,
+    device_of,
+    given_length,
+    keep,
+    kept,
+    model_of,
+    most_tokens,
+    named_in_graphs,
+    requests_of_step,
+    runner_of,
+    token_ids,
+    transformers_config,
+    wrap_forward,
+)
 from .options import Options
-from .plugin import check_version
 from .schedule import NONE, Pieces, Spans
 from .server import Server
-from .turns import Reading, token_ids
-
-_ANSWERS = "loreft_answers"
+from .turns import Reading
 
 
-def load_model(inner: Callable[..., None], worker: Any, *args: Any, **kwargs: Any) -> None:
-    """`Worker.load_model`, and LoReFT's hooks in what it loaded."""
-    options = Options.read(worker.vllm_config.additional_config)
+def load_model(inner: Callable[..., None], worker: object, *args: Any, **kwargs: Any) -> None:
+    """Load the model (`Worker.load_model`) and put LoReFT's hooks into it."""
+    config = config_of(worker)
+    options = Options.read(additional_config(config))
     if options is None:
-        return inner(worker, *args, **kwargs)
+        inner(worker, *args, **kwargs)
+        return
     check_version()
-    check_engine(worker.vllm_config)
-    # Before vLLM loads: it changes classes of transformers where it has no model of its own.
-    empty = skeleton(copy.deepcopy(worker.vllm_config.model_config.hf_config))
+    check_engine(config)
+    # Build this before vLLM loads: for models that it does not implement itself, vLLM changes classes of transformers.
+    empty = skeleton(copy.deepcopy(transformers_config(config)))
     inner(worker, *args, **kwargs)
     _install(worker, options, empty)
 
 
-def captures_graphs(vllm_config: Any) -> bool:
-    """Whether the engine captures its steps as graphs."""
-    return vllm_config.compilation_config.cudagraph_mode.name != "NONE"
-
-
-def _install(worker: Any, options: Options, empty: nn.Module) -> None:
-    config, runner = worker.vllm_config, worker.model_runner
-    server = worker.loreft = Server(
-        runner.get_model(),
+def _install(worker: object, options: Options, empty: nn.Module) -> None:
+    config = config_of(worker)
+    runner = runner_of(worker)
+    server = Server(
+        model_of(runner),
         empty,
         options,
-        config.compilation_config.static_forward_context,
-        torch.device(runner.device),
-        compiles=not config.model_config.enforce_eager,
-        graph_tokens=runner.max_num_tokens if captures_graphs(config) else 0,
+        named_in_graphs(config),
+        device_of(runner),
+        compiles=compiles(config),
+        graph_tokens=most_tokens(runner) if captures_graphs(config) else 0,
     )
-    # Compiled graphs are kept on disk by a hash that has this in it: one without these hooks must not be taken.
-    hooks = {"version": __version__, "edited_modules": sorted(server.edits)}
-    config.additional_config = {**config.additional_config, "loreft_hooks": hooks}
+    keep(worker, "loreft", server)
+    # vLLM keeps compiled graphs on disk. It must not take one that was compiled without these hooks.
+    add_to_graph_key(config, "loreft_hooks", {"version": __version__, "edited_modules": sorted(server.edits)})
 
     def edited_forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         server.prepare(_pieces(runner, server))
         try:
             return forward(*args, **kwargs)
         finally:
-            server.clear()  # warm-up and dummy runs call the model without passing here
+            server.clear()  # warm-up and dummy runs call the model without this function
 
-    wrap(runner, "_model_forward", edited_forward)
+    wrap_forward(runner, edited_forward)
 
 
-def _pieces(runner: Any, server: Server) -> Pieces:
+def _pieces(runner: object, server: Server) -> Pieces:
     """The requests of the step that a model runner is about to run."""
-    batch, n = runner.input_batch, runner.input_batch.num_reqs
-    requests = [runner.requests[request] for request in batch.req_ids[:n]]
-    names = [adapter_of(request) for request in requests]
-    # One that has been dropped was used by a request that has ended, but was in this step already.
-    chosen = [NONE if name is None else server.slots.get(name, NONE) for name in names]
-    starts = runner.query_start_loc.np[: n + 1].astype(np.int64)
-    computed, prompt = (
-        values[:n].astype(np.int64) for values in (batch.num_computed_tokens_cpu, batch.num_prompt_tokens)
+    step = requests_of_step(runner)
+    places: list[int] = []
+    answers: list[Spans] = []
+    for request in step.requests:
+        name = adapter_of(request)
+        # A request that has ended may still stand in this step, and its adapter may have been dropped since.
+        place = NONE if name is None else server.places.get(name, NONE)
+        places.append(place)
+        answers.append(_answers(request, server.readings.get(place)))
+    return Pieces(
+        start=step.starts[:-1],
+        count=np.diff(step.starts),
+        computed=step.computed,
+        given=step.given,
+        place=np.array(places, dtype=np.int64),
+        answers=answers,
     )
-    answers = [_answers(request, server.readings.get(slot)) for request, slot in zip(requests, chosen)]
-    return Pieces(starts[:-1], np.diff(starts), computed, prompt, np.array(chosen, dtype=np.int64), answers)
 
 
-def _answers(request: Any, reading: Reading | None) -> Spans:
-    """The answers in what a request was given: found when it arrives, and kept with it."""
+def _answers(request: object, reading: Reading | None) -> Spans:
+    """The answers in what a request was given. They are found when the request arrives, and kept with it."""
     if reading is None:
         return ()
-    known: tuple[int, Spans] | None = vars(request).get(_ANSWERS)
-    length: int = request.num_prompt_tokens
-    if known is None or known[0] != length:  # a session goes on with more that is given
-        known = length, reading.answers(token_ids(request), length)
-        setattr(request, _ANSWERS, known)
-    return known[1]
+    length = given_length(request)
+    known: tuple[int, Spans] | None = kept(request, "loreft_answers")
+    if known is not None and known[0] == length:
+        return known[1]
+    # The request is new, or its session goes on and more tokens were given.
+    spans = reading.answers(token_ids(request), length)
+    keep(request, "loreft_answers", (length, spans))
+    return spans
 
 
-def check_engine(vllm_config: Any) -> None:
-    """Raise ValueError if the engine has something that LoReFT does not go together with, or was not tested with."""
-    parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    for name in ("tensor", "pipeline", "data"):
-        if (size := getattr(parallel, f"{name}_parallel_size")) > 1:
-            raise ValueError(f"{name}_parallel_size={size}: LoReFT is served by one worker (allowed: 1).")
-    if parallel.enable_dbo:
-        raise ValueError("enable_dbo=True: LoReFT needs each step in one batch (allowed: False).")
-    if vllm_config.speculative_config is not None:
-        raise ValueError("speculative_config: LoReFT is not served with speculative decoding (allowed: None).")
-    if model.runner_type != "generate" or model.is_encoder_decoder:
-        what = "an encoder-decoder" if model.is_encoder_decoder else f"run as {model.runner_type!r}"
-        raise ValueError(f"{model.model} is {what}: LoReFT is served with models that generate from one text.")
-    if vllm_config.use_v2_model_runner:
-        raise ValueError("LoReFT is served with vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0.")
-
-
-def add(worker: Any, name: str, source: str) -> dict[str, Any]:
-    """For `collective_rpc("loreft_add", args=(name, source))`: load an adapter.
+def add(worker: object, name: str, path_or_name: str) -> dict[str, Any]:
+    """Load an adapter (`Worker.loreft_add`).
 
     Returns:
-        Its `adapters.facts`, or what is wrong as `error`: an exception here would count as the worker's failure.
+        Its `adapters.facts`; or, as `error`, what is wrong. An exception would count as a failure of the worker.
     """
-    server: Server = worker.loreft
+    server: Server = kept(worker, "loreft")
     try:
-        adapter = read_adapter(source, server.empty)
+        adapter = read_adapter(path_or_name, server.empty)
         server.add(name, adapter)
     except Exception as error:
         return {"error": str(error)}
     return {"fingerprint": adapter.fingerprint, "reading": asdict(adapter.reading)}
 
 
-def remove(worker: Any, name: str) -> None:
-    """For `collective_rpc("loreft_remove", args=(name,))`: drop an adapter that no request uses."""
-    worker.loreft.remove(name)
+def remove(worker: object, name: str) -> None:
+    """Drop an adapter that no request uses (`Worker.loreft_remove`)."""
+    server: Server = kept(worker, "loreft")
+    server.remove(name)

@@ -1,4 +1,4 @@
-"""Engines of vLLM beside transformers. `make test-vllm` runs this folder, in an environment of its own."""
+"""vLLM compared with transformers. `make test-vllm` runs this folder in an environment of its own."""
 
 import pytest
 from conftest import make_tokenizer

@@ -1,9 +1,9 @@
-"""Engines of vLLM on tiny random models, and what transformers answers to the same requests. `make test-vllm`."""
+"""Engines of vLLM on tiny random models, and the answers of transformers to the same requests (`make test-vllm`)."""
 
 import os
 
 os.environ.update(
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine in this process, so that tests can look into it
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",  # run the engine in this process, so that tests can look into it
     VLLM_CPU_KVCACHE_SPACE="1",
     VLLM_NO_USAGE_STATS="1",
     VLLM_LOGGING_LEVEL="WARNING",
@@ -28,7 +28,7 @@ _SIZES = dict(
     hidden_size=64,
     intermediate_size=96,
     num_hidden_layers=3,
-    num_attention_heads=2,  # of 32, the smallest that vLLM has a kernel for on a CPU
+    num_attention_heads=2,  # of size 32, the smallest for which vLLM has a kernel on a CPU
     max_position_embeddings=512,
     pad_token_id=0,
     bos_token_id=1,
@@ -54,7 +54,7 @@ _CONFIG = {"Gemma3": "Gemma3TextConfig"}
 
 @dataclass
 class Served:
-    """A tiny model on disk, adapters for it, and what transformers makes of them."""
+    """A tiny model on disk, adapters for it, and what transformers generates with them."""
 
     family: str
     folder: str
@@ -65,7 +65,7 @@ class Served:
     def load(self) -> torch.nn.Module:
         name = _CAUSAL.get(FAMILIES[self.family][0], f"{FAMILIES[self.family][0]}ForCausalLM")
         model = getattr(transformers, name).from_pretrained(self.folder, dtype=torch.float32).eval()
-        model.generation_config.eos_token_id = None  # every test chooses how many tokens it wants
+        model.generation_config.eos_token_id = None  # each test says how many tokens it wants
         model.generation_config.pad_token_id = 0
         return model
 
@@ -81,7 +81,7 @@ class Served:
         return folder
 
     def expected(self, prompt: list[int], adapter: str | None, tokens: int) -> tuple[list[int], list[float]]:
-        """Greedy tokens and their log-probabilities by `PeftModel.generate`, one request alone."""
+        """Greedy tokens and their log-probabilities from `PeftModel.generate`, for one request alone."""
         key = (tuple(prompt), adapter, tokens)
         if key not in self.known:
             self.known[key] = self._generate(prompt, adapter, tokens)
@@ -105,7 +105,7 @@ class Served:
         return found, [logits[0].log_softmax(-1)[t].item() for logits, t in zip(out.logits, found)]
 
 
-# One of each: formulas, groups and their unions, ways of tying, components, a spec and a rank for each layer.
+# Every formula, group, union, value of `tie` and component; a spec or rank for each layer.
 ADAPTERS = {
     "f7+l7": dict(positions="f7+l7", r=8),
     "f": dict(positions="f3"),
@@ -149,7 +149,7 @@ def make(family: str, folder: str) -> Served:
     torch.manual_seed(0)
     config = getattr(transformers, _CONFIG.get(name, f"{name}Config"))(**sizes)
     model = getattr(transformers, _CAUSAL.get(name, f"{name}ForCausalLM"))(config)
-    with torch.no_grad():  # as they start, models of this size say the same token whatever they are asked
+    with torch.no_grad():  # a freshly initialised model of this size says the same token to every prompt
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(4)
@@ -160,7 +160,7 @@ def make(family: str, folder: str) -> Served:
 
 @contextmanager
 def engine(served: Served, named: list[str] | None = None, loreft: dict | None = None, **settings: object):
-    """An `LLM` that serves the adapters `named` (None for all). There can be one in a process at a time."""
+    """An `LLM` that serves the adapters `named` (None: all). A process can have only one at a time."""
     from vllm import LLM
 
     adapters = {name: path for name, path in served.adapters.items() if named is None or name in named}
@@ -197,7 +197,7 @@ def params(adapter: str | None, tokens: int, **fields: object):
 
 
 def answer(completion) -> tuple[list[int], list[float]]:
-    """Tokens and log-probabilities of a completion of vLLM's."""
+    """Tokens and log-probabilities of a completion by vLLM."""
     tokens = list(completion.token_ids)
     return tokens, [step[token].logprob for step, token in zip(completion.logprobs, tokens)]
 
@@ -216,7 +216,7 @@ def ask(llm, requests: list[tuple[list[int], str | None]], tokens: int):
 
 
 def steps(llm, arrivals, tokens):
-    """Requests that arrive while others are at work: one each time the engine has made a step."""
+    """Requests that arrive while others run: one before each step of the engine."""
     core = llm.llm_engine
     done, waiting = {}, list(enumerate(arrivals))
     while waiting or core.has_unfinished_requests():

@@ -1,4 +1,4 @@
-"""Engines that differ in how they schedule, cache and compile answer as transformers does."""
+"""Engines with different scheduling, caching and compilation give the answers of transformers."""
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -11,7 +11,7 @@ COMMON = ["f7+l7", "f+l+g", "all", "by position", "per layer", "red"]
 
 @pytest.mark.parametrize("budget", [4, 7, 13])
 def test_chunked_prefill(llama, budget):
-    """Budgets that cut inside the prefix, the suffix and between, differently for every request."""
+    """Budgets cut inside the prefix, inside the suffix and between them, at another token in each request."""
     names = [None, "f7+l7", "by position", "l~", "f+l+g", "per layer", "p", "all", "mlp", "one for all layers"]
     with engine(llama, names, max_num_batched_tokens=budget, max_num_seqs=3) as llm:
         requests = [(prompt_of(9 + n, n), name) for n, name in enumerate(names)]
@@ -19,7 +19,7 @@ def test_chunked_prefill(llama, budget):
 
 
 def test_prefix_cache_is_kept_apart(llama):
-    """The same prompt under two adapters and the base, in turn, twice: never a block of another."""
+    """One prompt is sent with two adapters and the base in turn, twice: none reads a block of another."""
     names = ["f7+l7", "all", None]
     with engine(llama, [name for name in names if name], enable_prefix_caching=True) as llm:
         prompt = prompt_of(100, 7)
@@ -29,35 +29,36 @@ def test_prefix_cache_is_kept_apart(llama):
             check(llama, [(prompt, name)], output, 6)
             cached.append(output[0].num_cached_tokens)
         assert cached[:3] == [0, 0, 0] and all(count >= 64 for count in cached[3:])
-        longer = prompt + prompt_of(
-            20, 8
-        )  # the suffix of the shorter prompt lies in no full block, or was edited there
+        # The suffix of the shorter prompt lies in no full block, or was edited there.
+        longer = prompt + prompt_of(20, 8)
         wanted = {name: llama.expected(longer, name, 6) for name in ("all", None)}
         for name, (tokens, _) in wanted.items():
             assert answer(ask(llm, [(longer, name)], 6)[0].outputs[0])[0] == tokens
 
 
 def test_preemption(llama):
-    """Too little memory for all: requests are put off and computed again, generated tokens as such."""
+    """Too little memory: requests are preempted and computed again, their generated tokens as generated ones."""
     names = ["f+l+g", "gN", "all", "f7+l7", None, "by position, answers"]
     with engine(llama, names, num_gpu_blocks_override=8, max_model_len=128, enable_prefix_caching=False) as llm:
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-        put_off = []
+        preempted = []
         preempt = scheduler._preempt_request
-        scheduler._preempt_request = lambda request, *args, **kw: (
-            put_off.append(request),
-            preempt(request, *args, **kw),
-        )[1]
+
+        def note_and_preempt(request, *args, **kwargs):
+            preempted.append(request)
+            return preempt(request, *args, **kwargs)
+
+        scheduler._preempt_request = note_and_preempt
         requests = [(prompt_of(20 + n, n), name) for n, name in enumerate(names)]
         check(llama, requests, ask(llm, requests, 40), 40)
-        assert put_off, "the test is of no use if nothing was put off"
+        assert preempted, "no request was preempted, so this tests nothing"
 
 
 @pytest.mark.parametrize("fixed", [False, True], ids=["dynamic", "captured"])
 def test_compiled(llama, fixed, monkeypatch):
     """Without `enforce_eager`: the edit is an operation of the compiled graph.
 
-    "captured": what a captured graph runs, the same operations on the same buffers in every step, edited or not.
+    "captured": every step runs what a captured graph runs, the same operations on the same buffers.
     """
     if fixed:
         monkeypatch.setattr("peft_reft.serving.edits.is_capturing", lambda hidden: True)
@@ -70,7 +71,7 @@ def test_compiled(llama, fixed, monkeypatch):
 
 
 def test_bf16(llama):
-    """Edits are computed in fp32 and rounded once; what is left is the model's own rounding."""
+    """Edits are computed in fp32 and rounded once, so the only difference is the model's own rounding."""
     requests = [(prompt_of(length, length), name) for name in (None, *COMMON) for length in (9, 40)]
     with engine(llama, COMMON, dtype="bfloat16") as llm:
         for (prompt, name), output in zip(requests, ask(llm, requests, 3)):
@@ -80,13 +81,13 @@ def test_bf16(llama):
 
 @pytest.mark.filterwarnings("ignore")
 def test_beside_lora(llama, tmp_path):
-    """vLLM's LoRA and LoReFT on one request: edits of what the changed weights compute; and each alone."""
+    """vLLM's LoRA and LoReFT in one request, and each alone: LoReFT edits what the changed weights compute."""
     adapted = get_peft_model(
         llama.load(),
         LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
     )
     adapted.save_pretrained(tmp_path / "lora")
-    changed = make("llama", str(tmp_path))  # to be overwritten by the base with LoRA merged into it
+    changed = make("llama", str(tmp_path))  # the next line overwrites it with the base and LoRA merged into it
     adapted.merge_and_unload().save_pretrained(changed.folder)
     changed.adapters = llama.adapters
     prompt = prompt_of(15, 2)
@@ -105,7 +106,7 @@ def test_beside_lora(llama, tmp_path):
 
 
 def test_compiled_graphs_on_disk_are_told_apart(tmp_path):
-    """vLLM keeps compiled graphs; one without an edit, or with it elsewhere, is not taken for an adapter's."""
+    """vLLM keeps compiled graphs on disk. It does not take one that edits nothing, or other modules."""
     served = make("qwen2", str(tmp_path))
     prompt = prompt_of(11, 1)
     with engine(served, additional_config={}, enforce_eager=False) as llm:
@@ -124,7 +125,7 @@ def test_families(family, tmp_path):
     for seed, name in enumerate(names):
         served.add(name, seed=seed, **fields(name))
     requests = [(prompt_of(4 + 7 * n, n), name) for n, name in enumerate([None, *names])]
-    for prompt, name in requests:  # first: vLLM changes classes of transformers that it runs itself
+    for prompt, name in requests:  # before the engine starts: it changes classes of transformers
         served.expected(prompt, name, 6)
     with engine(served) as llm:
         check(served, requests, ask(llm, requests, 6), 6)

@@ -1,4 +1,4 @@
-"""Adapters that come and go in a running engine, and requests that name none of them."""
+"""Adapters are added to a running engine and dropped; unknown ones are refused."""
 
 import asyncio
 import shutil
@@ -11,7 +11,7 @@ from vllm.exceptions import VLLMValidationError
 from peft_reft.serving import add_adapter, list_adapters, remove_adapter
 from peft_reft.serving.core import add, add_request, remove
 from peft_reft.serving.endpoints import Endpoints
-from peft_reft.serving.worker import check_engine
+from peft_reft.serving.engine import check_engine
 from serving.engines import answer, ask, check, engine, make, params, prompt_of
 
 PROMPT = prompt_of(14, 3)
@@ -19,7 +19,7 @@ PROMPT = prompt_of(14, 3)
 
 @pytest.fixture(scope="module")
 def opt(tmp_path_factory):
-    """A family of its own, so that adapters of the other tests are adapters of another model here."""
+    """A model of another family than the other tests have, so that their adapters do not fit it."""
     served = make("opt", str(tmp_path_factory.mktemp("opt")))
     served.add("first", positions="f2+l2")
     return served
@@ -43,14 +43,14 @@ def test_add_and_remove(opt, llm):
     works(opt, llm, "first")
     works(opt, llm, "second")
     remove_adapter(llm, "second")
-    add_adapter(llm, "third", opt.adapters["third"])  # in the slot of the second
+    add_adapter(llm, "third", opt.adapters["third"])  # in the place of the second
     works(opt, llm, "third")
     remove_adapter(llm, "third")
     assert list_adapters(llm) == ["first"]
 
 
 def test_another_adapter_of_the_same_name(opt, llm):
-    """What was cached under the first is not read under the second."""
+    """The second does not read what was cached with the first."""
     prompt = prompt_of(80, 4)
     for seed in (7, 8):
         opt.add("twice", positions="f4", seed=seed)
@@ -109,7 +109,7 @@ def test_an_adapter_in_use_stays(opt, llm):
 
 
 def test_a_request_that_comes_too_late():
-    """Let pass by the front end before its adapter was dropped, with the core after: that request fails alone."""
+    """The front end lets a request pass, then its adapter is dropped, then the core gets it: it fails alone."""
     core = SimpleNamespace(scheduler=SimpleNamespace(requests={}), failed=[], taken=[])
     core.model_executor = SimpleNamespace(collective_rpc=lambda method, args: [{"fingerprint": "f"}])
     core._send_error_outputs_to_client = lambda requests, client: core.failed.append((requests, client))
@@ -182,7 +182,7 @@ def test_routes_want_one_api_server():
 def test_other_versions_are_refused(monkeypatch):
     import vllm
 
-    from peft_reft.serving.plugin import TESTED, check_version
+    from peft_reft.serving.engine import TESTED, check_version
 
     check_version()
     monkeypatch.setattr(vllm, "__version__", "0.99.0")

@@ -1,4 +1,4 @@
-"""The Python of docs/serving.md runs, and prints what it says."""
+"""The Python code of docs/serving.md runs, and prints what the page says."""
 
 import ast
 import os
@@ -21,7 +21,7 @@ def test_page(tmp_path, small_tokenizer):
     os.rename(served.add("one", positions="f2+l2"), tmp_path / "outputs" / "quickstart" / "adapter")
     os.rename(served.add("two", positions="f2+l2"), tmp_path / "outputs" / "mine")
     code = "\n".join(re.findall(r"```py\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL))
-    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # or it would have to stand below `__main__`
+    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # else the code would have to stand below `__main__`
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
     )

