@@ -20,7 +20,7 @@ $(SMOLLM2)/model.safetensors: | $(BIN)/.installed
 	$(BIN)/python examples/fetch_smollm2.py $(SMOLLM2)
 
 quickstart: $(BIN)/.installed $(SMOLLM2)/model.safetensors
-	$(BIN)/python -W ignore::FutureWarning -W ignore::UserWarning examples/quickstart.py --model $(SMOLLM2) $(ARGS)
+	$(BIN)/python examples/quickstart.py --model $(SMOLLM2) $(ARGS)
 
 test: $(BIN)/.installed
 	$(BIN)/python -m pytest -n 2 $(ARGS)
