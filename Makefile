@@ -74,7 +74,7 @@ MINILM = sentence-transformers/all-MiniLM-L6-v2
 .PHONY: recipes
 recipes: $(RECIPES:%=recipe-%)
 recipe-%: $(SMOLLM2)/model.safetensors
-	$(BIN)/python -W ignore examples/$*.py $(if $(filter composition,$*),,--preset cpu) --docs docs --output outputs/$* \
+	$(BIN)/python -W ignore experiments/$*.py --preset cpu --docs docs --output outputs/$* \
 		--model $(if $(filter glue sweep,$*),$(MINILM),$(SMOLLM2)) $(if $(filter overhead,$*),,--data $(DATA)) \
 		$(if $(filter sweep,$*),--tasks trec --steps 100) $(ARGS)
 

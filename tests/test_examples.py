@@ -108,21 +108,6 @@ def run_example(*command):
     return done.stdout
 
 
-def test_composition(model_id, tmp_path):
-    (tmp_path / "german").mkdir()
-    (tmp_path / "ultrafeedback_1k").mkdir()
-    for language in ("en", "de"):
-        (tmp_path / "german" / f"train.{language}").write_text("a b c d e\nf g h i j\n" * 4, encoding="utf-8")
-    line = json.dumps({"instruction": "a b", "input": "", "output": "c d"})
-    (tmp_path / "ultrafeedback_1k" / "ultrafeedback_1k.json").write_text(f"{line}\n" * 8, encoding="utf-8")
-    command = ["examples/composition.py", "--data", str(tmp_path), "--model", model_id, "--steps", "2"]
-    out = run_example(*command, "--output", str(tmp_path / "out"))
-    assert all(f"\n{name}: " in out for name in ("neither", "German", "instructions", "both"))
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert len(results["both"]["answers"]) == 3
-    assert (tmp_path / "out" / "composition.png").is_file()
-
-
 def test_das_equality(tmp_path):
     command = ["examples/das_equality.py", "--steps", "3", "--align-steps", "3", "--layers", "0"]
     out = run_example(*command, "--output", str(tmp_path))
