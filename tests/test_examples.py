@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import inspect
 import json
 import os
 import pkgutil
@@ -10,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -45,15 +47,44 @@ def test_public_docstrings_have_examples():
 
 
 def test_pages_list_what_there_is():
-    """README's table of files has every module and room; docs/api.md has every public name."""
+    """README's file tree has every module and room, and every folder; docs/api.md has every public name."""
     page = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = page.partition("| file in `peft_reft/` |")[2].partition("\n\n")[0]
-    named = {name for line in table.splitlines()[2:] for name in re.findall("`([a-z_./]+)`", line.split("|")[1])}
+    tree = re.search(r"```text\n(peft_reft/ .*?)```", page, re.DOTALL)[1].splitlines()
+    rooms = {line.split()[0] for line in tree if line.startswith("  ")}
     found = {path.name for path in (ROOT / "peft_reft").glob("*.py")}
     found |= {f"{path.parent.name}/" for path in (ROOT / "peft_reft").glob("*/__init__.py")}
-    assert named == found
+    assert rooms == found
+    folders = {line.split()[0] for line in tree if not line.startswith(" ")}
+    assert folders == {f"{name}/" for name in ("peft_reft", "tests", "examples", "experiments", "benchmarks", "docs")}
+    assert all((ROOT / name).is_dir() for name in folders)
+    assert all(len(line.split()) > 1 for line in tree), "each has a line that says what it is"
     api = re.findall(r"^::: peft_reft\.(\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(api) == sorted(peft_reft.__all__)
+
+
+def test_readme_is_short_and_has_the_two_commands():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(page.splitlines()) < 130
+    assert "make quickstart" in page and "make test" in page
+
+
+def test_the_reference_has_every_field_with_its_default():
+    page = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    table = page.partition("| field | default |")[2].partition("\n\n")[0]
+    documented = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", table, re.MULTILINE))
+    own = inspect.get_annotations(LoReftConfig)  # without those of PEFT's base class
+    config = LoReftConfig()
+    defaults = {field.name: getattr(config, field.name) for field in fields(config) if field.name in own}
+    assert {name: ast.literal_eval(default) for name, default in documented.items()} == defaults
+
+
+def test_contributing_names_tests_that_there_are():
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page)
+    assert named
+    for path, test in named:
+        assert (ROOT / path).is_file(), path
+        assert not test or f"def {test}(" in (ROOT / path).read_text(encoding="utf-8"), test
 
 
 @pytest.fixture
