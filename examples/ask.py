@@ -4,11 +4,14 @@
 
 Without `import peft_reft` PEFT does not know the method.
 """
-# ruff: noqa: E402 (some libraries write messages while they are imported: their loggers are set before)
+# ruff: noqa: E402 (loggers are set before the libraries that log while they are imported)
 
 import logging
 import sys
 import warnings
+
+if len(sys.argv) < 3:
+    raise SystemExit(__doc__)
 
 for name in ("torchao", "torch.utils._pytree"):  # torchao misses its GPU kernels, torch dislikes a call of torchao's
     logging.getLogger(name).setLevel(logging.ERROR)
@@ -23,8 +26,6 @@ import peft_reft  # noqa: F401
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 transformers.utils.logging.disable_progress_bar()
 
-if len(sys.argv) < 3:
-    raise SystemExit(__doc__)
 adapter, *questions = sys.argv[1:]
 model = AutoPeftModelForCausalLM.from_pretrained(adapter).eval()
 tokenizer = AutoTokenizer.from_pretrained(adapter, padding_side="left")

@@ -6,7 +6,7 @@
 
 Each line of the file is JSON with `prompt` and `completion`, both strings.
 """
-# ruff: noqa: E402 (some libraries write messages while they are imported: their loggers are set before)
+# ruff: noqa: E402 (imports take a while: the first line is printed before, and loggers are set)
 
 import argparse
 import json
@@ -15,6 +15,17 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+
+ASK = ["What is the capital of Italy?", "How do I make a pizza?", "What do dogs like?", "Tell me about the ocean."]
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id or folder")
+parser.add_argument("--train-file", type=Path, default=Path(__file__).with_name("emoji.jsonl"))
+parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
+parser.add_argument("--ask", nargs="+", default=ASK, help="questions that are not in the training data")
+parser.add_argument("--steps", type=int, default=30)
+parser.add_argument("--loreft", type=json.loads, default={}, metavar="JSON", help="more fields of LoReftConfig")
+args = parser.parse_args()
+print(f"Teaching {args.model} to answer like {args.train_file.name}: about 4 minutes on two CPU cores.", flush=True)
 
 for name in ("torchao", "torch.utils._pytree"):  # torchao misses its GPU kernels, torch dislikes a call of torchao's
     logging.getLogger(name).setLevel(logging.ERROR)
@@ -32,16 +43,6 @@ warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated"
 transformers.utils.logging.disable_progress_bar()  # this script says where it is
 datasets.disable_progress_bars()
 
-ASK = ["What is the capital of Italy?", "How do I make a pizza?", "What do dogs like?", "Tell me about the ocean."]
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id or folder")
-parser.add_argument("--train-file", type=Path, default=Path(__file__).with_name("emoji.jsonl"))
-parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
-parser.add_argument("--ask", nargs="+", default=ASK, help="questions that are not in the training data")
-parser.add_argument("--steps", type=int, default=30)
-parser.add_argument("--loreft", type=json.loads, default={}, metavar="JSON", help="more fields of LoReftConfig")
-args = parser.parse_args()
-
 
 def ask(model):
     chats = [[{"role": "user", "content": question}] for question in args.ask]
@@ -58,7 +59,6 @@ class Progress(TrainerCallback):
             print(f"    step {state.global_step} of {state.max_steps}, loss {float(logs['loss']):.3f}", flush=True)
 
 
-print(f"Teaching {args.model} to answer like {args.train_file}. This takes about 4 minutes on two CPU cores.\n")
 print("1/5 Asking the model before it is trained", flush=True)
 tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
 model = AutoModelForCausalLM.from_pretrained(args.model)
