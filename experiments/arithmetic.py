@@ -3,10 +3,11 @@
     python experiments/arithmetic.py --data LLM_ADAPTERS_CLONE                             # LLaMA-7B, a GPU
     python experiments/arithmetic.py --preset cpu --data FOLDER --model SMOLLM2_FOLDER      # GSM8K
 
-LoReFT as in the paper (f7+l7), the same with edits while decoding (f7+l7+g), with one edit shared by all layers, and
-LoRA; each with three learning rates, of which the loss on held-out training rows chooses. FOLDER has gsm8k/train.jsonl
-and test.jsonl. `test` is the loss on other held-out rows; accuracy is the share of answers whose last number (AQuA:
-last letter) is the right one, greedily, at the chosen rate. Results stay in OUTPUT/results.json and answers.json.
+The methods are LoReFT as in the paper (f7+l7), the same with edits while decoding (f7+l7+g), the same with one edit
+for all layers, and LoRA. Each has three learning rates; the loss on held-out training rows chooses one. FOLDER has
+gsm8k/train.jsonl and gsm8k/test.jsonl. `test` is the loss on other held-out rows. Answers are generated greedily at
+the chosen rate. An answer is right if its last number (AQuA: its last letter) is the right one. Results are kept in
+OUTPUT/results.json and OUTPUT/answers.json.
 
 SmolLM2-135M, 30 steps of 2 rows of GSM8K, one seed, loss on 16 held-out rows: base 1.379, LoReFT 1.057, while decoding
 too 0.994, shared by layers 1.141, LoRA 0.944; no method solves one of 16 problems (15 CPU minutes).

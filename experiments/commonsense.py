@@ -3,12 +3,12 @@
     python experiments/commonsense.py --data LLM_ADAPTERS_CLONE                                   # LLaMA-7B, a GPU
     python experiments/commonsense.py --preset cpu --data FOLDER --model SMOLLM2_FOLDER
 
-Trained on commonsense_170k, evaluated on BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC-e, ARC-c, OBQA. Where the
-folder is no such clone, TREC (six choices) and CoLA (true or false) are put into the same format: FOLDER has
-trec/*.txt and cola/*.tsv. LoReFT and LoRA have three learning rates each, of which the loss on held-out training rows
-chooses; answers are generated with the chosen one. Results are kept in OUTPUT/results.json and answers.json.
+LoReFT and LoRA are trained on commonsense_170k and evaluated on BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC-e, ARC-c
+and OBQA. If the folder is no such clone, TREC (six choices) and CoLA (true or false) are put into the same format:
+FOLDER has trec/*.txt and cola/*.tsv. Each method has three learning rates; the loss on held-out training rows chooses
+one, and answers are generated with it. Results are kept in OUTPUT/results.json and OUTPUT/answers.json.
 
-SmolLM2-135M, 40 steps of 4 rows, one seed: LoReFT 12 of 48 right on TREC and 33 of 48 on CoLA, LoRA the same: both
+SmolLM2-135M, 40 steps of 4 rows, one seed: LoReFT has 12 of 48 right on TREC and 33 of 48 on CoLA, LoRA the same. Both
 learn the format and, it seems, one answer to all (held-out loss 0.206 and 0.204; 9 CPU minutes).
 """
 

@@ -3,19 +3,19 @@
     python experiments/composition.py --data FOLDER
     python experiments/composition.py --data FOLDER --model outputs/SmolLM2-135M-Instruct
 
-FOLDER has german/train.en and german/train.de, a sentence a line, and ultrafeedback_1k/ultrafeedback_1k.json, lines of
-JSON with `instruction` and `output`. Rows 0-3 of R learn to answer in German (a caption by its translation), rows 4-7
-to follow instructions. The same questions are then answered by the one, by the other and by both, and the share of
-German words in the answers is printed. Results are in OUTPUT/results.json, the figure is OUTPUT/composition.png (extra
-`viz`), and training goes on from the last checkpoint in OUTPUT/checkpoints. On SmolLM2-135M-Instruct (60 steps, 6
-minutes on one core):
+FOLDER has german/train.en and german/train.de, with one sentence a line, and ultrafeedback_1k/ultrafeedback_1k.json,
+with lines of JSON that have `instruction` and `output`. Rows 0-3 of R learn to answer in German: a caption is answered
+by its translation. Rows 4-7 learn to follow instructions. Then the same questions are answered with the one part, with
+the other and with both, and the script prints the share of German words in the answers. Results are in
+OUTPUT/results.json. The figure is OUTPUT/composition.png (extra `viz`). Training goes on from the last checkpoint in
+OUTPUT/checkpoints. On SmolLM2-135M-Instruct (60 steps, 6 minutes on one core):
 
     neither       0%   Dogs are curious creatures that love exploring and discovering. They enjoy learning new ...
     German       66%   Ein Land, eine neuen Mann während. Einen Mann kennen sind.
     instructions  0%   Dogs are social animals that enjoy interacting with their human companions, and they ...
     both         47%   Ein kleine Mann, die sich einer neuen Hausbauer habelt ...
 
-A model of this size has little German to give; that the language follows the subspace is what can be seen.
+A model of this size knows little German. What can be seen is that the language follows the rows in use.
 """
 
 import json

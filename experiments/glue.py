@@ -3,10 +3,10 @@
     python experiments/glue.py                                                   # RoBERTa-base, eight tasks, a GPU
     python experiments/glue.py --preset cpu --data FOLDER --model MINILM_FOLDER   # CoLA and TREC, MiniLM, two cores
 
-The paper's protocol: half of the validation data is held out for the score, the other half chooses the learning rate;
-mean over seeds. Every method has the same three rates to choose from. FOLDER has cola/*.tsv and trec/*.txt; without
-`--data` the sets come from the Hub. Results are kept in OUTPUT/results.json, and a run that is there is not run again;
-one that was interrupted goes on from its last checkpoint.
+The protocol is the paper's: half of the validation data is held out for the score, and the other half chooses the
+learning rate. The score is the mean over seeds. Every method has the same three rates to choose from. FOLDER has
+cola/*.tsv and trec/*.txt. Without `--data` the sets come from the Hub. Results are kept in OUTPUT/results.json, and a
+run that is there is not run again. An interrupted run goes on from its last checkpoint.
 
 TREC with MiniLM, accuracy over 3 seeds (CPU minutes a run): LoReFT 0.905 (1.1), LoRA 0.911 (1.2), head 0.516 (0.6).
 CoLA, correlation: 0.000 for each in 300 steps; with `--steps 1200`, 2 seeds: LoReFT 0.108, LoRA 0.122, head 0.000.

@@ -3,10 +3,9 @@
     python experiments/instruct.py                                                # Llama-2-7B, UltraFeedback, a GPU
     python experiments/instruct.py --preset cpu --data FOLDER --model SMOLLM2_FOLDER
 
-FOLDER has ultrafeedback_1k/ultrafeedback_1k.json. OUTPUT/alpaca_eval.json is what `alpaca_eval --model_outputs`
-evaluates, with an annotator of yours; with `--data` the questions are the four below, else AlpacaEval's.
-OUTPUT/results.json has the loss on held-out rows and answers, before and after; training goes on from the last
-checkpoint.
+FOLDER has ultrafeedback_1k/ultrafeedback_1k.json. `alpaca_eval --model_outputs` evaluates OUTPUT/alpaca_eval.json,
+with an annotator of yours. The questions are AlpacaEval's, or with `--data` the four below. OUTPUT/results.json has
+the loss on held-out rows and the answers, before and after. Training goes on from the last checkpoint.
 
 SmolLM2-135M-Instruct, 30 steps of 4 rows: 1.909 before, 1.818 after, on 24 held-out rows; 4 CPU minutes.
 """

@@ -3,13 +3,13 @@
     python experiments/memorisation.py                                        # LLaMA-7B, a GPU
     python experiments/memorisation.py --preset cpu --data FOLDER --model SMOLLM2_FOLDER
 
-One rank-1 edit at one layer, at the last token of the prompt `ALIC#ID1->`, is trained to make the model recite the
-first n tokens of Alice in Wonderland, of the same tokens shuffled, and of random tokens. The score is the share of the
-n tokens up to the first mistake, generating greedily. FOLDER has alice/alice29.txt. Results are kept in
-OUTPUT/results.json; the figure is OUTPUT/memorisation.png (extra `viz`).
+One rank-1 edit at one layer, at the last token of the prompt `ALIC#ID1->`, is trained until the model recites the
+first n tokens of Alice in Wonderland, of the same tokens shuffled, or of random tokens. The score is the share of the
+n tokens before the first mistake, generating greedily. FOLDER has alice/alice29.txt. Results are kept in
+OUTPUT/results.json. The figure is OUTPUT/memorisation.png (extra `viz`).
 
 SmolLM2-135M recites 64 tokens of Alice whole, 64 of shuffled Alice and 32 random ones, best at layers 10 and 18 of 30
-(19 CPU minutes; the heat map is in docs/recipes.md).
+(19 CPU minutes; docs/recipes.md has the heat map).
 """
 
 import random

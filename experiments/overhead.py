@@ -3,10 +3,10 @@
     python experiments/overhead.py                                              # LLaMA-7B, 256 new tokens, a GPU
     python experiments/overhead.py --preset cpu --model SMOLLM2_FOLDER          # 24 new tokens, one CPU thread
 
-The edited model generates in turns with the frozen base, so that a slow moment of the machine hits both, and each
-round is compared with the base's in the same round; LoRA (query and value, not merged) stands beside it. One thing
-changes at a time, from r=8, the last token, ten layers. Adapters are fresh: time does not depend on what they learned.
-Results are kept in OUTPUT/results.json; the figure is OUTPUT/overhead.png (extra `viz`).
+The edited model and the frozen base generate in turns, so that a slow moment of the machine hits both. Each round is
+compared with the base's in the same round. LoRA (query and value, not merged) stands beside it. One thing changes at a
+time, from r=8, the last token, ten layers. The adapters are not trained: time does not depend on what they learned.
+Results are kept in OUTPUT/results.json. The figure is OUTPUT/overhead.png (extra `viz`).
 
 SmolLM2-135M, base 1.2 s: LoReFT 0.00 to 0.04 s more over all settings, LoRA 0.01 to 0.08 s (3 CPU minutes).
 """

@@ -1,10 +1,10 @@
-"""Preference tuning: DPO on a LoReFT adapter; the base model is the reference, the margin of rewards rises.
+"""Preference tuning: DPO on a LoReFT adapter, with the base model as the reference. The margin of rewards rises.
 
     python experiments/preference.py                                             # a GPU; UltraFeedback's pairs
     python experiments/preference.py --preset cpu --data FOLDER --model SMOLLM2_FOLDER
 
-FOLDER has ultrafeedback_1k/ultrafeedback_1k.json, which holds answers without pairs: the rejected answer is that to
-another question there. The curve of margins goes to OUTPUT/results.json and preference.png (extra `viz`); training
+FOLDER has ultrafeedback_1k/ultrafeedback_1k.json, whose answers are not in pairs: the rejected answer is the answer to
+another question. The curve of margins goes to OUTPUT/results.json and OUTPUT/preference.png (extra `viz`). Training
 goes on from the last checkpoint in OUTPUT.
 
 SmolLM2-135M, 20 steps of 2 pairs: the margin is 0 at first, 0.53 on average over the first ten steps and 1.30 over the

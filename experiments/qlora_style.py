@@ -3,10 +3,10 @@
     python experiments/qlora_style.py                                            # Llama-3.2-1B, a GPU
     python experiments/qlora_style.py --preset cpu --data FOLDER --model SMOLLM2_FOLDER
 
-Each run is a process of its own, on the same rows. Both methods have three learning rates, of which the loss on half
-of the held-out rows chooses; `test` is the loss on the other half. FOLDER has ultrafeedback_1k/ultrafeedback_1k.json;
-without `--data` the set comes from the Hub. Memory is torch's peak on a GPU, the process's on a CPU; of the latter the
-larger part is Python, torch and the base model while it is quantised. Results are kept in OUTPUT/results.json, and an
+Each run is a process of its own, on the same rows. Both methods have three learning rates; the loss on half of the
+held-out rows chooses one. `test` is the loss on the other half. FOLDER has ultrafeedback_1k/ultrafeedback_1k.json.
+Without `--data` the set comes from the Hub. Memory is torch's peak on a GPU, and the process's on a CPU; there the
+larger part is Python, torch and the base model while it is quantised. Results are kept in OUTPUT/results.json. An
 interrupted run goes on from its last checkpoint.
 
 SmolLM2-135M, 10 steps of 2 rows, one seed: LoReFT (138,360 parameters) 2.004, LoRA (2,442,240) 1.885; peaks of 1596 to

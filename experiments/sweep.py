@@ -1,12 +1,12 @@
-"""Sweep: the authors' order of tuning (positions, layers, rank, tie, then the learning rate) over a recipe.
+"""Sweep: the authors' order of tuning (positions, layers, rank, tie, then the learning rate) over an experiment.
 
     python experiments/sweep.py --preset cpu --data FOLDER --model MINILM_FOLDER --tasks trec --steps 100
     python experiments/sweep.py --recipe commonsense --preset cpu --data FOLDER --model SMOLLM2_FOLDER
 
-One field at a time, each from the best of those before it, by what the recipe calls `dev`; `test` is looked at for the
-default and for what was found alone, over all seeds. Arguments are those of the recipe; the default is its setting
-with the middle learning rate. Results are kept in OUTPUT/results.json, the table is OUTPUT/table.json, the figure is
-OUTPUT/sweep_TASK.png (extra `viz`).
+The sweep changes one field at a time, starting from the best of the fields before it. The experiment's `dev` decides.
+Only the default and what was found are scored on `test`, over all seeds. The arguments are those of the experiment;
+the default is its setting with the middle learning rate. Results are kept in OUTPUT/results.json. The table is
+OUTPUT/table.json, the figure OUTPUT/sweep_TASK.png (extra `viz`).
 
 TREC with MiniLM: 0.853 by default (0.840 to 0.872 over 3 seeds), 0.868 (0.836 to 0.888) with what was found, r=16
 instead of 4 (20 runs, 8 CPU minutes).
