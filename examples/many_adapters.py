@@ -20,7 +20,7 @@ parser.add_argument("adapters", nargs="+", type=Path, help="folders of adapters"
 parser.add_argument("--tokens", type=int, default=24, help="tokens of an answer, at most")
 args = parser.parse_args()
 
-names = [f"adapter {number}" for number in range(1, len(args.adapters) + 1)]
+names = [f"adapter{number}" for number in range(1, len(args.adapters) + 1)]
 base = PeftConfig.from_pretrained(str(args.adapters[0])).base_model_name_or_path
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(args.adapters[0]), names[0])
 for name, folder in zip(names[1:], args.adapters[1:]):
