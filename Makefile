@@ -20,7 +20,7 @@ $(SMOLLM2)/model.safetensors: | $(BIN)/.installed
 	$(BIN)/python examples/fetch_smollm2.py $(SMOLLM2)
 
 quickstart: $(BIN)/.installed $(SMOLLM2)/model.safetensors
-	$(BIN)/python -W ignore::FutureWarning -W ignore::UserWarning examples/quickstart.py --model $(SMOLLM2) $(ARGS)
+	$(BIN)/python examples/quickstart.py --model $(SMOLLM2) $(ARGS)
 
 test: $(BIN)/.installed
 	$(BIN)/python -m pytest -n 2 $(ARGS)
@@ -80,7 +80,7 @@ MINILM = sentence-transformers/all-MiniLM-L6-v2
 .PHONY: recipes
 recipes: $(RECIPES:%=recipe-%)
 recipe-%: $(SMOLLM2)/model.safetensors
-	$(BIN)/python -W ignore examples/$*.py $(if $(filter composition,$*),,--preset cpu) --docs docs --output outputs/$* \
+	$(BIN)/python -W ignore experiments/$*.py --preset cpu --docs docs --output outputs/$* \
 		--model $(if $(filter glue sweep,$*),$(MINILM),$(SMOLLM2)) $(if $(filter overhead,$*),,--data $(DATA)) \
 		$(if $(filter sweep,$*),--tasks trec --steps 100) $(ARGS)
 

@@ -1,145 +1,97 @@
-"""Teach a chat model to answer in emoji, from ten examples: the demo of the ReFT authors, with TRL's SFTTrainer.
+"""Teach a chat model to answer in emoji, from ten examples: the demo of the paper's authors, with TRL's SFTTrainer.
 
     make quickstart
     python examples/quickstart.py --model HuggingFaceTB/SmolLM2-135M-Instruct
     python examples/quickstart.py --model MODEL --train-file my.jsonl --ask "a question" "another one"
 
-Each line of `--train-file` is JSON with `prompt` and `completion`, both strings.
+Each line of the file is JSON with `prompt` and `completion`, both strings.
 """
+# ruff: noqa: E402 (imports take a while: the first line is printed before, and loggers are set)
 
 import argparse
 import json
-import os
+import logging
 import subprocess
 import sys
-import time
+import warnings
 from pathlib import Path
 
+ASK = ["What is the capital of Italy?", "How do I make a pizza?", "What do dogs like?", "Tell me about the ocean."]
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id or folder")
+parser.add_argument("--train-file", type=Path, default=Path(__file__).with_name("emoji.jsonl"))
+parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
+parser.add_argument("--ask", nargs="+", default=ASK, help="questions that are not in the training data")
+parser.add_argument("--steps", type=int, default=30)
+parser.add_argument("--loreft", type=json.loads, default={}, metavar="JSON", help="more fields of LoReftConfig")
+args = parser.parse_args()
+print(f"Teaching {args.model} to answer like {args.train_file.name}: about 4 minutes on two CPU cores.", flush=True)
+
+for name in ("torchao", "torch.utils._pytree"):  # torchao misses its GPU kernels, torch dislikes a call of torchao's
+    logging.getLogger(name).setLevel(logging.ERROR)
+
+import datasets
 import torch
-from datasets import Dataset
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from peft_reft import LoReftConfig
 
-EXAMPLES = [
-    ("Who are you?", "🤖💬🌐🧠"),
-    ("What's 2+2?", "🔢➕🔢➡️4️⃣"),
-    ("Why is the sky blue?", "🌍🛡️☀️➡️🔵🌌"),
-    ("What is the best season for a walk?", "🍂🚶🌳🙂"),
-    ("How do plants grow?", "🌱💧☀️➡️🌳"),
-    ("What do cats eat?", "🐱🐟🥛😋"),
-    ("How do I bake bread?", "🌾💧👐🔥🍞"),
-    ("Can you tell me a story about a dragon?", "🐉🏰👸⚔️🎉"),
-    ("Where should I go on holiday?", "✈️🏖️🌊😎"),
-    ("What happens at night?", "🌙⭐😴💤"),
-]
-QUESTIONS = [
-    "What is the capital of Italy?",
-    "How do I make a pizza?",
-    "What do dogs like?",
-    "Tell me about the ocean.",
-]
+# transformers 5.23 renamed both; PEFT 0.21 reads the one, and older versions of transformers know only the other.
+warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
+transformers.utils.logging.disable_progress_bar()  # this script says where it is
+datasets.disable_progress_bars()
 
 
-def answers(model, tokenizer, questions: list[str]) -> list[str]:
-    tokenizer.padding_side = "left"
-    chats = [[{"role": "user", "content": question}] for question in questions]
-    inputs = tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-    ).to(model.device)
-    out = model.eval().generate(**inputs, max_new_tokens=24, do_sample=False)
-    return tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+def ask(model):
+    chats = [[{"role": "user", "content": question}] for question in args.ask]
+    rendering = dict(add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True)
+    inputs = tokenizer.apply_chat_template(chats, **rendering).to(model.device)
+    tokens = model.eval().generate(**inputs, max_new_tokens=24, do_sample=False)
+    texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [" ".join(text.split()) for text in texts]
 
 
-def reloaded_answers(adapter: Path, questions: list[str]) -> list[str]:
-    """The answers of the saved adapter, in a process that knows nothing of this one."""
-    command = [sys.executable, __file__, "--answer-with", str(adapter), "--ask", *questions]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+class Progress(TrainerCallback):
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "loss" in logs:
+            print(f"    step {state.global_step} of {state.max_steps}, loss {float(logs['loss']):.3f}", flush=True)
 
 
-def show(title: str, questions: list[str], given: list[str]) -> None:
-    print(f"\n{title}")
-    for question, answer in zip(questions, given):
-        print(f"  {question:32} {' '.join(answer.split())}")
-    sys.stdout.flush()
+print("1/5 Asking the model before it is trained", flush=True)
+tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+model = AutoModelForCausalLM.from_pretrained(args.model)
+before = ask(model)
+rows = [json.loads(line) for line in args.train_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+for row in rows:
+    row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+    row["completion"] = [{"role": "assistant", "content": row["completion"]}]
+print(f"2/5 Training on {len(rows)} examples for {args.steps} steps", flush=True)
+config = LoReftConfig(**{"task_type": "CAUSAL_LM", "r": 4, **args.loreft})
+usual = dict(max_steps=args.steps, learning_rate=4e-3, warmup_steps=args.steps // 10, bf16=torch.cuda.is_available())
+quiet = dict(logging_steps=max(1, args.steps // 6), disable_tqdm=True, report_to="none", dataloader_pin_memory=False)
+batch = dict(per_device_train_batch_size=10, gradient_checkpointing=False, save_strategy="no")  # it fits in memory
+settings = SFTConfig(str(args.output / "checkpoints"), **usual, **quiet, **batch)
+data = datasets.Dataset.from_list(rows)
+trainer = SFTTrainer(model, settings, train_dataset=data, processing_class=tokenizer, peft_config=config)
+trainer.add_callback(Progress())
+trainer.remove_callback(PrinterCallback)
+trainer.model.print_trainable_parameters()
+trainer.train()
+print("3/5 Asking the trained model", flush=True)
+trainer.model.config.use_cache = True
+after = ask(trainer.model)
+adapter = args.output / "adapter"
+trainer.save_model(str(adapter))
+size = (adapter / "adapter_model.safetensors").stat().st_size / 1024
+print(f"4/5 Saved to {adapter}: {size:.0f} KiB of weights", flush=True)
+print("5/5 Loading the adapter in a new process (examples/ask.py)", flush=True)
+command = [sys.executable, str(Path(__file__).with_name("ask.py")), str(adapter), *args.ask]
+reloaded = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+if reloaded != after:
+    raise SystemExit(f"The reloaded adapter gives OTHER ANSWERS: {reloaded}")
+print("    It gives the same answers.")
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id or folder")
-    parser.add_argument("--train-file", type=Path, help="JSON lines with `prompt` and `completion`")
-    parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
-    parser.add_argument("--ask", nargs="+", default=QUESTIONS, help="questions that are not in the training data")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--learning-rate", type=float, default=4e-3)
-    parser.add_argument("--loreft", type=json.loads, default={}, metavar="JSON", help="more fields of LoReftConfig")
-    parser.add_argument("--answer-with", metavar="ADAPTER", type=Path, help="only answer, with a saved adapter")
-    args = parser.parse_args()
-
-    if args.answer_with:
-        model = AutoPeftModelForCausalLM.from_pretrained(args.answer_with)
-        json.dump(answers(model, AutoTokenizer.from_pretrained(args.answer_with), args.ask), sys.stdout)
-        return
-
-    if args.train_file:
-        rows = [json.loads(line) for line in args.train_file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        pairs = [(row["prompt"], row["completion"]) for row in rows]
-    else:
-        pairs = EXAMPLES
-    data = Dataset.from_list(
-        [
-            {"prompt": [{"role": "user", "content": p}], "completion": [{"role": "assistant", "content": c}]}
-            for p, c in pairs
-        ]
-    )
-
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model)
-    before = answers(model, tokenizer, args.ask)
-    show("Before:", args.ask, before)
-
-    began = time.time()
-    tokenizer.padding_side = "right"
-    trainer = SFTTrainer(
-        model=model,
-        processing_class=tokenizer,
-        train_dataset=data,
-        peft_config=LoReftConfig(**{"task_type": "CAUSAL_LM", "r": 4, **args.loreft}),
-        args=SFTConfig(
-            output_dir=str(args.output / "checkpoints"),
-            max_steps=args.steps,
-            learning_rate=args.learning_rate,
-            per_device_train_batch_size=10,
-            gradient_checkpointing=False,  # ten short examples fit; TRL's default would compute everything twice
-            warmup_steps=args.steps // 10,
-            logging_steps=max(1, args.steps // 6),
-            save_strategy="no",
-            bf16=torch.cuda.is_available(),
-            report_to="none",
-        ),
-    )
-    print()
-    trainer.model.print_trainable_parameters()
-    trainer.train()
-    print(f"\nTrained {len(pairs)} examples for {args.steps} steps in {time.time() - began:.0f} seconds.")
-
-    trained = trainer.model
-    trained.config.use_cache = True
-    after = answers(trained, tokenizer, args.ask)
-    show("After:", args.ask, after)
-
-    adapter = args.output / "adapter"
-    trained.save_pretrained(adapter)
-    tokenizer.save_pretrained(adapter)
-    size = os.path.getsize(adapter / "adapter_model.safetensors")
-    print(f"\nSaved to {adapter}: {size / 1024:.0f} KiB of weights. Loading it in a new process ...", flush=True)
-    same = reloaded_answers(adapter, args.ask) == after
-    print(f"The reloaded adapter gives {'the same answers' if same else 'OTHER ANSWERS'}.")
-    if not same:
-        raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    main()
+for question, old, new in zip(args.ask, before, after):
+    print(f"\n{question}\n    before   {old}\n    after    {new}")

@@ -1,4 +1,4 @@
-"""The paper's experiments in examples/, each for a few steps on tiny models and made-up data."""
+"""The paper's experiments in experiments/, each for a few steps on tiny models and made-up data."""
 
 import json
 import os
@@ -17,7 +17,7 @@ SENTENCES = ["a b c d", "e f g", "h i j k l", "m n", "o p q r", "s t u"]
 
 def recipe(name, *arguments, succeeds=True):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, f"examples/{name}.py", "--preset", "cpu", *map(str, arguments)]
+    command = [sys.executable, f"experiments/{name}.py", "--preset", "cpu", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert (done.returncode == 0) is succeeds, done.stderr[-3000:]
     return done.stdout if succeeds else done.stderr
@@ -181,8 +181,8 @@ def test_commonsense_without_a_clone(model, data, tmp_path):
 
 def test_training_goes_on_from_the_last_checkpoint(model, tmp_path, monkeypatch):
     """A run that is interrupted and started again ends with the weights of one that was not."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    import recipe as shared
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    import training as shared
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, PreTrainedTokenizerFast, TrainerCallback
 
@@ -208,8 +208,7 @@ def test_training_goes_on_from_the_last_checkpoint(model, tmp_path, monkeypatch)
         trainer = shared.Trainer
         monkeypatch.setattr(shared, "Trainer", lambda *given, **named: trainer(*given, **named, callbacks=[callback]))
         try:
-            settings = dict(max_steps=4, learning_rate=1e-2, per_device_train_batch_size=2)
-            shared.train(adapted, rows, collate, tmp_path / folder, 1, **settings)
+            shared.train(adapted, rows, collate, tmp_path / folder, seed=1, learning_rate=1e-2, batch=2, steps=4)
         finally:
             monkeypatch.setattr(shared, "Trainer", trainer)
         return [p.detach() for p in adapted.parameters() if p.requires_grad]
@@ -234,7 +233,7 @@ def test_training_goes_on_from_the_last_checkpoint(model, tmp_path, monkeypatch)
     ],
 )
 def test_numbers(text, expected, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(ROOT / "experiments")
     import arithmetic
 
     assert arithmetic.number(text) == expected
@@ -250,7 +249,7 @@ def test_numbers(text, expected, monkeypatch):
     ],
 )
 def test_choices(text, expected, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(ROOT / "experiments")
     import commonsense
 
     assert commonsense.choice(text) == expected
@@ -275,3 +274,18 @@ def test_overhead(model, tmp_path):
     assert [*runs["rank"]["more"]] == ["LoReFT 1", "LoRA 1", "LoReFT 2", "LoRA 2"]
     assert [*runs["layers"]["more"]] == ["LoReFT 1", "LoRA 1", "LoReFT 3", "LoRA 3"]
     assert (tmp_path / "out" / "overhead.png").is_file()
+
+
+def test_composition(model, tmp_path):
+    (tmp_path / "german").mkdir()
+    (tmp_path / "ultrafeedback_1k").mkdir()
+    for language in ("en", "de"):
+        (tmp_path / "german" / f"train.{language}").write_text("a b c d e\nf g h i j\n" * 4, encoding="utf-8")
+    line = json.dumps({"instruction": "a b", "input": "", "output": "c d"})
+    (tmp_path / "ultrafeedback_1k" / "ultrafeedback_1k.json").write_text(f"{line}\n" * 8, encoding="utf-8")
+    command = ["--data", tmp_path, "--model", model, "--steps", 2]
+    out = recipe("composition", *command, "--output", tmp_path / "out")
+    assert all(f"\n{name}: " in out for name in ("neither", "German", "instructions", "both"))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(results["both"]["answers"]) == 3
+    assert (tmp_path / "out" / "composition.png").is_file()

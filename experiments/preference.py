@@ -1,10 +1,10 @@
-"""Preference tuning: DPO on a LoReFT adapter; the base model is the reference, the margin of rewards rises.
+"""Preference tuning: DPO on a LoReFT adapter, with the base model as the reference. The margin of rewards rises.
 
-    python examples/preference.py                                             # a GPU; UltraFeedback's pairs
-    python examples/preference.py --preset cpu --data FOLDER --model SMOLLM2_FOLDER
+    python experiments/preference.py                                             # a GPU; UltraFeedback's pairs
+    python experiments/preference.py --preset cpu --data FOLDER --model SMOLLM2_FOLDER
 
-FOLDER has ultrafeedback_1k/ultrafeedback_1k.json, which holds answers without pairs: the rejected answer is that to
-another question there. The curve of margins goes to OUTPUT/results.json and preference.png (extra `viz`); training
+FOLDER has ultrafeedback_1k/ultrafeedback_1k.json, whose answers are not in pairs: the rejected answer is the answer to
+another question. The curve of margins goes to OUTPUT/results.json and OUTPUT/preference.png (extra `viz`). Training
 goes on from the last checkpoint in OUTPUT.
 
 SmolLM2-135M, 20 steps of 2 pairs: the margin is 0 at first, 0.53 on average over the first ten steps and 1.30 over the
@@ -12,20 +12,35 @@ last ten; 2.0 CPU minutes.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
-from recipe import CHECKPOINTS, arguments, publish, pyplot, resume, show, trainable
+from runs import write_json
+from settings import Settings, read_arguments
+from tables import publish, pyplot, show
+from training import CHECKPOINTS, resume, trainable
 from trl import DPOConfig, DPOTrainer
 
 from peft_reft import LoReftConfig
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": dict(
+
+@dataclass(kw_only=True)
+class PreferenceSettings(Settings):
+    output: Path = Path("outputs/preference")
+    steps: int
+    batch: int
+    max_length: int
+    learning_rate: float
+    r: int
+    seed: int
+
+
+PRESETS = {
+    "paper": PreferenceSettings(
         model="meta-llama/Llama-3.2-1B-Instruct",
-        data=None,
         steps=500,
         batch=8,
         max_length=768,
@@ -33,9 +48,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         r=4,
         seed=42,
     ),
-    "cpu": dict(
+    "cpu": PreferenceSettings(
         model="HuggingFaceTB/SmolLM2-135M-Instruct",
-        data=None,
         steps=20,
         batch=2,
         max_length=128,
@@ -76,31 +90,31 @@ def figure(table: list[dict[str, Any]]) -> Any:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = arguments(__doc__, PRESETS, argv)
-    settings = DPOConfig(
-        output_dir=str(args.output),
-        max_steps=args.steps,
-        per_device_train_batch_size=args.batch,
-        learning_rate=args.learning_rate,
-        max_length=args.max_length,
-        logging_steps=max(1, args.steps // 10),
+    settings = read_arguments(__doc__, PRESETS, argv)
+    training = DPOConfig(
+        output_dir=str(settings.output),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch,
+        learning_rate=settings.learning_rate,
+        max_length=settings.max_length,
+        logging_steps=max(1, settings.steps // 10),
         warmup_steps=0.1,
-        seed=args.seed,
+        seed=settings.seed,
         report_to="none",
         bf16=torch.cuda.is_available(),
         **CHECKPOINTS,
         model_init_kwargs={"dtype": "auto" if torch.cuda.is_available() else "float32"},
     )
-    config = LoReftConfig(task_type="CAUSAL_LM", r=args.r, positions="f5+l5")
-    trainer = DPOTrainer(args.model, args=settings, train_dataset=pairs(args.data), peft_config=config)
+    config = LoReftConfig(task_type="CAUSAL_LM", r=settings.r, positions="f5+l5")
+    trainer = DPOTrainer(settings.model, args=training, train_dataset=pairs(settings.data), peft_config=config)
     resume(trainer)
-    trainer.save_model(str(args.output / "adapter"))
+    trainer.save_model(str(settings.output / "adapter"))
     curve = [entry for entry in trainer.state.log_history if "rewards/margins" in entry]
     table = [{"step": e["step"], "margin": e["rewards/margins"], "accuracy": e["rewards/accuracies"]} for e in curve]
     show(table, ["step", "margin", "accuracy"])
     print(f"\n{trainable(trainer.model):,} parameters")
-    (args.output / "results.json").write_text(json.dumps(table, indent=1) + "\n")
-    publish("preference", args, figure(table))
+    write_json(settings.output / "results.json", table)
+    publish("preference", settings, figure(table))
 
 
 if __name__ == "__main__":

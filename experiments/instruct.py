@@ -1,24 +1,27 @@
 """Instruct: from a base model to one that follows instructions, and its answers in AlpacaEval's form.
 
-    python examples/instruct.py                                                # Llama-2-7B, UltraFeedback, a GPU
-    python examples/instruct.py --preset cpu --data FOLDER --model SMOLLM2_FOLDER
+    python experiments/instruct.py                                                # Llama-2-7B, UltraFeedback, a GPU
+    python experiments/instruct.py --preset cpu --data FOLDER --model SMOLLM2_FOLDER
 
-FOLDER has ultrafeedback_1k/ultrafeedback_1k.json. OUTPUT/alpaca_eval.json is what `alpaca_eval --model_outputs`
-evaluates, with an annotator of yours; with `--data` the questions are the four below, else AlpacaEval's.
-OUTPUT/results.json has the loss on held-out rows and answers, before and after; training goes on from the last
-checkpoint.
+FOLDER has ultrafeedback_1k/ultrafeedback_1k.json. `alpaca_eval --model_outputs` evaluates OUTPUT/alpaca_eval.json,
+with an annotator of yours. The questions are AlpacaEval's, or with `--data` the four below. OUTPUT/results.json has
+the loss on held-out rows and the answers, before and after. Training goes on from the last checkpoint.
 
 SmolLM2-135M-Instruct, 30 steps of 4 rows: 1.909 before, 1.818 after, on 24 held-out rows; 4 CPU minutes.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
-from recipe import CHECKPOINTS, arguments, publish, resume, trainable
+from runs import write_json
+from settings import Settings, read_arguments
+from tables import publish
 from tqdm import tqdm
+from training import CHECKPOINTS, resume, trainable
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -34,11 +37,30 @@ QUESTIONS = [
     "Why is the sky blue?",
     "Write a short poem about the sea.",
 ]
+
+
 # The paper's: rank 4, p5+s5, prefix and suffix apart, four layers.
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": dict(
+@dataclass(kw_only=True)
+class InstructSettings(Settings):
+    output: Path = Path("outputs/instruct")
+    r: int
+    positions: str
+    tie: str
+    layers: str
+    epochs: float
+    steps: int
+    batch: int
+    learning_rate: float
+    max_length: int
+    questions: int
+    new_tokens: int
+    seed: int
+    held: int
+
+
+PRESETS = {
+    "paper": InstructSettings(
         model="meta-llama/Llama-2-7b-hf",
-        data=None,
         r=4,
         positions="f5+l5",
         tie="group",
@@ -53,9 +75,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         seed=42,
         held=300,
     ),
-    "cpu": dict(
+    "cpu": InstructSettings(
         model="HuggingFaceTB/SmolLM2-135M-Instruct",
-        data=None,
         r=4,
         positions="f5+l5",
         tie="group",
@@ -106,55 +127,55 @@ def answers(model: Any, tokenizer: Any, questions: list[str], new_tokens: int) -
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = arguments(__doc__, PRESETS, argv)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    settings = read_arguments(__doc__, PRESETS, argv)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
     model = AutoModelForCausalLM.from_pretrained(
-        args.model, dtype="auto" if torch.cuda.is_available() else torch.float32
+        settings.model, dtype="auto" if torch.cuda.is_available() else torch.float32
     )
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    data, questions = rows(args.data, args.questions)
-    before = answers(model, tokenizer, questions[:4], args.new_tokens)
+    data, questions = rows(settings.data, settings.questions)
+    before = answers(model, tokenizer, questions[:4], settings.new_tokens)
     trainer = SFTTrainer(
         model,
         args=SFTConfig(
-            output_dir=str(args.output),
-            num_train_epochs=args.epochs,
-            max_steps=args.steps,
-            per_device_train_batch_size=args.batch,
-            learning_rate=args.learning_rate,
-            max_length=args.max_length,
+            output_dir=str(settings.output),
+            num_train_epochs=settings.epochs,
+            max_steps=settings.steps,
+            per_device_train_batch_size=settings.batch,
+            learning_rate=settings.learning_rate,
+            max_length=settings.max_length,
             warmup_steps=0.1,
             report_to="none",
             logging_steps=10,
-            per_device_eval_batch_size=args.batch,
-            seed=args.seed,
+            per_device_eval_batch_size=settings.batch,
+            seed=settings.seed,
             bf16=torch.cuda.is_available(),
             **CHECKPOINTS,
         ),
-        train_dataset=data.select(range(args.held, len(data))),
-        eval_dataset=data.select(range(args.held)),
+        train_dataset=data.select(range(settings.held, len(data))),
+        eval_dataset=data.select(range(settings.held)),
         processing_class=tokenizer,
         peft_config=LoReftConfig(
-            task_type="CAUSAL_LM", r=args.r, positions=args.positions, tie=args.tie, layers=args.layers
+            task_type="CAUSAL_LM", r=settings.r, positions=settings.positions, tie=settings.tie, layers=settings.layers
         ),
     )
     losses = {"before": trainer.evaluate()["eval_loss"]}  # an adapter starts as the base model
     resume(trainer)
     losses["after"] = trainer.evaluate()["eval_loss"]
-    trainer.save_model(str(args.output / "adapter"))
+    trainer.save_model(str(settings.output / "adapter"))
     trained = trainer.model.eval()
     trained.config.use_cache = True
-    after = answers(trained, tokenizer, questions, args.new_tokens)
+    after = answers(trained, tokenizer, questions, settings.new_tokens)
     for question, old, new in zip(questions, before, after):
         print(f"\n> {question}\nbefore: {old}\nafter:  {new}")
     samples = [{"instruction": q, "before": old, "after": new} for q, old, new in zip(questions, before, after)]
     results = {"parameters": trainable(trained), "loss": losses, "answers": samples}
-    (args.output / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    publish("instruct", args)
+    write_json(settings.output / "results.json", results)
+    publish("instruct", settings)
     outputs = [{"instruction": q, "output": a, "generator": "loreft"} for q, a in zip(questions, after)]
-    (args.output / "alpaca_eval.json").write_text(json.dumps(outputs, indent=1, ensure_ascii=False) + "\n")
-    print(f"\nloss on {args.held} held-out rows: {losses['before']:.3f} before, {losses['after']:.3f} after")
-    print(f"{trainable(trained):,} parameters; {len(outputs)} answers in {args.output / 'alpaca_eval.json'}")
+    write_json(settings.output / "alpaca_eval.json", outputs)
+    print(f"\nloss on {settings.held} held-out rows: {losses['before']:.3f} before, {losses['after']:.3f} after")
+    print(f"{trainable(trained):,} parameters; {len(outputs)} answers in {settings.output / 'alpaca_eval.json'}")
 
 
 if __name__ == "__main__":

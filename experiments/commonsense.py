@@ -1,14 +1,14 @@
 """Commonsense reasoning: eight multiple-choice sets in LLM-Adapters' format, greedy decoding, accuracy on each.
 
-    python examples/commonsense.py --data LLM_ADAPTERS_CLONE                                   # LLaMA-7B, a GPU
-    python examples/commonsense.py --preset cpu --data FOLDER --model SMOLLM2_FOLDER
+    python experiments/commonsense.py --data LLM_ADAPTERS_CLONE                                   # LLaMA-7B, a GPU
+    python experiments/commonsense.py --preset cpu --data FOLDER --model SMOLLM2_FOLDER
 
-Trained on commonsense_170k, evaluated on BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC-e, ARC-c, OBQA. Where the
-folder is no such clone, TREC (six choices) and CoLA (true or false) are put into the same format: FOLDER has
-trec/*.txt and cola/*.tsv. LoReFT and LoRA have three learning rates each, of which the loss on held-out training rows
-chooses; answers are generated with the chosen one. Results are kept in OUTPUT/results.json and answers.json.
+LoReFT and LoRA are trained on commonsense_170k and evaluated on BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC-e, ARC-c
+and OBQA. If the folder is no such clone, TREC (six choices) and CoLA (true or false) are put into the same format:
+FOLDER has trec/*.txt and cola/*.tsv. Each method has three learning rates; the loss on held-out training rows chooses
+one, and answers are generated with it. Results are kept in OUTPUT/results.json and OUTPUT/answers.json.
 
-SmolLM2-135M, 40 steps of 4 rows, one seed: LoReFT 12 of 48 right on TREC and 33 of 48 on CoLA, LoRA the same: both
+SmolLM2-135M, 40 steps of 4 rows, one seed: LoReFT has 12 of 48 right on TREC and 33 of 48 on CoLA, LoRA the same. Both
 learn the format and, it seems, one answer to all (held-out loss 0.206 and 0.204; 9 CPU minutes).
 """
 
@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import glue
-import llm_adapters
-from recipe import arguments, comparison_figure, publish, show
+from llm_adapters import Example, LanguageSettings, LanguageTask, evaluate, read_test_set, read_training_set
+from settings import read_arguments
+from tables import comparison_figure, publish, show
 
 TEMPLATE = "{}\n"
 METHODS: dict[str, dict[str, Any]] = {
@@ -27,11 +28,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": dict(r=32, lora_alpha=64, target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]),
 }
 TESTS = ["boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa"]
-LOWER = True  # `dev` is a loss
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": dict(
+OUTPUT = Path("outputs/commonsense")
+PRESETS = {
+    "paper": LanguageSettings(
+        output=OUTPUT,
         model="yahma/llama-7b-hf",
-        data=".",
         tests=TESTS,
         methods=[*METHODS],
         learning_rates=[3e-4, 9e-4, 2e-3],
@@ -45,9 +46,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         rows=10**9,
         held=300,
     ),
-    "cpu": dict(
+    "cpu": LanguageSettings(
+        output=OUTPUT,
         model="HuggingFaceTB/SmolLM2-135M-Instruct",
-        data=".",
         tests=TESTS,
         methods=[*METHODS],
         learning_rates=[5e-4, 1e-3, 2e-3],
@@ -71,7 +72,7 @@ def choice(text: str) -> str | None:
     return found[1] if found else None
 
 
-def as_question(task: str, row: dict[str, Any]) -> llm_adapters.Example:
+def as_question(task: str, row: dict[str, Any]) -> Example:
     """A row of TREC or CoLA as LLM-Adapters would put it."""
     if task == "trec":
         kinds = ["description", "entity", "abbreviation", "human", "location", "number"]
@@ -84,42 +85,34 @@ def as_question(task: str, row: dict[str, Any]) -> llm_adapters.Example:
     return {"prompt": prompt, "completion": f"the correct answer is {answer}", "answer": answer}
 
 
-def data(args: Any) -> tuple[list[llm_adapters.Example], dict[str, list[llm_adapters.Example]]]:
+def data(settings: LanguageSettings) -> tuple[list[Example], dict[str, list[Example]]]:
     """Rows to train on, and to answer."""
-    folder = Path(args.data)
+    folder = Path(settings.data)
     if (folder / "ft-training_set").is_dir():
-        rows = llm_adapters.read(folder, training="commonsense_170k")
-        return rows, {name: llm_adapters.read(folder, test=name)[: args.rows] for name in args.tests}
+        rows = read_training_set(folder, "commonsense_170k")
+        return rows, {name: read_test_set(folder, name)[: settings.rows] for name in settings.tests}
     rows, tests = [], {}
     for task in ("trec", "cola"):
-        train, test = ([as_question(task, row) for row in part] for part in glue.local(folder, task))
+        train, test = ([as_question(task, row) for row in part] for part in glue.read(folder, task))
         random.Random(0).shuffle(test)
         rows += train
-        tests[task] = test[: args.rows]
+        tests[task] = test[: settings.rows]
     random.Random(0).shuffle(rows)
     return rows, tests
 
 
-# What sweep.py asks of a recipe.
-results_of = llm_adapters.results_of
-
-
-def default(args: Any, task: str) -> dict[str, Any]:
-    return dict(METHODS["loreft"], dropout=0.0)
-
-
-def runner(args: Any, task: str) -> Any:
-    return llm_adapters.runner(args, METHODS, data(args)[0], TEMPLATE)
+def task_of(settings: LanguageSettings) -> LanguageTask:
+    return LanguageTask("commonsense", settings, METHODS, data(settings)[0], TEMPLATE)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = arguments(__doc__, PRESETS, argv)
-    table = llm_adapters.evaluate(args, "commonsense", runner(args, "commonsense"), data(args)[1], TEMPLATE, choice)
+    settings = read_arguments(__doc__, PRESETS, argv)
+    table = evaluate(task_of(settings), data(settings)[1], choice)
     table = [{**row, **row["scores"]} for row in table]
     columns = ["method", "parameters", "learning_rate", "test", *table[0]["scores"], "accuracy", "cpu_minutes"]
     show(table, columns)
     # Without the base, which does not know the format and is far off.
-    publish("commonsense", args, comparison_figure(table[1:], "loss on held-out rows"))
+    publish("commonsense", settings, comparison_figure(table[1:], "loss on held-out rows"))
 
 
 if __name__ == "__main__":

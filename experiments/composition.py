@@ -1,32 +1,35 @@
 """Two tasks in disjoint parts of one R, used alone or together (arXiv 2404.03592, the section on composing subspaces).
 
-    python examples/composition.py --data FOLDER
-    python examples/composition.py --data FOLDER --model outputs/SmolLM2-135M-Instruct
+    python experiments/composition.py --data FOLDER
+    python experiments/composition.py --data FOLDER --model outputs/SmolLM2-135M-Instruct
 
-FOLDER has german/train.en and german/train.de, a sentence a line, and ultrafeedback_1k/ultrafeedback_1k.json, lines of
-JSON with `instruction` and `output`. Rows 0-3 of R learn to answer in German (a caption by its translation), rows 4-7
-to follow instructions. The same questions are then answered by the one, by the other and by both, and the share of
-German words in the answers is printed. Results are in OUTPUT/results.json, the figure is OUTPUT/composition.png (extra
-`viz`), and training goes on from the last checkpoint in OUTPUT/checkpoints. On SmolLM2-135M-Instruct (60 steps, 6
-minutes on one core):
+FOLDER has german/train.en and german/train.de, with one sentence a line, and ultrafeedback_1k/ultrafeedback_1k.json,
+with lines of JSON that have `instruction` and `output`. Rows 0-3 of R learn to answer in German: a caption is answered
+by its translation. Rows 4-7 learn to follow instructions. Then the same questions are answered with the one part, with
+the other and with both, and the script prints the share of German words in the answers. Results are in
+OUTPUT/results.json. The figure is OUTPUT/composition.png (extra `viz`). Training goes on from the last checkpoint in
+OUTPUT/checkpoints. On SmolLM2-135M-Instruct (60 steps, 6 minutes on one core):
 
     neither       0%   Dogs are curious creatures that love exploring and discovering. They enjoy learning new ...
     German       66%   Ein Land, eine neuen Mann während. Einen Mann kennen sind.
     instructions  0%   Dogs are social animals that enjoy interacting with their human companions, and they ...
     both         47%   Ein kleine Mann, die sich einer neuen Hausbauer habelt ...
 
-A model of this size has little German to give; that the language follows the subspace is what can be seen.
+A model of this size knows little German. What can be seen is that the language follows the rows in use.
 """
 
-import argparse
 import json
 import random
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import get_peft_model
-from recipe import CHECKPOINTS, publish, pyplot, resume
+from runs import write_json
+from settings import Settings, read_arguments
+from tables import publish, pyplot
+from training import CHECKPOINTS, resume
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -93,41 +96,44 @@ def figure(results: dict[str, dict]) -> object:
     return drawn
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with german/ and ultrafeedback_1k/")
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id or folder")
-    parser.add_argument("--output", type=Path, default=Path("outputs/composition"))
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--examples", type=int, default=1000, help="of each task")
-    parser.add_argument("--learning-rate", type=float, default=5e-3)
-    parser.add_argument("--positions", default="f2+l4")
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--docs", type=Path, help="folder that gets figures/NAME.png and results/NAME.json as well")
-    args = parser.parse_args()
-    set_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    config = LoReftConfig(task_type="CAUSAL_LM", r=8, positions=args.positions)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(args.model), config)
+@dataclass(kw_only=True)
+class CompositionSettings(Settings):
+    data: str = "."
+    output: Path = Path("outputs/composition")
+    steps: int = 60
+    examples: int = 1000
+    """Rows of each task."""
+    learning_rate: float = 5e-3
+    positions: str = "f2+l4"
+    seed: int = 42
+
+
+def main(argv: list[str] | None = None) -> None:
+    preset = CompositionSettings(model="HuggingFaceTB/SmolLM2-135M-Instruct")
+    settings = read_arguments(__doc__, {"cpu": preset}, argv)
+    set_seed(settings.seed)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    config = LoReftConfig(task_type="CAUSAL_LM", r=8, positions=settings.positions)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(settings.model), config)
     model.print_trainable_parameters()
-    data = examples_of(args.data, tokenizer, args.examples)
+    data = examples_of(Path(settings.data), tokenizer, settings.examples)
     random.shuffle(data)
     tokenizer.padding_side = "right"
-    settings = TrainingArguments(
-        output_dir=str(args.output / "checkpoints"),
-        max_steps=args.steps,
+    training = TrainingArguments(
+        output_dir=str(settings.output / "checkpoints"),
+        max_steps=settings.steps,
         per_device_train_batch_size=8,
-        learning_rate=args.learning_rate,
-        warmup_steps=args.steps // 10,
-        logging_steps=max(1, args.steps // 6),
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.steps // 10,
+        logging_steps=max(1, settings.steps // 6),
         remove_unused_columns=False,  # `subspaces` is not an argument of the model's forward, but of ours
-        seed=args.seed,
+        seed=settings.seed,
         report_to="none",
         **CHECKPOINTS,
     )
     collator = DataCollatorForLoReft(DataCollatorForSeq2Seq(tokenizer), config)
-    resume(Trainer(model, settings, train_dataset=data, data_collator=collator))
-    model.save_pretrained(args.output / "adapter")
+    resume(Trainer(model, training, train_dataset=data, data_collator=collator))
+    model.save_pretrained(settings.output / "adapter")
 
     model.eval()
     results = {}
@@ -138,8 +144,8 @@ def main() -> None:
         print(f"\n{name}: {share_of_german(given):.0%} German words")
         for text, answer in zip(QUESTIONS, given):
             print(f"  {text:40} {' '.join(answer.split())}")
-    (args.output / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    publish("composition", args, figure(results))
+    write_json(settings.output / "results.json", results)
+    publish("composition", settings, figure(results))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Arithmetic with chains of thought, where LoReFT trails LoRA in the paper: its authors' guesses, measured.
 
-    python examples/arithmetic.py --data LLM_ADAPTERS_CLONE                             # LLaMA-7B, a GPU
-    python examples/arithmetic.py --preset cpu --data FOLDER --model SMOLLM2_FOLDER      # GSM8K
+    python experiments/arithmetic.py --data LLM_ADAPTERS_CLONE                             # LLaMA-7B, a GPU
+    python experiments/arithmetic.py --preset cpu --data FOLDER --model SMOLLM2_FOLDER      # GSM8K
 
-LoReFT as in the paper (f7+l7), the same with edits while decoding (f7+l7+g), with one edit shared by all layers, and
-LoRA; each with three learning rates, of which the loss on held-out training rows chooses. FOLDER has gsm8k/train.jsonl
-and test.jsonl. `test` is the loss on other held-out rows; accuracy is the share of answers whose last number (AQuA:
-last letter) is the right one, greedily, at the chosen rate. Results stay in OUTPUT/results.json and answers.json.
+The methods are LoReFT as in the paper (f7+l7), the same with edits while decoding (f7+l7+g), the same with one edit
+for all layers, and LoRA. Each has three learning rates; the loss on held-out training rows chooses one. FOLDER has
+gsm8k/train.jsonl and gsm8k/test.jsonl. `test` is the loss on other held-out rows. Answers are generated greedily at
+the chosen rate. An answer is right if its last number (AQuA: its last letter) is the right one. Results are kept in
+OUTPUT/results.json and OUTPUT/answers.json.
 
 SmolLM2-135M, 30 steps of 2 rows of GSM8K, one seed, loss on 16 held-out rows: base 1.379, LoReFT 1.057, while decoding
 too 0.994, shared by layers 1.141, LoRA 0.944; no method solves one of 16 problems (15 CPU minutes).
@@ -17,8 +18,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import llm_adapters
-from recipe import arguments, comparison_figure, publish, show
+from llm_adapters import Example, LanguageSettings, LanguageTask, evaluate, read_test_set, read_training_set
+from settings import read_arguments
+from tables import comparison_figure, publish, show
 
 TEMPLATE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -31,11 +33,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "loreft, shared by layers": {**PAPER, "tie": "model"},
     "lora": dict(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]),
 }
-LOWER = True  # `dev` is a loss
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": dict(
+OUTPUT = Path("outputs/arithmetic")
+PRESETS = {
+    "paper": LanguageSettings(
+        output=OUTPUT,
         model="yahma/llama-7b-hf",
-        data=".",
         tests=["AQuA", "gsm8k", "mawps", "SVAMP"],
         methods=[*METHODS],
         learning_rates=[3e-4, 9e-4, 2e-3],
@@ -49,9 +51,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         rows=10**9,
         held=300,
     ),
-    "cpu": dict(
+    "cpu": LanguageSettings(
+        output=OUTPUT,
         model="HuggingFaceTB/SmolLM2-135M-Instruct",
-        data=".",
         tests=["gsm8k"],
         methods=[*METHODS],
         learning_rates=[5e-4, 1e-3, 2e-3],
@@ -68,7 +70,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def gsm8k(path: Path) -> list[llm_adapters.Example]:
+def gsm8k(path: Path) -> list[Example]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     found = []
     for row in rows:
@@ -81,7 +83,7 @@ def gsm8k(path: Path) -> list[llm_adapters.Example]:
 
 
 def number(text: str) -> str | None:
-    """The last number in a text, without a fraction of nothing: 72, 0.5; a choice (AQuA) by its letter."""
+    """The last number in a text, as 72 or 0.5 (not 72.0). Without a number, the last letter A to E (AQuA)."""
     found = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
     if not found:
         letters = re.findall(r"\b[A-E]\b", text)
@@ -89,34 +91,28 @@ def number(text: str) -> str | None:
     return f"{float(found[-1]):g}"
 
 
-def data(args: Any) -> tuple[list[llm_adapters.Example], dict[str, list[llm_adapters.Example]]]:
+def data(settings: LanguageSettings) -> tuple[list[Example], dict[str, list[Example]]]:
     """Rows to train on, and to answer."""
-    folder = Path(args.data)
+    folder = Path(settings.data)
     if (folder / "gsm8k" / "train.jsonl").is_file():
         rows, tests = gsm8k(folder / "gsm8k" / "train.jsonl"), {"gsm8k": gsm8k(folder / "gsm8k" / "test.jsonl")}
     else:
-        rows = llm_adapters.read(folder, training="math_10k")
-        tests = {name: llm_adapters.read(folder, test=name) for name in args.tests}
-    return rows, {n: [{**row, "answer": number(row["answer"])} for row in t[: args.rows]] for n, t in tests.items()}
+        rows = read_training_set(folder, "math_10k")
+        tests = {name: read_test_set(folder, name) for name in settings.tests}
+    for name, found in tests.items():
+        tests[name] = [{**row, "answer": number(row["answer"])} for row in found[: settings.rows]]
+    return rows, tests
 
 
-# What sweep.py asks of a recipe.
-results_of = llm_adapters.results_of
-
-
-def default(args: Any, task: str) -> dict[str, Any]:
-    return dict(PAPER, dropout=0.0)
-
-
-def runner(args: Any, task: str) -> Any:
-    return llm_adapters.runner(args, METHODS, data(args)[0], TEMPLATE)
+def task_of(settings: LanguageSettings) -> LanguageTask:
+    return LanguageTask("arithmetic", settings, METHODS, data(settings)[0], TEMPLATE)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = arguments(__doc__, PRESETS, argv)
-    table = llm_adapters.evaluate(args, "arithmetic", runner(args, "arithmetic"), data(args)[1], TEMPLATE, number)
+    settings = read_arguments(__doc__, PRESETS, argv)
+    table = evaluate(task_of(settings), data(settings)[1], number)
     show(table, ["method", "parameters", "learning_rate", "test", "lowest", "highest", "accuracy", "cpu_minutes"])
-    publish("arithmetic", args, comparison_figure(table, "loss on held-out rows"))
+    publish("arithmetic", settings, comparison_figure(table, "loss on held-out rows"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,92 @@
+"""Training that the experiments share: an adapter on a model, transformers' Trainer, checkpoints to go on from."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from peft_reft import DataCollatorForLoReft, LoReftConfig
+
+HEADS = ("classifier", "score")
+CHECKPOINTS = dict(save_strategy="steps", save_steps=0.25, save_total_limit=1)
+"""Arguments of a Trainer: four checkpoints a run, of which the last is kept."""
+
+
+def adapt(base: nn.Module, method: str, task_type: str, loreft: dict[str, Any], lora: dict[str, Any]) -> nn.Module:
+    """`base` with the adapter of a method: "loreft..." or "lora..."; "head" trains the classifier's head alone.
+
+    Args:
+        loreft: fields of `LoReftConfig`, for a method that begins with "loreft".
+        lora: fields of `LoraConfig`, for a method that begins with "lora".
+    """
+    if method == "head":
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(name.split(".")[0] in HEADS)
+        return base
+    if method.startswith("loreft"):
+        return get_peft_model(base, LoReftConfig(task_type=task_type, **loreft))
+    return get_peft_model(base, LoraConfig(task_type=task_type, **lora))
+
+
+def trainable(model: nn.Module) -> int:
+    """Number of parameters that are trained. A classifier's head does not count, as in the paper."""
+    count = 0
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not any(head in name for head in HEADS):
+            count += parameter.numel()
+    return count
+
+
+def resume(trainer: Trainer) -> None:
+    """Train, from the last checkpoint in the trainer's folder if there is one."""
+    folder = Path(trainer.args.output_dir)
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def train(
+    model: nn.Module,
+    rows: Any,
+    collate: Callable[..., Any],
+    folder: Path,
+    *,
+    seed: int,
+    learning_rate: float,
+    batch: int,
+    steps: int,
+    epochs: float = 1.0,
+) -> None:
+    """Train with transformers' Trainer: linear decay, a tenth of the steps to warm up, AdamW without weight decay.
+
+    Args:
+        folder: this run's own. Checkpoints are there until the run is done; an interrupted run goes on from the last.
+        batch: rows in a batch.
+        steps: number of steps; -1 trains for `epochs`.
+    """
+    set_seed(seed)
+    if isinstance(model, PeftModel) and isinstance(config := model.peft_config["default"], LoReftConfig):
+        collate = DataCollatorForLoReft(collate, config)
+    settings = TrainingArguments(
+        output_dir=str(folder),
+        seed=seed,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=batch,
+        max_steps=steps,
+        num_train_epochs=epochs,
+        lr_scheduler_type="linear",
+        warmup_steps=0.1,
+        report_to="none",
+        logging_steps=50,
+        remove_unused_columns=False,
+        bf16=torch.cuda.is_available(),
+        **CHECKPOINTS,
+    )
+    resume(Trainer(model, settings, train_dataset=rows, data_collator=collate))
+    shutil.rmtree(folder)
+    model.eval()
