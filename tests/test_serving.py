@@ -40,7 +40,7 @@ SPECS = ["f7+l7", "f3", "l1", "l3~2", "p", "g", "g2", "all", "f2+l2+g3", "f1+g",
 @given(spec=st.sampled_from(SPECS), prompt=st.integers(1, 24), answer=st.integers(0, 8))
 @settings(deadline=None)
 def test_the_same_tokens_as_in_training(by, spec, prompt, answer):
-    """Token by token, `set_of` says what `resolve` and `make_index` say of the whole row."""
+    """`set_of` finds for each token what `resolve` and `make_index` find for the whole row."""
     groups = Positions.parse(spec).groups
     if by == "position" and any(group.count is None for group in groups):
         by = "group"
@@ -68,7 +68,7 @@ def test_the_same_tokens_as_in_training(by, spec, prompt, answer):
 @given(st.data())
 @settings(deadline=None)
 def test_pieces_add_up_to_the_whole(data):
-    """However requests are cut into steps and mixed, every token is edited with the weights that it has uncut."""
+    """The same weights edit each token, however requests are cut into steps and mixed with others."""
     plans = [
         None,
         *(
@@ -111,21 +111,21 @@ RESPONSE, INSTRUCTION = [[90, 91, 95], [90, 91]], [[90, 92], [90, 93]]
 
 
 def header_at(ids, n, templates):
-    """Length of the header of `templates` that begins at column n, 0 if there is none."""
+    """The length of the longest header of `templates` that begins at index n, 0 if there is none."""
     return max((len(t) for t in templates if ids[n : n + len(t)] == t), default=0)
 
 
 def whose(ids, given):
-    """For each token of a chat the turn that it belongs to, and whether that turn's answer has begun.
+    """For each token of a chat the number of its turn, and whether that turn's answer has begun.
 
-    Read from left to right: `given` tokens were given, the rest was generated.
+    The first `given` tokens were given, the others were generated.
     """
     turn, answering, behind_header, found = 0, False, set(), []
     for n in range(len(ids)):
         if length := header_at(ids, n, RESPONSE):
             behind_header.add(n + length)
         if n < given and header_at(ids, n, INSTRUCTION):
-            if answering or n in behind_header:  # in the second case an answer without a token
+            if answering or n in behind_header:  # the second case is an empty answer
                 turn, answering = turn + 1, False
         elif n in behind_header or n == given:
             answering = True
@@ -134,7 +134,7 @@ def whose(ids, given):
 
 
 def sets_of_chat(groups, by, ids, given):
-    """The set of weights that edits each token, -1 for none: the rule, one turn after the other."""
+    """The set of weights that edits each token, -1 for none: the rule of docs/positions.md, turn by turn."""
     sets, turns = [NONE] * len(ids), whose(ids, given)
     for turn in range(turns[-1][0] + 1 if turns else 0):
         prompt = [n for n, (of, answering) in enumerate(turns) if of == turn and not answering]
@@ -161,7 +161,7 @@ def sets_of_chat(groups, by, ids, given):
 
 @st.composite
 def chats(draw):
-    """Token ids of a chat, and how many of them were given: up to a header's end at least, or to anywhere."""
+    """The token ids of a chat, and how many of them were given: up to the end of a header, or up to anywhere."""
     words = st.lists(st.integers(0, 8), max_size=5)
     ids, ends = draw(words), []
     for _ in range(draw(st.integers(0, 4))):
@@ -182,10 +182,10 @@ def reading(spec, by, marks=True):
 
 
 def cut(data, plan, of_request, ids, given):
-    """The set of weights of each token, found in steps of any size."""
+    """The set of weights of each token, found in steps of random size."""
     found, done = [], 0
     while done < len(ids):
-        # A step that generates has one token; nothing is known yet of those behind.
+        # A step that generates has one token, because the next ones do not exist yet.
         most = given - done if done < given else 1
         count = data.draw(st.integers(1, most))
         step = Pieces(*(np.array([value]) for value in (0, count, done, given, 0)), [of_request])
@@ -221,13 +221,13 @@ def test_every_turn_of_a_chat_is_edited_by_the_rule(data, chat, by, spec):
 )
 @settings(deadline=None, max_examples=300)
 def test_what_shares_cached_blocks_is_edited_alike(chat, marks, by, spec, more):
-    """Of two requests with one salt, the second begins with the first: their common tokens are edited alike."""
+    """One request begins with the other. If their salts are equal, their common tokens are edited alike."""
     (ids, _), groups = chat, Positions.parse(spec).groups
     first = more.draw(st.integers(1, len(ids)))
     second = more.draw(st.integers(first, len(ids)))
     read = reading(spec, by, marks)
     alone = [read.depends_on_length(ids[:n], n) for n in (first, second)]
-    # What the model says is an answer until it is given again: then a header in it counts (docs/positions.md).
+    # A header in what the model says counts only when the text is given back in a next turn (docs/positions.md).
     says_a_header = any(header_at(ids, n, RESPONSE + INSTRUCTION) for n in range(first, second))
     if alone == [False, False] and not says_a_header:
         plan = ServedPlan(groups, by)
@@ -246,12 +246,12 @@ def test_what_shares_cached_blocks_is_edited_alike(chat, marks, by, spec, more):
         ("f7+l7", "all", [90, 92, 1, 90, 91, 95], False),
         ("f7+l7", "all", [90, 92, 1, 90, 91, 95, 4, 5], False),  # words put in the assistant's mouth
         ("f7+l7", "all", [90, 92, 1, 90, 91, 95, 4, 90, 92, 5], True),  # the last prompt has no header behind it
-        ("l1", "all", [90, 92, 1, 90, 91], True),  # a header that may go on
+        ("l1", "all", [90, 92, 1, 90, 91], True),  # the header may go on
         ("g", "all", [90, 92, 1], True),
-        ("all", "all", [1, 2, 3], False),  # every token alike, wherever the prompt ends
+        ("all", "all", [1, 2, 3], False),  # all tokens are edited alike, wherever the prompt ends
         ("all", "group", [1, 2, 3], True),
         ("f3", "all", [1, 2, 3], False),
-        ("f3", "all", [1, 2], True),  # half of a short prompt
+        ("f3", "all", [1, 2], True),  # a short prompt has half of its tokens in `f`
         ("f3", "all", None, False),  # embeddings, 40 of them
         ("l3", "all", None, True),
     ],
@@ -284,7 +284,7 @@ def test_marks_come_with_the_adapter(llama, empty, tmp_path):
 
 
 def test_a_group_that_does_not_say_its_span_cannot_be_made():
-    """So no group can be scheduled as if it were another."""
+    """So no group can be scheduled as another one."""
 
     class Middle(Group):
         letter = "m"
@@ -342,7 +342,7 @@ def empty(llama):
 
 
 class Blocks(torch.nn.Module):
-    """Stands for a model of vLLM's: modules of the same names, whose output can be given."""
+    """Stands for a model of vLLM: it has modules of the same names, and the tests choose their outputs."""
 
     def __init__(self, llama):
         super().__init__()
@@ -373,7 +373,7 @@ def test_read_adapter(llama, empty, tmp_path, formula, tie):
 
 
 def test_a_step_edits_by_the_formula(llama, empty, tmp_path):
-    """Two requests, two adapters of different ranks and formulas, against the formulas written out."""
+    """Two adapters of different ranks and formulas edit what the formulas say, written out here."""
     paths = {
         "a": adapter_for(llama, tmp_path, "a", r=2, positions="f2+l1"),
         "b": adapter_for(llama, tmp_path, "b", positions="all", intervention="red"),
@@ -389,12 +389,12 @@ def test_a_step_edits_by_the_formula(llama, empty, tmp_path):
     wanted[6] += b.scale * full[6] + b.shift
     torch.testing.assert_close(found, wanted)
     assert torch.equal(found[[2, 3, 4, 7, 8]], h[[2, 3, 4, 7, 8]])
-    loreft.prepare(pieces((1, 6, 6, loreft.places["a"])))  # decoding: nothing to edit, nothing touched
+    loreft.prepare(pieces((1, 6, 6, loreft.places["a"])))  # a decode step edits nothing
     assert all(not edits.work for edits in loreft.edits.values())
 
 
 def test_captured_graphs_read_the_buffers(llama, empty, tmp_path, monkeypatch):
-    """Operations recorded in one step edit the tokens of another, and those of none."""
+    """Operations that were captured in one step edit the tokens of another step, or no tokens."""
     monkeypatch.setattr("peft_reft.serving.edits.is_capturing", lambda hidden: True)
     paths = {
         "a": adapter_for(llama, tmp_path, "a", positions="f1+g"),
@@ -540,7 +540,7 @@ def test_every_formula_fits_its_table():
 def test_who_gives_up_waiting_leaves_the_adapter_there():
     class Core:
         async def call_utility_async(self, method, name):
-            return 1  # a request uses it, for ever
+            return 1  # one request uses it for ever
 
     known = {"a": "fingerprint"}
     engine = SimpleNamespace(engine_core=Core(), input_processor=SimpleNamespace(loreft_adapters=known))

@@ -108,8 +108,8 @@ def _add_now(hidden: Tensor, edit: Edit) -> Tensor:
     """Add one edit in place and without gradients, which spares a decode step a call of autograd."""
     flat = hidden.view(-1, hidden.shape[-1])  # (tokens, d)
     h = gather(flat, edit.rows, edit.factors.lead)  # ([G,] n, d)
-    affine = _affine(edit.factors)
-    if edit.rows is None and h.ndim == 2 and affine is not None:
+    affine = _affine(edit.factors) if edit.rows is None and h.ndim == 2 else None
+    if affine is not None:
         basis, inside = affine
         flat.addmm_(inside.compute(h) * edit.keep, basis)  # (tokens, r) @ (r, d), added as it is computed
     else:

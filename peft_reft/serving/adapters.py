@@ -65,7 +65,7 @@ def read_adapter(path_or_name: str, empty: nn.Module) -> ServedAdapter:
             message says which.
     """
     folder = fetch(path_or_name)
-    config = _config(folder, path_or_name)
+    config = _config(folder, named=path_or_name)
     for field in ("modules_to_save", "trainable_token_indices"):
         value = getattr(config, field)
         if value:
@@ -90,10 +90,11 @@ def read_adapter(path_or_name: str, empty: nn.Module) -> ServedAdapter:
     return ServedAdapter(plans, factors, fingerprint(folder), Reading.of(config))
 
 
-def _config(folder: str, path_or_name: str) -> LoReftConfig:
+def _config(folder: str, named: str) -> LoReftConfig:
+    """The config in `folder`. `named` is how the user calls the adapter, for the message of an error."""
     config = LoReftConfig.from_pretrained(folder)
     if not isinstance(config, LoReftConfig):
-        raise ValueError(f"{path_or_name} holds an adapter of type {config.peft_type}, not of LoReFT.")
+        raise ValueError(f"{named} holds an adapter of type {config.peft_type}, not of LoReFT.")
     return config
 
 
@@ -107,7 +108,7 @@ def facts(path_or_name: str) -> dict[str, Any]:
         ValueError: this is no LoReFT adapter.
     """
     folder = fetch(path_or_name)
-    reading = Reading.of(_config(folder, path_or_name))
+    reading = Reading.of(_config(folder, named=path_or_name))
     return {"fingerprint": fingerprint(folder), "reading": asdict(reading)}
 
 

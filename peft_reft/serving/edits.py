@@ -43,10 +43,10 @@ class Edits:
         hidden = hidden.view(-1, hidden.shape[-1])  # (tokens, d)
         if capturing:
             for key, sets in self.fixed:
-                self.table.edit_all(key, sets[: len(hidden)], hidden, residual)
+                self.table.edit_all(key, sets[: len(hidden)], hidden=hidden, residual=residual)
         else:
             for key, work in self.work:
-                self.table.edit(key, work, hidden, residual)
+                self.table.edit(key, work, hidden=hidden, residual=residual)
 
 
 def is_capturing(hidden: Tensor) -> bool:

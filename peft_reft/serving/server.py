@@ -201,9 +201,9 @@ class Server:
             for key in keys:
                 own = np.isin(places, [place for place, each in enumerate(self.keys) if each == key])
                 if own.any():
-                    alike.work.append((key, self._send(group_by_weights(rows[own], sets[own]))))
+                    alike.work.append((key, self._send(group_by_weights(rows=rows[own], sets=sets[own]))))
                     if self.fixed is not None:
-                        self.fixed.note(key, alike.edits, rows[own], sets[own])
+                        self.fixed.note(key, alike.edits, rows=rows[own], sets=sets[own])
 
     def _send(self, work: Work) -> DeviceWork:
         return DeviceWork(
