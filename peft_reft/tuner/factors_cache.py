@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ..edits.factors import Factors
 from ..edits.intervention import Intervention, factors_of
 
 
+@runtime_checkable
 class HoldsWeights(Protocol):
     """A layer, as far as the cache has to know it."""
 

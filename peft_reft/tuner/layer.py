@@ -131,7 +131,9 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
         """The adapters that a forward names, each once, or else the active ones."""
         if adapter_names is not None:
             return dict.fromkeys(adapter_names)
-        return cast(Iterable[str], self.active_adapters)
+        active: Any = self.active_adapters  # a property of PEFT's class, which mypy cannot see
+        names: Iterable[str] = active
+        return names
 
     def weights_of(self, adapter_names: Sequence[str] | None) -> Iterator[Intervention]:
         """The interventions that edit here: of the adapters named, or else of the active ones."""
@@ -212,13 +214,13 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scale of all active adapters by `scale`."""
-        for name in cast(Iterable[str], self.active_adapters):
+        for name in self._chosen(None):
             if name in self.scaling:
                 self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scale of all active adapters by `scale`; None sets it to 1."""
-        for name in cast(Iterable[str], self.active_adapters):
+        for name in self._chosen(None):
             if name in self.scaling:
                 self.scaling[name] = 1.0 if scale is None else self.scaling[name] / scale
 
