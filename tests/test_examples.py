@@ -176,9 +176,10 @@ def test_quickstart(model_id, tmp_path):
 
 def test_quickstart_prints_its_own_lines_alone(model_id, tmp_path):
     """Neither of its two processes prints a warning, a log or a progress bar of another library."""
-    # The tiny model's own config is what transformers aligns with the tokenizer, and says so.
-    config = json.loads((Path(model_id) / "config.json").read_text())
-    write_lines(Path(model_id) / "config.json", [{**config, "eos_token_id": 2}])
+    # The tokenizer's: if they differ, transformers logs it.
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((Path(model_id) / name).read_text())
+        write_lines(Path(model_id) / name, [{**settings, "eos_token_id": 2}])
     lines = write_lines(tmp_path / "train.jsonl", [{"prompt": "a b", "completion": "1 2"}])
     command = ["examples/quickstart.py", "--model", model_id, "--train-file", lines, "--output", tmp_path / "out"]
     out, err = run_example(*command, "--steps", 1, "--ask", "a b c")
