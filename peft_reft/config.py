@@ -194,6 +194,12 @@ class LoReftConfig(PeftConfig):
         check_layers(self.layers, "layers")
         for name in ("response_template", "instruction_template"):
             setattr(self, name, check_template(getattr(self, name), name))
+        if self.instruction_template and not self.response_template:
+            raise ValueError(
+                f"instruction_template={self.instruction_template!r} says where answers end, but "
+                f"response_template={self.response_template!r} names no header behind which one begins. Give both, or "
+                "neither; `peft_reft.chat_marks(tokenizer)` finds both."
+            )
         self._check_r()
         self._check_positions()
         self._check_targets()

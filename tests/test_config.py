@@ -122,6 +122,7 @@ def test_layers_become_a_list(layers):
         ("layers", 1.5, "list of ints"),
         ("positions", "f7-l7", "fN (first N tokens of the prompt), lN "),
         ("positions", "f0", "1 or more"),
+        ("instruction_template", [[1, 2]], "response_template=None names no header behind which one begins"),
         ("positions", "", "fN (first N tokens of the prompt), lN "),
         ("positions", None, "fN (first N tokens of the prompt), lN "),
         ("positions", 7, "fN (first N tokens of the prompt), lN "),

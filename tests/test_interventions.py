@@ -600,3 +600,9 @@ def test_replicas(name, count, replicate):
         for replica in replicate(module, [0, 1], detach=True):
             assert not replica.trains
             assert torch.equal(replica.edit(h[0]), module.edit(h[0]))
+
+
+@pytest.mark.parametrize("name", [name for name, formula in INTERVENTIONS.items() if not formula.takes_act_fn])
+def test_an_activation_is_refused_if_the_formula_has_no_place_for_it(name):
+    with pytest.raises(ValueError, match=r"act_fn='relu': .* has no Wh"):
+        INTERVENTIONS[name](d=8, r=2, act_fn="relu")

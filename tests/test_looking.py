@@ -123,6 +123,13 @@ def test_edit_norms_of_layers_and_adapters():
     assert (~np.isnan(norms)).tolist() == [[[True, False, False, False]], [[False, False, False, True]]]
 
 
+def test_there_are_no_norms_if_nothing_is_edited():
+    model = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", r=2, positions="f1"))
+    cache = model(input_ids=torch.tensor([[3, 4, 5]]), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="No layer edits a token of this batch"):
+        edit_norms(model, {"input_ids": torch.tensor([[6]]), "past_key_values": cache})
+
+
 def test_a_plot_shows_the_norms_and_the_tokens():
     import matplotlib
 

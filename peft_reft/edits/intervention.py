@@ -69,6 +69,10 @@ class Intervention(nn.Module, ABC):
         gate: bool = False,
     ) -> None:
         super().__init__()
+        if act_fn is not None and not self.takes_act_fn:
+            raise ValueError(
+                f"act_fn={act_fn!r}: {type(self).__name__} has no Wh + b for it to act on (allowed: None)."
+            )
         self.act_fn = act_fn
         self.gated = gate
         lead = () if count is None else (count,)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ CONTINUOUS_BATCHING = (
 )
 
 
+@runtime_checkable
 class PositionSource(Protocol):
     """Says which tokens one forward edits."""
 

@@ -22,10 +22,10 @@ class FormulaKey:
 
 def formula_key(factors: Factors) -> FormulaKey:
     """The key of the table that these factors belong to."""
-    return FormulaKey(form=factors.form, example=factors.map(lambda tensor: tensor.new_empty(0)))
+    return FormulaKey(form=factors.form, example=factors.map(lambda tensor: tensor.new_empty([0] * tensor.ndim)))
 
 
-LINEAR = formula_key(LowRankFactors(torch.empty(0), Affine(torch.empty(0), torch.empty(0))))
+LINEAR = formula_key(LowRankFactors(torch.empty(0, 0), Affine(torch.empty(0, 0), torch.empty(0))))
 """The key of most formulas, LoReFT's among them."""
 
 

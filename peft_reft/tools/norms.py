@@ -27,7 +27,7 @@ def edit_norms(model: nn.Module, batch: Mapping[str, Any]) -> np.ndarray:
         is not edited.
 
     Raises:
-        ValueError: the model has no LoReFT adapter.
+        ValueError: the model has no LoReFT adapter, or no layer edits a token of the batch.
 
     Examples:
         >>> import torch
@@ -48,6 +48,8 @@ def edit_norms(model: nn.Module, batch: Mapping[str, Any]) -> np.ndarray:
     norms: dict[LoReftLayer, np.ndarray] = {}
     with torch.no_grad(), _recorded(layers, norms), _evaluating(model):
         model(**batch)
+    if not norms:
+        raise ValueError("No layer edits a token of this batch: no LoReFT adapter is active, or no position is in it.")
     shape = next(iter(norms.values())).shape  # (batch, seq)
     unedited = np.full(shape, np.nan, np.float32)
     return np.stack([norms.get(layer, unedited) for layer in layers])
