@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -139,8 +138,12 @@ class LoReftModel(BaseTuner):
         return config
 
     @staticmethod
-    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool | re.Match[str] | None:
-        """Whether module `key` is edited. PEFT judges `exclude_modules` and `modules_to_save` on the chosen names."""
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        """Whether module `key` is edited. PEFT judges `exclude_modules` and `modules_to_save` on the chosen names.
+
+        Returns:
+            A bool, or PEFT's private mark of excluded modules, which PEFT's annotation leaves out.
+        """
         asked = copy.copy(_as_ours(peft_config))
         asked.target_modules = asked.chosen_modules or set()
         name = in_base(key)
