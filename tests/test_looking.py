@@ -68,6 +68,18 @@ def test_html_in_a_notebook(capsys, tokenizer, monkeypatch):
     assert "&lt;s&gt;</span>" in displayed[0] and "<div>all layers: l1" in displayed[0]
 
 
+def test_a_character_of_several_tokens_is_shown_whole(capsys):
+    class Bytes:  # a tokenizer whose tokens are bytes
+        def __call__(self, text):
+            return {"input_ids": list(text.encode())}
+
+        def decode(self, ids):
+            return bytes(ids).decode(errors="replace")
+
+    show_positions(Bytes(), "a🐱b", LoReftConfig(positions="f3+l2"))
+    assert "[f3: a|·|·]·[l2: 🐱|b]" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("given", [None, 5, []])
 def test_what_cannot_be_shown(tokenizer, given):
     with pytest.raises(ValueError, match="batch_or_text"):

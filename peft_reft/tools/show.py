@@ -25,6 +25,12 @@ from ..positions.resolve import resolve
 from ..positions.spec import Positions
 
 
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+"""How a tokenizer decodes a part of a character."""
+_PART = "·"
+"""How a token is shown that has a part of a character."""
+
+
 @dataclass(frozen=True)
 class _Piece:
     """Neighbouring tokens of a row that one group edits, or that no group edits."""
@@ -66,6 +72,8 @@ class _Shown:
 
 def show_positions(tokenizer: Any, batch_or_text: Any, config: LoReftConfig) -> None:
     """Print texts with the tokens that `config` edits marked: in colour on a terminal, as HTML in a notebook.
+
+    `⏎` stands for a line break, `·` for a token that has only a part of a character.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -214,12 +222,19 @@ def _marks(tokenizer: Any, config: LoReftConfig) -> Marks | None:
 
 
 def _texts(tokenizer: Any, ids: list[int]) -> list[str]:
-    """Return what each token adds to the text. A token decoded by itself may lose the space before it."""
+    """Return what each token adds to the text. A token decoded by itself may lose the space before it.
+
+    A character of several tokens, such as an emoji, counts as the last one's; the others are `_PART`.
+    """
     texts: list[str] = []
     before = ""
+    begin = 0  # the first token that `before` lacks
     for end in range(1, len(ids) + 1):
         now = tokenizer.decode(ids[:end])
-        new = now.removeprefix(before) if now.startswith(before) else tokenizer.decode(ids[end - 1 : end])
+        if now.endswith(_INCOMPLETE) and end < len(ids):
+            texts.append(_PART)
+            continue
+        new = now.removeprefix(before) if now.startswith(before) else tokenizer.decode(ids[begin:end])
         texts.append(new.replace("\n", "⏎"))
-        before = now
+        before, begin = now, end
     return texts
