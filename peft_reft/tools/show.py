@@ -24,7 +24,6 @@ from ..positions.marks import Marks
 from ..positions.resolve import resolve
 from ..positions.spec import Positions
 
-
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """How a tokenizer decodes a part of a character."""
 _PART = "·"
