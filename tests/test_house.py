@@ -95,3 +95,16 @@ def test_positions_and_edits_know_only_torch():
             names = [each if each in ALLOWED_LIBRARIES else each.partition(".")[0] for each in names]
             foreign = {*names} - ALLOWED_LIBRARIES
             assert not foreign, f"{name} imports {foreign}"
+
+
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def test_longhand():
+    """No walrus in a comprehension, no conditional expression within another, none as a statement."""
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            inside = {type(part) for part in ast.walk(node) if part is not node}
+            assert not (isinstance(node, COMPREHENSIONS) and ast.NamedExpr in inside), f"{name}:{node.lineno}"
+            assert not (isinstance(node, ast.IfExp) and ast.IfExp in inside), f"{name}:{node.lineno}"
+            assert not (isinstance(node, ast.Expr) and isinstance(node.value, ast.IfExp)), f"{name}:{node.lineno}"

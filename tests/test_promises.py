@@ -71,9 +71,9 @@ def test_it_is_collated_and_scheduled_alike(prompt):
     slots = DataCollatorForLoReft(lambda batch: dict(batch), config)({"input_ids": ids, "labels": labels})
     columns = slots["intervention_positions"]
     assert columns[columns >= 0].tolist() == middle(prompt)
-    place = np.arange(ids.shape[1])
+    index = np.arange(ids.shape[1])
     plan = ServedPlan(Positions.parse("mid3").groups, "all")
-    sets = plan.set_of(place, begin=np.zeros_like(place), answer=np.full_like(place, prompt))
+    sets = plan.set_of(index, begin=np.zeros_like(index), answer=np.full_like(index, prompt))
     assert np.flatnonzero(sets != NONE).tolist() == middle(prompt)
     assert not plan.edits_answers
 
@@ -111,8 +111,8 @@ def test_every_turn_of_a_chat_has_its_own():
     ids = torch.tensor([[*first, 10, 11, *second]])
     with torch.no_grad():
         by_marks = model(input_ids=ids).logits
-        places = middle(len(first)) + [len(first) + 2 + place for place in middle(len(second))]
-        given = model(input_ids=ids, intervention_positions=torch.tensor([places])).logits
+        indices = middle(len(first)) + [len(first) + 2 + index for index in middle(len(second))]
+        given = model(input_ids=ids, intervention_positions=torch.tensor([indices])).logits
     torch.testing.assert_close(by_marks, given, atol=ATOL, rtol=0)
 
 

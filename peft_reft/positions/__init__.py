@@ -1,9 +1,9 @@
 """Which tokens are edited. Index arithmetic on tensors, and plain Python; no model, no trainer.
 
 A *document* is a text of prompts and answers; a row of a batch holds one, or several that are packed. A *turn* is a
-prompt and the answer behind it. A *column* is an index in a row, padding included; a *place* counts the tokens of a
-document from 0; a *rank* counts the real tokens of a row from 1. A *slot* is an entry of `intervention_positions`: a
-column, or -1.
+prompt and the answer behind it. A *column* counts the entries of a row from 0, padding included; an *index* counts the
+tokens of a document from 0; a *rank* counts the real tokens of a row from 1. A *slot* is an entry of
+`intervention_positions`: a column, or -1.
 
 ============== =====================================================================================
 module         its one job

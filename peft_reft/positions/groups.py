@@ -29,25 +29,25 @@ Number = Any
 class Turn(NamedTuple):
     """A prompt and the answer behind it; or many at once, as arrays.
 
-    A *place* counts the tokens of a document from 0, without padding:
+    An *index* counts the tokens of a document from 0, without padding:
 
-        place     0  1  2  3  4  5  6  7
+        index     0  1  2  3  4  5  6  7
         token     u  u  u  u  a  a  a  u      the first turn of a document:
                   begin=0     answer=4 stop=7
     """
 
     begin: Number
-    """Place of the prompt's first token."""
+    """Index of the prompt's first token."""
     answer: Number
-    """Place of the answer's first token, which is the prompt's length in the first turn."""
+    """Index of the answer's first token, which is the prompt's length in the first turn."""
     stop: Number
-    """Place behind the answer's last token."""
+    """Index behind the answer's last token."""
     is_first: Number
     """Bool: whether this is the first turn of its document."""
 
 
 class Span(NamedTuple):
-    """The tokens that a group takes in a turn: slot k is the token at place `start + k`, if `lower <= place < upper`.
+    """The tokens that a group takes in a turn: slot k is the token at index `start + k`, if `lower <= index < upper`.
 
     Slots outside of these bounds are empty.
     """

@@ -145,7 +145,8 @@ def set_memory(cache: Any, memory: CacheMemory) -> None:
 def _carrier(cache: Any) -> Any:
     """The object that can carry an attribute: the cache, or the first tensor of a list or tuple (RWKV's state)."""
     if isinstance(cache, list | tuple):
-        return next((carrier for part in cache if (carrier := _carrier(part)) is not None), None)
+        carriers = (_carrier(part) for part in cache)
+        return next((carrier for carrier in carriers if carrier is not None), None)
     return cache if hasattr(cache, "__dict__") else None
 
 

@@ -265,7 +265,7 @@ def resolve(layout: Layout, answers: Answers) -> Int[Tensor, "batch n"]:
         layout: the groups. Each says by its `span` which tokens it takes.
         answers: the turns of the batch.
     """
-    # A place counts a row's tokens from 0, a rank from 1. So "rank before" is the place of the token behind it.
+    # An index counts a row's tokens from 0, a rank from 1. So the rank before a token is the token's index.
     # All (batch, K):
     turn = Turn(begin=answers.lower, answer=answers.ends, stop=answers.stops, is_first=answers.first)
     column = torch.arange(answers.real.shape[1], device=answers.real.device)  # (seq,)
@@ -277,9 +277,9 @@ def resolve(layout: Layout, answers: Answers) -> Int[Tensor, "batch n"]:
             continue
         span = group.span(turn)
         slot = torch.arange(group.count, device=column.device)  # (N,)
-        place = span.start.unsqueeze(-1) + slot  # (batch, K, N)
-        filled = (place >= span.lower.unsqueeze(-1)) & (place < span.upper.unsqueeze(-1))  # (batch, K, N)
-        counted.append(_columns(answers, place + 1, filled))
+        index = span.start.unsqueeze(-1) + slot  # (batch, K, N)
+        filled = (index >= span.lower.unsqueeze(-1)) & (index < span.upper.unsqueeze(-1))  # (batch, K, N)
+        counted.append(_columns(answers, index + 1, filled))
     return layout.join(counted, regions)
 
 

@@ -50,8 +50,12 @@ class Positions:
         parts = []
         if prompt:
             skip = prompt[0].ends.skip
-            without = f" without its last {'token' if skip == 1 else f'{skip} tokens'}" if skip else ""
-            parts.append(f"{_phrases(prompt)} {_tokens(prompt)} of the prompt{without}")
+            words = f"{_phrases(prompt)} {_tokens(prompt)} of the prompt"
+            if skip == 1:
+                words += " without its last token"
+            elif skip:
+                words += f" without its last {skip} tokens"
+            parts.append(words)
         if answer:
             parts.append(f"{_phrases(answer)} generated {_tokens(answer)}")
         return " and ".join(parts)
