@@ -264,15 +264,18 @@ def test_chat_with_an_adapter_of_raw_prompts(adapter, monkeypatch, capsys):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("template, words", [("[]", "without a chat template"), ("[[4, 8]]", "in the chat template")])
-def test_train_says_how_to_ask(template, words, tmp_path, model_id, capsys):
-    given = {"max_steps": "1", "response_template": template, "instruction_template": "[[4, 7], [4, 6]]"}
+@pytest.mark.parametrize(
+    "response, instruction, words",
+    [("[]", "[]", "without a chat template"), ("[[4, 8]]", "[[4, 7], [4, 6]]", "in the chat template")],
+)
+def test_train_says_how_to_ask(response, instruction, words, tmp_path, model_id, capsys):
+    given = {"max_steps": "1", "response_template": response, "instruction_template": instruction}
     assert main(train_arguments(tmp_path, model_id, **given)) == 0
     said = capsys.readouterr().out
     assert f"peft-reft generate {tmp_path / 'out'}" in said and words in said
     config = LoReftConfig.from_pretrained(tmp_path / "out")
-    assert config.response_template == json.loads(template)
-    assert config.instruction_template == [[4, 7], [4, 6]]
+    assert config.response_template == json.loads(response)
+    assert config.instruction_template == json.loads(instruction)
     assert main(["inspect", str(tmp_path / "out")]) == 0
     assert "chat" in capsys.readouterr().out
 

@@ -373,7 +373,7 @@ def test_combination_types_that_are_the_exact_sum(kind):
     ("asked", "words"),
     [
         (dict(combination_type="linear"), r"'linear' adds up .* \('default', 'second'\).*Allowed with them: 'cat'"),
-        (dict(combination_type="svd"), "'svd' is an approximation.*Allowed: 'cat'"),
+        (dict(combination_type="svd"), "'svd' is one of LoRA's approximations.*Allowed: 'cat'"),
         (dict(combination_type="ties", density=0.5), "combination_type='ties'"),
         (dict(density=0.5), "density: combination_type='cat' has no such settings"),
     ],
