@@ -68,19 +68,29 @@ class Ends:
     skip: int = 0
     """K of the spec's ``lN~K``: the prompt is taken without its last K tokens."""
 
-    def kept(self, turn: Turn) -> tuple[Number, Number, Number]:
-        """Length of the prompt without what is skipped; how many tokens its prefix and its suffix keep.
-
-        A short prompt has half for each end (arXiv 2404.03592, section 3): with L < p + s tokens, p is cut to
-        min(p, L // 2) and s to min(s, (L + 1) // 2). So prefix and suffix never meet, and the last token always
-        counts. That rule is for the first prompt of a document. Later prompts have no prefix.
-        """
+    def length(self, turn: Turn) -> Number:
+        """Length of the prompt without the tokens that are skipped."""
         length = turn.answer - turn.begin - self.skip
-        length = length * (length > 0)
+        return length * (length > 0)
+
+    def kept_prefix(self, turn: Turn) -> Number:
+        """How many tokens of its prefix a prompt keeps. Only the first prompt of a document has one."""
+        length = self.length(turn)
+        return self._cut(self.prefix, half=length // 2, length=length, turn=turn) * turn.is_first
+
+    def kept_suffix(self, turn: Turn) -> Number:
+        """How many tokens of its suffix a prompt keeps: never more than it has."""
+        length = self.length(turn)
+        return smaller(self._cut(self.suffix, half=(length + 1) // 2, length=length, turn=turn), length)
+
+    def _cut(self, count: int, half: Number, length: Number, turn: Turn) -> Number:
+        """The rule for short prompts (arXiv 2404.03592, section 3): each end has half of the prompt.
+
+        With L < p + s tokens, p is cut to min(p, L // 2) and s to min(s, (L + 1) // 2). So prefix and suffix never
+        meet, and the last token always counts. The rule is for the first prompt of a document.
+        """
         is_short = turn.is_first & (length < self.prefix + self.suffix)
-        prefix = self.prefix - is_short * (self.prefix - smaller(self.prefix, length // 2))
-        suffix = self.suffix - is_short * (self.suffix - smaller(self.suffix, (length + 1) // 2))
-        return length, prefix * turn.is_first, smaller(suffix, length)
+        return count - is_short * (count - smaller(count, half))
 
 
 @dataclass(frozen=True)
@@ -156,8 +166,7 @@ class FirstTokens(Group):
     beside = frozenset({"l"})
 
     def span(self, turn: Turn) -> Span:
-        _, prefix, _ = self.ends.kept(turn)
-        return Span(turn.begin, turn.begin, turn.begin + prefix)
+        return Span(turn.begin, turn.begin, turn.begin + self.ends.kept_prefix(turn))
 
     @property
     def phrase(self) -> str:
@@ -184,9 +193,8 @@ class LastTokens(Group):
     beside = frozenset({"f"})
 
     def span(self, turn: Turn) -> Span:
-        length, _, suffix = self.ends.kept(turn)
-        stop = turn.begin + length
-        return Span(stop - self.ends.suffix, stop - suffix, stop)
+        stop = turn.begin + self.ends.length(turn)
+        return Span(stop - self.ends.suffix, stop - self.ends.kept_suffix(turn), stop)
 
     @property
     def phrase(self) -> str:

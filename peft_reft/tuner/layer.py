@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from operator import itemgetter
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
@@ -46,6 +46,9 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
     other_param_names = ("plans", "scaling")
     cast_input_dtype_enabled = True
     """Part of PEFT's contract, set by `peft.helpers`. Edits are computed in float32 whatever it is."""
+
+    if TYPE_CHECKING:
+        active_adapters: list[str]  # PEFT's property, which mypy does not see
 
     def __init__(self, block: nn.Module, attachment: Attachment) -> None:
         super().__init__()
@@ -100,7 +103,8 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
             )
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         editing: list[Editing] = []
-        for name in self._chosen(adapter_names):
+        names = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
+        for name in names:
             if name in self.plans:
                 plan = self.plans[name]
                 index = forward.index(name, plan, hidden)
@@ -131,9 +135,7 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
         """The adapters that a forward names, each once, or else the active ones."""
         if adapter_names is not None:
             return dict.fromkeys(adapter_names)
-        active: Any = self.active_adapters  # a property of PEFT's class, which mypy cannot see
-        names: Iterable[str] = active
-        return names
+        return self.active_adapters
 
     def weights_of(self, adapter_names: Sequence[str] | None) -> Iterator[Intervention]:
         """The interventions that edit here: of the adapters named, or else of the active ones."""
