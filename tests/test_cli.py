@@ -354,7 +354,7 @@ def test_evaluate_is_the_evaluation_of_training(rows, tmp_path, model_id, monkey
     expected = [row["completion"].strip() if rows is ROWS else row["completion"][0]["content"] for row in rows]
     assert found["matches"] == sum(map(str.__eq__, generated, expected))
     assert found["exact_match"] == found["matches"] / 8
-    assert found["tokens"] == 4 * (3 + 2) + 8 * (1 if rows is ROWS else 1)
+    assert found["tokens"] == 4 * (3 + 2) + 8  # words, and the token that ends each
     assert main(["evaluate", out, "--file", path, "--compare", "--batch-size", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"with: loss {found['loss']:.4f}") and lines[1].startswith("without: loss")

@@ -14,6 +14,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from .arguments import missing
+from .ask import messages
 
 Rows: TypeAlias = "Dataset | IterableDataset"
 
@@ -135,19 +136,18 @@ def rename(rows: Rows, name: str, prompt_columns: Sequence[str] | None, completi
             new["completion"] = row[completion_column]
         return new
 
-    used = {*(prompt_columns or []), completion_column} - {None, "prompt", "completion"}
-    return rows.map(renamed, remove_columns=sorted(used))
+    used = [*(prompt_columns or []), *([completion_column] if completion_column else [])]
+    return rows.map(renamed, remove_columns=sorted({*used} - {"prompt", "completion"}))
 
 
 def as_chats(rows: Rows) -> Rows:
     """The rows with prompt and completion as messages of a user and of an assistant; messages stay as they are."""
 
     def chat(row: Mapping[str, Any]) -> dict[str, Any]:
-        new = {}
-        for column, role in (("prompt", "user"), ("completion", "assistant")):
-            value = row[column]
-            new[column] = [{"role": role, "content": value}] if isinstance(value, str) else value
-        return new
+        return {
+            "prompt": messages(row["prompt"], "user"),
+            "completion": messages(row["completion"], "assistant"),
+        }
 
     return rows.map(chat)
 

@@ -76,7 +76,7 @@ class TrainParser(TrlParser):
             actions.setdefault(action.dest, action)  # `--bf16`, and not its complement `--no_bf16`
         for name, text in _NEEDED.items():
             actions[name].help = text or actions[name].help
-        formatter = self._get_formatter()
+        formatter: argparse.HelpFormatter = self._get_formatter()
         formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
         formatter.add_text(self.description)
         shown: set[str] = set()
