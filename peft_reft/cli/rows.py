@@ -10,8 +10,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from datasets import Dataset, IterableDataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
+try:
+    import pandas
+    from datasets import Dataset, Features, IterableDataset, Value, load_dataset
+    from datasets.exceptions import DatasetGenerationError
+except ImportError as error:
+    raise ImportError(f'Files of rows need datasets: pip install "peft-reft[trl]" ({error})') from error
 
 from .arguments import missing
 from .ask import messages
@@ -45,16 +49,25 @@ def read_file(path: str, streaming: bool = False) -> Mapping[str, Rows]:
         raise ValueError(missing(path, "file"))
     ending = os.path.splitext(path)[1].lower()
     reader = _READERS.get(ending, "json")
-    options: dict[str, Any] = dict(_OF_CSV) if reader == "csv" else {}
-    if ending == ".tsv":
-        options["delimiter"] = "\t"
+
+    def load() -> Mapping[str, Rows]:
+        options = _all_texts(path, "\t" if ending == ".tsv" else ",") if reader == "csv" else {}
+        return load_dataset(reader, data_files=path, streaming=streaming, **options)  # type: ignore[no-any-return]
+
     try:
-        return naming(path, lambda: load_dataset(reader, data_files=path, streaming=streaming, **options))
+        return naming(path, load)
     except ValueError as error:
         where = _broken_line(path) if ending in (".json", ".jsonl") else None
         if where is None:
             raise
         raise ValueError(f"{path} cannot be read: {where}") from error
+
+
+def _all_texts(path: str, separator: str) -> dict[str, Any]:
+    """The options with which all columns of a CSV file are texts, `4` and `None` too; an empty cell is None."""
+    names = pandas.read_csv(path, sep=separator, nrows=0).columns
+    features = Features({name: Value("string") for name in names})
+    return {"sep": separator, "features": features, "keep_default_na": False, "na_values": [""]}
 
 
 def naming(name: str, load: Callable[[], Mapping[str, Rows]]) -> Mapping[str, Rows]:
