@@ -285,9 +285,14 @@ def test_columns_of_other_names(kind, is_chat, tmp_path, trained_on):
     assert list(train) == [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
 
 
+def other_file(tmp_path, rows):
+    (tmp_path / "other").mkdir(exist_ok=True)  # `train_arguments` writes rows beside it
+    return rows_file(tmp_path / "other", rows)
+
+
 def test_a_text_beside_prompt_and_completion_is_left_out(tmp_path, trained_on):
     """Alpaca has one. TRL would end it with the EOS token, and not the completion."""
-    path = rows_file(tmp_path, [{"prompt": "a", "completion": "b", "text": "a b", "id": 3}])
+    path = other_file(tmp_path, [{"prompt": "a", "completion": "b", "text": "a b", "id": 3}])
     train, _ = trained_on(train_arguments(tmp_path, "no-model", dataset_name=path))
     assert list(train) == [{"prompt": "a", "completion": "b", "id": 3}]
 
@@ -303,14 +308,14 @@ def test_a_csv_file_is_text(tmp_path, trained_on, capsys):
 
 
 def test_chats_are_made_of_prompts_alone(tmp_path, capsys):
-    path = rows_file(tmp_path, [{"text": "a"}])
+    path = other_file(tmp_path, [{"text": "a"}])
     error = refusal(train_arguments(tmp_path, "no-model", dataset_name=path, chat="true"), capsys)
     assert "--chat true makes messages of prompt and completion" in error
 
 
 def test_dropped_rows_are_counted(tmp_path, model_id, capsys):
     long = {"prompt": "a b c d e f g h", "completion": " 1 2"}
-    path = rows_file(tmp_path, [*ROWS, long, long])
+    path = other_file(tmp_path, [*ROWS, long, long])
     given = dict(dataset_name=path, max_length="8", max_steps="1", eval_strategy="steps", test_file=path)
     assert main(train_arguments(tmp_path, model_id, **given)) == 0
     said = capsys.readouterr().out
@@ -318,7 +323,7 @@ def test_dropped_rows_are_counted(tmp_path, model_id, capsys):
         assert f"Dropped 2 of 10 rows for {purpose}: nothing of their answers is within the first 8 tokens" in said
     assert main(train_arguments(tmp_path, model_id, max_steps="1")) == 0
     assert "Dropped" not in capsys.readouterr().out
-    path = rows_file(tmp_path, [long])
+    path = other_file(tmp_path, [long])
     error = refusal(train_arguments(tmp_path, model_id, dataset_name=path, max_length="8"), capsys)
     assert "Dropped 1 of 1 rows" in error and "--max_length" in error
 

@@ -6,4 +6,5 @@ import sys
 
 from peft_reft_cli import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -136,13 +136,13 @@ def plot_edit_norms(
     import matplotlib.pyplot as plt
 
     layers, _, seq = norms.shape
+    labels = [] if tokens is None else tokens if tokenizer is None else _labels(tokenizer, tokens)
     if axes is None:
-        size = (max(4, 0.3 * seq), max(2, 0.25 * layers))
-        _, axes = plt.subplots(figsize=size, layout="constrained")  # makes room for long labels
+        height = max(2, 0.25 * layers) + 0.1 * max(map(len, labels), default=0)  # 0.1: a letter
+        _, axes = plt.subplots(figsize=(max(4, 0.3 * seq), height), layout="constrained")
     image = axes.imshow(norms[:, row], aspect="auto", origin="lower", cmap="viridis", vmin=0)
     axes.set(xlabel="position", ylabel="layer", title="‖Φ(h) − h‖ / ‖h‖")
     if tokens is not None:
-        labels = tokens if tokenizer is None else _labels(tokenizer, tokens)
         axes.set_xticks(range(len(labels)), labels, rotation=90, parse_math=False)  # "$" is a text here
     axes.figure.colorbar(image, ax=axes)
     return axes
