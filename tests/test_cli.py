@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from peft_reft import LoReftConfig
-from peft_reft.cli import main as command_line
-from peft_reft.cli.main import main
+from peft_reft_cli import main
 
 PARITY = Path(__file__).parent / "parity"
+ROOT = Path(__file__).parent.parent
 ROWS = [{"prompt": "a b c d e f", "completion": " 1 2 3"}, {"prompt": "g h i", "completion": " 4 5"}] * 4
 
 
@@ -61,6 +62,13 @@ def in_a_process(arguments, **kwargs):
     return subprocess.Popen(
         [str(script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
     )
+
+
+def entry_point():
+    """Code that runs what pyproject.toml installs as `peft-reft`."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    module, function = re.search(r'^peft-reft = "([\w.]+):(\w+)"', text, re.MULTILINE).groups()
+    return f"import sys; from {module} import {function}; sys.exit({function}())"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -244,6 +252,127 @@ def test_generate_refuses_what_it_cannot_answer(adapter, capsys):
     assert "task_type='SEQ_CLS'" in capsys.readouterr().err
 
 
+def as_lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_generate_answers_a_file(kind, adapter, tmp_path, capsys):
+    """Batches of rows get the answers that each prompt gets alone."""
+    rows = [
+        {"prompt": prompt, "id": str(number)} for number, prompt in enumerate(["a b c d", "e f", "g h i", "j", "k l"])
+    ]
+    path, output = tmp_path / f"rows.{kind}", tmp_path / "answers.jsonl"
+    data = Dataset.from_list(rows)
+    {"jsonl": data.to_json, "csv": data.to_csv, "parquet": data.to_parquet}[kind](path)
+    limit = ["--max-new-tokens", "5", "--raw"]
+    assert main(["generate", adapter, "--file", str(path), "--output", str(output), "--batch-size", "2", *limit]) == 0
+    said = capsys.readouterr()
+    assert f"Wrote {output}, 5 rows" in said.out and "5/5" in said.err
+    answers = as_lines(output)
+    assert [{"prompt": row["prompt"], "id": row["id"]} for row in answers] == rows
+    for row in answers:
+        assert main(["generate", adapter, row["prompt"], *limit]) == 0
+        assert capsys.readouterr().out.strip() == row["generated"]
+    assert len({row["generated"] for row in answers}) > 2
+
+
+def test_generate_answers_chats_and_other_columns(adapter, model_id, tokenizer, tmp_path, capsys):
+    chat = [{"role": "user", "content": "a b c"}]
+    question = chat[0]["content"]
+    for name, row, more in [
+        ("prompts", {"prompt": chat}, []),
+        ("messages", {"messages": [*chat, {"role": "assistant", "content": "d"}]}, []),
+        ("columns", {"question": question, "answer": "d"}, ["--prompt-column", "question", "--chat-template"]),
+    ]:
+        (tmp_path / name).mkdir()
+        path = rows_file(tmp_path / name, [row])
+        assert main(["generate", adapter, "--file", path, "--max-new-tokens", "4", "--compare", *more]) == 0
+        said = json.loads(capsys.readouterr().out)
+        expected = answer(
+            model_id,
+            adapter,
+            tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True),
+        )[:4]
+        assert said.pop("generated") == tokenizer.decode(expected, skip_special_tokens=True).strip()
+        assert said.pop("generated_without") and said == row
+
+
+@pytest.mark.parametrize(
+    "row, more, said",
+    [
+        ({"question": "a", "answer": "b"}, [], "give --prompt_column question"),
+        ({"prompt": ""}, [], "row 1: no prompt"),
+        ({"prompt": "a"}, ["--prompt-column", "ask"], "--prompt_column ask"),
+        ({"prompt": "a"}, ["--output", "none/answers.jsonl"], "no folder none"),
+        ({"prompt": "a"}, ["--output", "rows.jsonl"], "is the file that --file names"),
+        ({"prompt": [{"role": "user", "content": "a"}]}, ["--raw"], "--raw"),
+    ],
+)
+def test_generate_refuses_files_that_it_cannot_answer(row, more, said, adapter, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows_file(tmp_path, [row])
+    assert main(["generate", adapter, "--file", "rows.jsonl", *more]) == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "A prompt is missing"),
+        (["a", "--file", "rows.jsonl"], "exclude each other"),
+        (["a", "--output", "x.jsonl"], "go with --file"),
+        (["--file", "rows.josnl"], "Did you mean rows.jsonl?"),
+    ],
+)
+def test_generate_needs_prompts_or_a_file(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows_file(tmp_path)
+    assert main(["generate", "no-adapter", *arguments]) == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rows", [ROWS, CHATS], ids=["prompts", "chats"])
+def test_evaluate_is_the_evaluation_of_training(rows, tmp_path, model_id, monkeypatch, capsys):
+    """The loss is TRL's, and the matches are the answers that `generate` gives."""
+    from peft_reft.cli import train
+
+    losses = []
+    monkeypatch.setattr(
+        train.SaveOnInterrupt, "on_evaluate", lambda *_, metrics, **__: losses.append(metrics["eval_loss"])
+    )
+    path = rows_file(tmp_path, rows)
+    given = dict(eval_strategy="steps", eval_steps="60", max_steps="60", test_file=path, learning_rate="0.1")
+    assert main(train_arguments(tmp_path, model_id, dataset_name=path, **given)) == 0
+    out = str(tmp_path / "out")
+    capsys.readouterr()
+    assert main(["evaluate", out, "--file", path, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows"] == 8 and found["loss"] == pytest.approx(losses[-1], rel=1e-4)
+    assert main(["generate", out, "--file", path, "--max-new-tokens", "8"]) == 0
+    generated = [json.loads(line)["generated"] for line in capsys.readouterr().out.splitlines()]
+    expected = [row["completion"].strip() if rows is ROWS else row["completion"][0]["content"] for row in rows]
+    assert found["matches"] == sum(map(str.__eq__, generated, expected))
+    assert found["exact_match"] == found["matches"] / 8
+    assert found["tokens"] == 4 * (3 + 2) + 8  # words, and the token that ends each
+    assert main(["evaluate", out, "--file", path, "--compare", "--batch-size", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"with: loss {found['loss']:.4f}") and lines[1].startswith("without: loss")
+
+
+def test_evaluate_with_other_columns(adapter, tmp_path, capsys):
+    path = rows_file(tmp_path, [{"question": "a b", "answer": "c"}])
+    assert main(["evaluate", adapter, "--file", path]) == 1
+    assert "--prompt_column question --completion_column answer" in capsys.readouterr().err
+    names = ["--prompt-column", "question", "--completion-column", "answer"]
+    assert main(["evaluate", adapter, "--file", path, "--raw", *names]) == 0
+    assert "of 1 rows" in capsys.readouterr().out
+    path = rows_file(tmp_path, [{"messages": [{"role": "user", "content": "a"}]}])
+    assert main(["evaluate", adapter, "--file", path]) == 1
+    assert "row 1: no completion" in capsys.readouterr().err
+
+
 def test_chat_ends_with_an_empty_line(adapter, monkeypatch, capsys):
     said = iter(["a b", "c d", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(said))
@@ -392,18 +521,68 @@ def test_help_names_the_options(capsys):
             main([*arguments, "--help"])
         assert stopped.value.code == 0
     said = capsys.readouterr().out
-    for words in ("--learning_rate", "--load_in_4bit", "--positions", "Exit codes", "--act-fn"):
+    for words in ("--learning_rate", "--load_in_4bit", "--positions", "Exit codes", "--act-fn", "evaluate"):
         assert words in said
 
 
-def test_the_command_line_imports_no_command():
-    """`peft-reft --help` starts as fast as `import peft_reft`: a command's module is imported when it runs."""
-    body = ast.parse(Path(command_line.__file__).read_text()).body
-    relative = [node.module for node in body if isinstance(node, ast.ImportFrom) and node.level]
-    others = [alias.name for node in body if isinstance(node, ast.Import) for alias in node.names]
-    others += [node.module for node in body if isinstance(node, ast.ImportFrom) and not node.level]
-    assert relative == ["errors"]
-    assert {name.partition(".")[0] for name in others} <= set(sys.stdlib_module_names)
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["nonsense"]])
+def test_help_imports_nothing_heavy(arguments):
+    """Neither torch nor this package, whose import registers with PEFT: nothing but Python's own modules."""
+    command = [sys.executable, "-X", "importtime", "-c", entry_point(), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "usage: peft-reft" in done.stdout + done.stderr
+    body = ast.parse((ROOT / "peft_reft_cli.py").read_text()).body
+    at_import = [alias.name for node in body if isinstance(node, ast.Import) for alias in node.names]
+    at_import += [node.module for node in body if isinstance(node, ast.ImportFrom)]
+    assert {name.partition(".")[0] for name in at_import} <= set(sys.stdlib_module_names)
+    imported = {
+        line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")
+    }
+    assert "argparse" in imported and "peft_reft_cli" in imported
+    assert not imported & {"torch", "peft", "transformers", "trl", "datasets", "numpy", "peft_reft"}
+
+
+def test_help_of_train_begins_with_what_people_need(capsys):
+    def shown(option):
+        with pytest.raises(SystemExit) as stopped:
+            main(["train", option])
+        assert stopped.value.code == 0
+        text = capsys.readouterr().out
+        return text, re.findall(r"^  --(\w+)", text, re.MULTILINE)
+
+    text, names = shown("--help")
+    ten = ["model_name_or_path", "dataset_name", "output_dir", "r", "positions", "learning_rate", "num_train_epochs"]
+    ten += ["per_device_train_batch_size", "eval_strategy", "test_split_size"]
+    assert names[:10] == ten
+    assert {"layers", "intervention", "prompt_column", "load_in_4bit", "help_all"} <= {*names}
+    assert "gradient_checkpointing" not in names and len(names) < 50 and "--help_all lists" in text
+    for untrue in ("lora", "use_dora", "use_peft", "only with LoRA", "will be ignored"):
+        assert untrue not in text
+    all_text, all_names = shown("--help_all")
+    assert all_names[:10] == ten and "gradient_checkpointing" in all_names and len(all_names) > 150
+    assert len(all_names) == len({*all_names})
+    assert "only with LoRA" not in all_text and "--lora" not in all_text
+
+
+def test_inspect_orders_layers_by_number(tmp_path, tokenizer, capsys):
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=11, n_head=2))
+    model = get_peft_model(base, LoReftConfig(task_type="CAUSAL_LM", r=2))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    assert main(["inspect", str(tmp_path / "adapter")]) == 0
+    modules = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("transformer.h")]
+    assert modules == [f"transformer.h.{number}" for number in range(11)]
+    assert main(["inspect", str(tmp_path / "adapter"), "--json"]) == 0
+    assert [row["module"] for row in json.loads(capsys.readouterr().out)["layers"]] == modules
+
+
+def test_inspect_survives_a_reader_that_goes(adapter):
+    reads, writes = os.pipe()
+    os.close(reads)  # as `| head` does, once it has its lines
+    command = [sys.executable, "-W", "ignore", "-c", entry_point(), "inspect", adapter]
+    done = subprocess.run(command, cwd=ROOT, stdout=writes, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writes)
+    assert done.returncode == 141
+    assert "Broken" not in done.stderr and "Traceback" not in done.stderr and "peft-reft:" not in done.stderr
 
 
 def test_the_installed_script():

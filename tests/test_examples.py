@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 import peft_reft
 from peft_reft import LoReftConfig
-from peft_reft.cli.main import main as peft_reft_command
+from peft_reft_cli import main as peft_reft_command
 
 ROOT = Path(__file__).parent.parent
 MODULES = [
@@ -55,8 +55,11 @@ def test_pages_list_what_there_is():
     found |= {f"{path.parent.name}/" for path in (ROOT / "peft_reft").glob("*/__init__.py")}
     assert rooms == found
     folders = {line.split()[0] for line in tree if not line.startswith(" ")}
-    assert folders == {f"{name}/" for name in ("peft_reft", "tests", "examples", "experiments", "benchmarks", "docs")}
-    assert all((ROOT / name).is_dir() for name in folders)
+    assert folders == {
+        "peft_reft_cli.py",
+        *(f"{name}/" for name in ("peft_reft", "tests", "examples", "experiments", "benchmarks", "docs")),
+    }
+    assert all((ROOT / name).exists() for name in folders)
     assert all(len(line.split()) > 1 for line in tree), "each has a line that says what it is"
     api = re.findall(r"^::: peft_reft\.(\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(api) == sorted(peft_reft.__all__)
@@ -107,7 +110,10 @@ def test_pages(page, model_id, tmp_path, monkeypatch, capsys):
     data = Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in PAIRS])
     names = {"model_id": model_id, "prompt_completion_data": data, "__name__": "page"}
     (tmp_path / "tests").symlink_to(ROOT / "tests")
-    Path("mine.jsonl").write_text("\n".join(json.dumps({"prompt": p, "completion": c}) for p, c in PAIRS))
+    rows = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in PAIRS]
+    Path("mine.jsonl").write_text("\n".join(rows))
+    Path("held_out.jsonl").write_text("\n".join(rows[:2]))
+    Path("alpaca.csv").write_text("instruction,input,output\na b,c,d\ne,,f\n")
     for language, block in blocks:
         capsys.readouterr()
         if language == "bash":

@@ -8,6 +8,11 @@ import pytest
 import torch
 from conftest import VOCAB, build, randomise
 from peft import get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
 
 from peft_reft import DataCollatorForLoReft, LoReftConfig, edit_norms, show_positions
 from peft_reft.tools.norms import plot_edit_norms
@@ -152,3 +157,33 @@ def test_a_plot_shows_the_norms_and_the_tokens():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "c"]
     axes.figure.savefig("/dev/null", format="png")
     assert plot_edit_norms(norms, axes=axes) is axes
+
+
+def test_a_plot_shows_text_and_cuts_none_of_it():
+    """Byte symbols of a vocabulary are shown as the text that they stand for; a dollar is no formula."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    tokenizer = byte_tokenizer()
+    norms = np.zeros((1, 1, 4), dtype=np.float32)
+    words = ["The", " extraordinarilylongword", "\n", " $x$"]
+    symbols = [symbol for word in words for symbol in tokenizer.tokenize(word)]
+    assert symbols == ["The", "Ġextraordinarilylongword", "Ċ", "Ġ$x$"]
+    for tokens in (symbols, tokenizer.convert_tokens_to_ids(symbols)):
+        axes = plot_edit_norms(norms, tokens=tokens, tokenizer=tokenizer)
+        labels = axes.get_xticklabels()
+        assert [label.get_text() for label in labels] == ["The", " extraordinarilylongword", "⏎", " $x$"]
+        figure = axes.figure
+        figure.canvas.draw()
+        for text in (*labels, axes.xaxis.label, axes.yaxis.label, axes.title):
+            box = text.get_window_extent()
+            assert 0 <= box.x0 <= box.x1 <= figure.bbox.x1 and 0 <= box.y0 <= box.y1 <= figure.bbox.y1
+
+
+def byte_tokenizer():
+    """A tokenizer whose vocabulary is in byte symbols, as GPT-2's is."""
+    words = ["The", "Ġextraordinarilylongword", "Ċ", "Ġ$x$"]
+    backend = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="The"))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = ByteLevelDecoder()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)

@@ -14,9 +14,9 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 from peft_reft import LoReftConfig
 from peft_reft.cli import train
 from peft_reft.cli.arguments import check_path
-from peft_reft.cli.data import check_columns
-from peft_reft.cli.main import main
+from peft_reft.cli.rows import check_columns
 from peft_reft.cli.train_arguments import build_parser
+from peft_reft_cli import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -106,6 +106,8 @@ def test_every_argument_of_trl_is_used_or_refused():
         ({"do_eval": "true"}, "--eval_strategy"),
         ({"eval_strategy": "epoch", "test_split_size": "80"}, "--test_split_size 80"),
         ({"eval_strategy": "epoch", "test_file": "none.jsonl"}, "There is no file none.jsonl"),
+        ({"prompt_column": "ask"}, "--prompt_column ask"),
+        ({"completion_column": "tell"}, "has the columns ['completion', 'prompt']"),
         ({"trainable_token_indices": "many"}, "--trainable_token_indices 'many' is no JSON. Expected list[int]"),
         ({"response_template": "<|im_start|>"}, "--response_template '<|im_start|>' is no JSON"),
         ({"config": "none.yaml"}, "none.yaml"),
@@ -206,10 +208,18 @@ def test_a_mixture(tmp_path, trained_on, capsys):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n', "cannot be read"),
+        ('{"prompt": "a", "completion": "b"}\n\n{"prompt": "a", \n', "line 3: "),
+        ('[\n{"prompt": "a", "completion": "b"},\n{"prompt": "a"; "completion": "b"}\n]', "line 3: "),
         ("", "has no rows"),
-        ("7\n8\n", "cannot be read"),
+        ("7\n8\n", "line 1 is 7"),
         ('{"question": "a", "answer": "b"}', "['answer', 'question']"),
+        ('{"question": "a", "answer": "b"}', 'Understood are "prompt" and "completion"'),
+        ('{"question": "a", "answer": "b"}', "--prompt_column question --completion_column answer"),
+        (
+            '{"instruction": "a", "input": "", "output": "b"}',
+            "--prompt_column instruction input --completion_column output",
+        ),
+        ('{"ask": "a", "tell": "b"}', "--prompt_column NAME --completion_column NAME, or --dataset_text_field NAME"),
         ('{"prompt": "a"}', "['prompt']"),
         ('{"prompt": "a", "text": "b"}', "['prompt', 'text']"),
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "Understood are"),
@@ -241,7 +251,86 @@ def test_rows_that_are_understood(row):
     check_columns(Dataset.from_list([row]), "mine", text_field="body" if "body" in row else "text")
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "data/rows.CSV", "./rows", "/none/rows", "~/rows", "a/b/c", "a\\b"])
+def test_a_mistyped_name_is_an_immediate_error(tmp_path, monkeypatch, capsys):
+    """The Hub is not asked, and the message names what is there."""
+    monkeypatch.setattr("peft_reft.cli.data.load_dataset", lambda *_, **__: pytest.fail("the Hub was asked"))
+    rows_file(tmp_path)
+    for wrong in ("rwos.jsonl", "rows.josnl"):
+        error = refusal(train_arguments(tmp_path, "no-model", dataset_name=str(tmp_path / wrong)), capsys)
+        assert f"There is no file or folder {tmp_path / wrong}" in error
+        assert f"Did you mean {tmp_path / 'rows.jsonl'}?" in error
+    monkeypatch.chdir(tmp_path)
+    error = refusal(train_arguments(tmp_path, "no-model", dataset_name="rows.josnl"), capsys)
+    assert error.endswith("There is no file or folder rows.josnl. Did you mean rows.jsonl?")
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "parquet"])
+@pytest.mark.parametrize("is_chat", [False, True], ids=["prompts", "chats"])
+def test_columns_of_other_names(kind, is_chat, tmp_path, trained_on):
+    rows = [{"instruction": "a", "input": "b", "output": "c"}, {"instruction": "d", "input": None, "output": "4"}]
+    path = tmp_path / f"alpaca.{kind}"
+    if kind == "parquet":
+        Dataset.from_list(rows).to_parquet(path)
+    elif kind.startswith("json"):
+        path.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
+    else:
+        lines = [rows[0].keys(), *(["" if value is None else value for value in row.values()] for row in rows)]
+        path.write_text("\n".join(("," if kind == "csv" else "\t").join(line) for line in lines))
+    given = dict(dataset_name=str(path), completion_column="output", chat="true" if is_chat else None)
+    arguments = [*train_arguments(tmp_path, "no-model", **given), "--prompt_column", "instruction", "input"]
+    train, _ = trained_on(arguments)
+    pairs = [("a\n\nb", "c"), ("d", "4")]
+    if is_chat:
+        pairs = [([{"role": "user", "content": p}], [{"role": "assistant", "content": c}]) for p, c in pairs]
+    assert list(train) == [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+
+
+def other_file(tmp_path, rows):
+    (tmp_path / "other").mkdir(exist_ok=True)  # `train_arguments` writes rows beside it
+    return rows_file(tmp_path / "other", rows)
+
+
+def test_a_text_beside_prompt_and_completion_is_left_out(tmp_path, trained_on):
+    """Alpaca has one. TRL would end it with the EOS token, and not the completion."""
+    path = other_file(tmp_path, [{"prompt": "a", "completion": "b", "text": "a b", "id": 3}])
+    train, _ = trained_on(train_arguments(tmp_path, "no-model", dataset_name=path))
+    assert list(train) == [{"prompt": "a", "completion": "b", "id": 3}]
+
+
+def test_a_csv_file_is_text(tmp_path, trained_on, capsys):
+    """Numbers and words that stand for nothing elsewhere; only an empty cell is none."""
+    (tmp_path / "rows.csv").write_text("prompt,completion\n2 + 2,4\nnull or NA,None\n")
+    arguments = train_arguments(tmp_path, "no-model", dataset_name=str(tmp_path / "rows.csv"))
+    train, _ = trained_on(arguments)
+    assert list(train) == [{"prompt": "2 + 2", "completion": "4"}, {"prompt": "null or NA", "completion": "None"}]
+    (tmp_path / "rows.csv").write_text("prompt,completion\na,b\nc,\n")
+    assert "rows without 'completion': 1, the first is row 2" in refusal(arguments, capsys)
+
+
+def test_chats_are_made_of_prompts_alone(tmp_path, capsys):
+    path = other_file(tmp_path, [{"text": "a"}])
+    error = refusal(train_arguments(tmp_path, "no-model", dataset_name=path, chat="true"), capsys)
+    assert "--chat true makes messages of prompt and completion" in error
+
+
+def test_dropped_rows_are_counted(tmp_path, model_id, capsys):
+    long = {"prompt": "a b c d e f g h", "completion": " 1 2"}
+    path = other_file(tmp_path, [*ROWS, long, long])
+    given = dict(dataset_name=path, max_length="8", max_steps="1", eval_strategy="steps", test_file=path)
+    assert main(train_arguments(tmp_path, model_id, **given)) == 0
+    said = capsys.readouterr().out
+    for purpose in ("training", "evaluation"):
+        assert f"Dropped 2 of 10 rows for {purpose}: nothing of their answers is within the first 8 tokens" in said
+    assert main(train_arguments(tmp_path, model_id, max_steps="1")) == 0
+    assert "Dropped" not in capsys.readouterr().out
+    path = other_file(tmp_path, [long])
+    error = refusal(train_arguments(tmp_path, model_id, dataset_name=path, max_length="8"), capsys)
+    assert "Dropped 1 of 1 rows" in error and "--max_length" in error
+
+
+@pytest.mark.parametrize(
+    "name", ["rows.jsonl", "rows.josnl", "data/rows.CSV", "./rows", "/none/rows", "~/rows", "a/b/c", "a\\b"]
+)
 def test_what_can_only_be_a_path_is_not_looked_for_on_the_hub(name):
     with pytest.raises(ValueError, match="no file or folder"):
         check_path(name)

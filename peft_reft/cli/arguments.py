@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from difflib import get_close_matches
 from typing import Any
 
 _A_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|zip|gz|zst|bz2|xz)$", re.IGNORECASE)
@@ -17,9 +18,17 @@ def check_path(path_or_name: str) -> None:
     """
     begins_like_a_path = path_or_name.startswith((".", "~", os.sep))
     is_nested = path_or_name.count("/") > 1 or "\\" in path_or_name  # a name on the Hub is "owner/name"
-    is_path = begins_like_a_path or is_nested or _A_FILE.search(path_or_name)
-    if is_path and not os.path.exists(path_or_name):
-        raise ValueError(f"There is no file or folder {path_or_name}.")
+    is_a_file = _A_FILE.search(path_or_name) or ("." in path_or_name and "/" not in path_or_name)
+    if (begins_like_a_path or is_nested or is_a_file) and not os.path.exists(path_or_name):
+        raise ValueError(missing(path_or_name, "file or folder"))
+
+
+def missing(path: str, kind: str) -> str:
+    """The message for a path where nothing is, with the name in that folder that is most like it."""
+    folder, name = os.path.split(path)
+    there = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    similar = get_close_matches(name, there, n=1)
+    return f"There is no {kind} {path}." + "".join(f" Did you mean {os.path.join(folder, each)}?" for each in similar)
 
 
 def parse_positions(text: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from typing import Any
 
 
@@ -17,6 +18,55 @@ def report_assumption(path_or_name: str, assumption: str) -> None:
     print(
         f"{path_or_name} does not say whether its training data was in a chat template. Assumed: {assumption}.",
         file=sys.stderr,
+    )
+
+
+def uses_chat_template(args: Namespace, model: Any, tokenizer: Any, prompts: list[Any]) -> bool:
+    """Whether prompts go through the chat template.
+
+    Prompts that are lists of messages do. For texts the arguments decide; if they do not say, the training data; if
+    that is not known, whether there is a template.
+
+    Raises:
+        ValueError: the tokenizer has no template, or `--raw` is given and a prompt is a list of messages.
+    """
+    uses: bool | None = args.chat_template
+    if any(isinstance(prompt, list) for prompt in prompts):
+        if uses is False:
+            raise ValueError("--raw: a prompt is a list of messages, which only a chat template makes a text of.")
+        uses = True
+    if uses is None:
+        uses = trained_on_chats(model)
+    if uses is None:
+        uses = bool(tokenizer.chat_template)
+        assumption = "it was (else --raw)" if uses else "it was not, for the tokenizer has none"
+        report_assumption(args.path_or_name, assumption)
+    if uses and not tokenizer.chat_template:
+        raise ValueError(f"The tokenizer of {args.path_or_name} has no chat template. Give --raw to ask without one.")
+    return uses
+
+
+def messages(content: Any, role: str) -> Any:
+    """A text as the only message of a role; a list of messages as it is."""
+    return [{"role": role, "content": content}] if isinstance(content, str) else content
+
+
+def encode(tokenizer: Any, prompts: list[Any], in_chat: bool) -> Any:
+    """A batch of prompts, padded on the left: what the model reads, as tensors (batch, seq).
+
+    Args:
+        tokenizer: one that pads on the left.
+        prompts: texts, or lists of messages.
+        in_chat: put them into the chat template, with the header behind which the answer begins.
+    """
+    if not in_chat:
+        return tokenizer(prompts, padding=True, return_tensors="pt")
+    return tokenizer.apply_chat_template(
+        [messages(prompt, "user") for prompt in prompts],
+        add_generation_prompt=True,
+        padding=True,
+        return_tensors="pt",
+        return_dict=True,
     )
 
 

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
-from datasets import Dataset, IterableDataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset, load_dataset
 from trl import DatasetMixtureConfig, SFTConfig, get_dataset
 
 from .arguments import check_path
-
-Rows: TypeAlias = "Dataset | IterableDataset"
-
-_READERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}  # every other ending: JSON
-_UNDERSTOOD = '"prompt" and "completion", or "messages", or "text" (another name: --dataset_text_field)'
+from .rows import Rows, as_chats, check_columns, naming, read_file, rename
 
 
 def training_data(data: Any, mixture: DatasetMixtureConfig, args: SFTConfig) -> tuple[Rows, Rows | None]:
@@ -43,7 +38,7 @@ def training_data(data: Any, mixture: DatasetMixtureConfig, args: SFTConfig) -> 
     train_rows = _split(splits, data.dataset_train_split, name, "--dataset_train_split")
     test_rows = None
     if data.test_file:
-        test_rows = _read_file(data.test_file, data.dataset_streaming)["train"]
+        test_rows = read_file(data.test_file, data.dataset_streaming)["train"]
     elif mixture.test_split_size is not None:
         if data.dataset_test_split in splits:
             raise ValueError(
@@ -64,48 +59,26 @@ def training_data(data: Any, mixture: DatasetMixtureConfig, args: SFTConfig) -> 
             "--test_file and --test_split_size choose rows to evaluate on, but nothing evaluates them: give "
             "--eval_strategy epoch, or steps."
         )
-    is_prepared = isinstance(args.dataset_kwargs, dict) and args.dataset_kwargs.get("skip_prepare_dataset")
-    if not is_prepared:
-        check_columns(train_rows, name, args.dataset_text_field)
-        if test_rows is not None:
-            check_columns(test_rows, data.test_file or name, args.dataset_text_field)
+    if isinstance(args.dataset_kwargs, dict) and args.dataset_kwargs.get("skip_prepare_dataset"):
+        return train_rows, test_rows
+    train_rows = _understood(train_rows, name, data, args.dataset_text_field)
+    if test_rows is not None:
+        test_rows = _understood(test_rows, data.test_file or name, data, args.dataset_text_field)
     return train_rows, test_rows
 
 
-def check_columns(rows: Rows, name: str, text_field: str = "text") -> None:
-    """Check whether TRL's SFT understands the rows, by their columns and the contents of the first row.
-
-    Raises:
-        ValueError: it does not. The message names the columns that the rows have and those that are understood.
-    """
-    row = next(iter(rows), None)
-    if row is None:
-        raise ValueError(f"{name} has no rows.")
-    if "input_ids" in row:
-        return
-    wanted = _wanted_columns(row, text_field)
-    if not set(wanted) <= set(row):
-        raise ValueError(f"{name} has the columns {sorted(row)}. Understood are {_UNDERSTOOD}. Rename them.")
-    types = {type(row[column]) for column in wanted}
-    if not types <= {str, list} or len(types) > 1:
-        found = ", ".join(f"{column!r}: {row[column]!r:.60}" for column in wanted)
-        raise ValueError(f"The first row of {name} has {found}. Expected texts, or else lists of messages.")
-    if not isinstance(rows, Dataset):  # a stream would have to be read to its end
-        return
-    for column in wanted:
-        empty = [number for number, value in enumerate(rows[column], start=1) if value is None]
-        if empty:
-            raise ValueError(f"{name} has rows without {column!r}: {len(empty)}, the first is row {empty[0]}.")
-
-
-def _wanted_columns(row: Mapping[str, Any], text_field: str) -> list[str]:
-    """The columns that TRL reads from a row with these columns."""
-    if "prompt" in row:
-        return ["prompt", "completion"]
-    for column in ("messages", "conversations", text_field):
-        if column in row:
-            return [column]
-    return ["prompt"]
+def _understood(rows: Rows, name: str, data: Any, text_field: str) -> Rows:
+    """The rows with the columns that TRL reads, checked."""
+    rows = rename(rows, name, data.prompt_column, data.completion_column)
+    check_columns(rows, name, text_field)
+    row = next(iter(rows))
+    if data.chat:
+        if "prompt" not in row:
+            raise ValueError(f"--chat true makes messages of prompt and completion, and {name} has {sorted(row)}.")
+        rows = as_chats(rows)
+    if "prompt" in row and text_field in row:
+        rows = rows.remove_columns(text_field)  # TRL would end this text, and not the completion, with the EOS token
+    return rows
 
 
 def _refuse_without_effect(data: Any, mixture: DatasetMixtureConfig) -> None:
@@ -135,38 +108,14 @@ def _load(data: Any, mixture: DatasetMixtureConfig) -> Mapping[str, Rows]:
         name = ", ".join(each.path for each in mixture.datasets)
         # `_hold_out` holds rows out, and not TRL: each process of a distributed run would draw different ones.
         whole = replace(mixture, test_split_size=None)
-        return _naming(name, lambda: get_dataset(whole))
+        return naming(name, lambda: get_dataset(whole))
     if os.path.isfile(data.dataset_name):
-        return _read_file(data.dataset_name, data.dataset_streaming)
+        return read_file(data.dataset_name, data.dataset_streaming)
     check_path(data.dataset_name)
-    return _naming(
+    return naming(
         data.dataset_name,
         lambda: load_dataset(data.dataset_name, name=data.dataset_config, streaming=data.dataset_streaming),
     )
-
-
-def _read_file(path: str, streaming: bool) -> Mapping[str, Rows]:
-    if not os.path.isfile(path):
-        raise ValueError(f"There is no file {path}.")
-    ending = os.path.splitext(path)[1].lower()
-    reader = _READERS.get(ending, "json")
-    options: dict[str, Any] = {"delimiter": "\t"} if ending == ".tsv" else {}
-    return _naming(path, lambda: load_dataset(reader, data_files=path, streaming=streaming, **options))
-
-
-def _naming(name: str, load: Callable[[], Mapping[str, Rows]]) -> Mapping[str, Rows]:
-    """Call `load`; its errors become a ValueError that names the data set and keeps the reader's message."""
-    try:
-        return load()
-    except DatasetGenerationError as error:
-        reason: BaseException = error
-        while reason.__cause__ is not None and not isinstance(reason, ValueError):
-            reason = reason.__cause__
-        raise ValueError(f"{name} cannot be read: {reason}") from error
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    except StopIteration as error:  # the JSON reader raises it for an empty file
-        raise ValueError(f"{name} has no rows.") from error
 
 
 def _split(splits: Mapping[str, Rows], split: str, name: str, argument: str) -> Rows:

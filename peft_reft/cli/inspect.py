@@ -19,7 +19,7 @@ def run(args: Namespace) -> None:
     adapter = load_adapter(args.path_or_name)
     config = adapter.config
     with loading(args.path_or_name, SAFETENSORS_WEIGHTS_NAME):
-        rows = [_row(module, parameters) for module, parameters in adapter.weights.items()]
+        rows = [_row(module, adapter.weights[module]) for module in sorted(adapter.weights, key=_by_number)]
     parameters = sum(row["parameters"] for row in rows)
     parameters_of_others = sum(tensor.numel() for tensor in adapter.others.values())
     if args.json:
@@ -37,6 +37,11 @@ def run(args: Namespace) -> None:
     others = f", and {parameters_of_others:,} of {config.modules_to_save}" if parameters_of_others else ""
     print(f"Parameters: {parameters:,}{others}\n")
     _print_table(rows)
+
+
+def _by_number(module: str) -> list[tuple[int, str]]:
+    """The key that sorts `layers.2` before `layers.10`."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in module.split(".")]
 
 
 def _row(module: str, parameters: dict[str, Tensor]) -> dict[str, Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import signal
 from typing import Any
 
+from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import SFTTrainer, get_quantization_config
+from trl import SFTConfig, SFTTrainer, get_quantization_config
 
 from ..config import LoReftConfig
 from .arguments import check_path
 from .data import training_data
+from .rows import Rows
 from .train_arguments import parse
 
 
@@ -42,7 +44,10 @@ def main(words: list[str]) -> int:
         peft_config=config,
         callbacks=[stop],
     )
+    dropped = _dropped(train_rows, trainer.train_dataset, args, "training")
+    dropped += _dropped(test_rows, trainer.eval_dataset, args, "evaluation")
     if trainer.is_world_process_zero():
+        print(dropped, end="")
         trainer.model.print_trainable_parameters()
     trainer.train(resume_from_checkpoint=_checkpoint(args))
     if stop.interrupted:
@@ -55,6 +60,25 @@ def main(words: list[str]) -> int:
     if trainer.is_world_process_zero():
         print(f"Saved to {args.output_dir}. {_how_to_ask(args.output_dir, trainer.model.peft_config['default'])}")
     return 0
+
+
+def _dropped(given: Rows | None, kept: Any, args: SFTConfig, purpose: str) -> str:
+    """A line that counts the rows that TRL has dropped: those whose prompt alone fills `max_length`. "" if none was.
+
+    Rows that are streamed, or packed, cannot be counted.
+
+    Raises:
+        ValueError: no row is left.
+    """
+    if not isinstance(given, Dataset) or not isinstance(kept, Dataset) or args.packing or len(given) == len(kept):
+        return ""
+    line = (
+        f"Dropped {len(given) - len(kept)} of {len(given)} rows for {purpose}: nothing of their answers is within "
+        f"the first {args.max_length} tokens (--max_length)."
+    )
+    if not len(kept):
+        raise ValueError(f"{line} None is left. Give a higher --max_length.")
+    return f"{line}\n"
 
 
 def _checkpoint(args: Any) -> Any:

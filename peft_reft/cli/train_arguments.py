@@ -13,9 +13,10 @@ import torch
 import yaml
 from peft import PeftConfig
 from transformers import TrainingArguments
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from ..config import LoReftConfig
+from .train_help import TrainParser
 
 # The fields of TRL's classes that this command reads. It has no argument for the others, which it would ignore.
 _OF_MODEL = {
@@ -30,6 +31,8 @@ _OF_MODEL = {
     "bnb_4bit_quant_storage",
 }
 _OF_SCRIPT = {"dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming"}
+_UNTRUE_HERE = (" Works only with LoRA.", " If `datasets` is provided, this will be ignored.")
+"""What the help of TRL's fields says of TRL's own command."""
 _WITH_4BIT = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 
 _INSTEAD = {
@@ -64,7 +67,9 @@ def _part_of(whole: Any, names: Collection[str], more: list[Any]) -> Any:
     taken = []
     for field in fields(whole):
         if field.name in names:
-            help_text = field.metadata["help"].replace(" Works only with LoRA.", "")
+            help_text = field.metadata["help"]
+            for untrue in _UNTRUE_HERE:
+                help_text = help_text.replace(untrue, "")
             copied = dataclass_field(default=field.default, metadata={**field.metadata, "help": help_text})
             taken.append((field.name, hints[field.name], copied))
     return make_dataclass(f"{whole.__name__}Part", taken + more)
@@ -85,14 +90,28 @@ def _loreft_argument(field: Any) -> tuple[str, Any, Any]:
     return field.name, hint if hint in (float, bool) else str | None, argument
 
 
-_TEST_FILE = (
-    "test_file",
-    str | None,
-    dataclass_field(default=None, metadata={"help": "File of rows to evaluate on."}),
-)
+def _argument(name: str, hint: Any, help_text: str, default: Any = None) -> tuple[str, Any, Any]:
+    """An argument of this command alone."""
+    return name, hint, dataclass_field(default=default, metadata={"help": help_text})
+
+
+def _names(dataclass: Any) -> list[str]:
+    return [field.name for field in fields(dataclass)]
+
+
+_OF_ROWS = [
+    _argument("test_file", str | None, "File of rows to evaluate on."),
+    _argument(
+        "prompt_column",
+        list[str] | None,
+        "The column of prompts, if it is not `prompt`. Several are joined by an empty line: instruction input.",
+    ),
+    _argument("completion_column", str | None, "The column of answers, if it is not `completion`."),
+    _argument("chat", bool, "Make a user's message of each prompt, an assistant's of each completion.", False),
+]
 
 ModelArguments: Any = _part_of(ModelConfig, _OF_MODEL, [])
-DataArguments: Any = _part_of(ScriptArguments, _OF_SCRIPT, [_TEST_FILE])
+DataArguments: Any = _part_of(ScriptArguments, _OF_SCRIPT, _OF_ROWS)
 LoReftArguments: Any = make_dataclass(
     "LoReftArguments",
     [
@@ -103,13 +122,18 @@ LoReftArguments: Any = make_dataclass(
 )
 
 
-def build_parser() -> TrlParser:
+def build_parser() -> TrainParser:
     """All arguments of TRL's `SFTConfig`, those of its other classes that are used here, and LoReFT's."""
     classes: Any = (DataArguments, SFTConfig, ModelArguments, DatasetMixtureConfig, LoReftArguments)
-    parser = TrlParser(
+    parser = TrainParser(
         classes,
+        groups={
+            "rows": _names(DataArguments),
+            "LoReFT": _names(LoReftArguments),
+            "the base model": _names(ModelArguments),
+        },
         prog="peft-reft train",
-        description="Finetune a causal LM with LoReFT: TRL's SFTTrainer, its arguments and those of LoReftConfig.",
+        description="Finetune a causal LM with LoReFT, by TRL's SFTTrainer. --config FILE reads arguments from YAML.",
     )
     parser.set_defaults(output_dir="outputs/loreft", learning_rate=1e-3, report_to="none")
     if not torch.accelerator.is_available():
@@ -147,7 +171,7 @@ def _refuse_unknown(unknown: list[str]) -> None:
             f"trains a LoReFT adapter.{instead}"
         )
     if unknown:
-        raise ValueError(f"Unknown arguments: {' '.join(unknown)}. `peft-reft train --help` lists all.")
+        raise ValueError(f"Unknown arguments: {' '.join(unknown)}. `peft-reft train --help_all` lists all.")
 
 
 def _check_model(model: Any) -> None:

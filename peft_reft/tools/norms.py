@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..positions.index import PositionIndex
 from ..tuner.forward import current
 from ..tuner.layer import LoReftLayer
+from .show import token_texts
 
 
 def edit_norms(model: nn.Module, batch: Mapping[str, Any]) -> np.ndarray:
@@ -117,14 +118,17 @@ def _indices(layer: LoReftLayer, hidden: Tensor) -> list[PositionIndex]:
     return indices
 
 
-def plot_edit_norms(norms: np.ndarray, row: int = 0, tokens: list[str] | None = None, axes: Any = None) -> Any:
+def plot_edit_norms(
+    norms: np.ndarray, row: int = 0, tokens: Sequence[Any] | None = None, axes: Any = None, tokenizer: Any = None
+) -> Any:
     """Draw `edit_norms` as a heat map, layers by positions. Needs matplotlib, the extra `viz`.
 
     Args:
         norms: (layers, batch, seq), from `edit_norms`.
         row: which row of the batch.
-        tokens: labels of the positions.
+        tokens: labels of the positions: texts, or token ids if `tokenizer` is given.
         axes: matplotlib axes to draw on; None: new ones.
+        tokenizer: makes texts of token ids, and of tokens in the symbols of its vocabulary (`Ġcapital`).
 
     Returns:
         The matplotlib axes.
@@ -132,11 +136,18 @@ def plot_edit_norms(norms: np.ndarray, row: int = 0, tokens: list[str] | None = 
     import matplotlib.pyplot as plt
 
     layers, _, seq = norms.shape
+    labels = [] if tokens is None else tokens if tokenizer is None else _labels(tokenizer, tokens)
     if axes is None:
-        _, axes = plt.subplots(figsize=(max(4, 0.3 * seq), max(2, 0.25 * layers)))
+        height = max(2, 0.25 * layers) + 0.1 * max(map(len, labels), default=0)  # 0.1: a letter
+        _, axes = plt.subplots(figsize=(max(4, 0.3 * seq), height), layout="constrained")
     image = axes.imshow(norms[:, row], aspect="auto", origin="lower", cmap="viridis", vmin=0)
     axes.set(xlabel="position", ylabel="layer", title="‖Φ(h) − h‖ / ‖h‖")
     if tokens is not None:
-        axes.set_xticks(range(len(tokens)), tokens, rotation=90)
+        axes.set_xticks(range(len(labels)), labels, rotation=90, parse_math=False)  # "$" is a text here
     axes.figure.colorbar(image, ax=axes)
     return axes
+
+
+def _labels(tokenizer: Any, tokens: Sequence[Any]) -> list[str]:
+    ids = [tokenizer.convert_tokens_to_ids(token) if isinstance(token, str) else int(token) for token in tokens]
+    return token_texts(tokenizer, ids)

@@ -197,7 +197,7 @@ def _rows(tokenizer: Any, batch: Mapping[str, Any], config: LoReftConfig, spec: 
     of_token = of_token.reshape(ids.shape)  # (batch, seq)
     for row in range(len(ids)):
         real = torch.ones_like(ids[row], dtype=torch.bool) if mask is None else mask[row].bool()  # (seq,)
-        texts = _texts(tokenizer, ids[row][real].tolist())
+        texts = token_texts(tokenizer, ids[row][real].tolist())
         numbers = of_token[row][real.cpu().numpy()].tolist()
         pieces: list[_Piece] = []
         begin = 0
@@ -220,7 +220,7 @@ def _marks(tokenizer: Any, config: LoReftConfig) -> Marks | None:
     return Marks.of(found.response_template, found.instruction_template)
 
 
-def _texts(tokenizer: Any, ids: list[int]) -> list[str]:
+def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
     """Return what each token adds to the text. A token decoded by itself may lose the space before it.
 
     A character of several tokens, such as an emoji, counts as the last one's; the others are `_PART`.
