@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import TYPE_CHECKING
+
+from peft.utils import CONFIG_NAME
 
 from .names import ADAPTER_PLACEHOLDER, base_in_words, current_destination, hub_name_of_base
 from .words import shapes_of_weights
@@ -60,7 +63,7 @@ def example(directory: str, config: LoReftConfig) -> str | None:
         directory: the adapter's folder. If it has a tokenizer, the code loads that one, else the base model's.
         config: the adapter's config.
     """
-    model_class = _model_class(config)
+    model_class = _model_class(directory, config)
     if model_class is None:
         return None
     destination = current_destination()
@@ -87,14 +90,24 @@ def _task(config: LoReftConfig) -> str:
     return str(getattr(config.task_type, "value", config.task_type))
 
 
-def _model_class(config: LoReftConfig) -> str | None:
+def _model_class(directory: str, config: LoReftConfig) -> str | None:
     """The class of transformers that loads the base model; None if it is of another library."""
     if _task(config) in _AUTO_CLASSES:
         return _AUTO_CLASSES[_task(config)]
-    found = config.auto_mapping or {}  # PEFT notes the model's class here if the config has no task type
-    if str(found.get("parent_library", "")).startswith("transformers."):
-        return str(found["base_model_class"])
+    class_and_module = class_of_base(directory)
+    if class_and_module is not None and class_and_module[1].startswith("transformers."):
+        return class_and_module[0]
     return None
+
+
+def class_of_base(directory: str) -> tuple[str, str] | None:
+    """Name and module of the base model's class, which PEFT saves if the config has no task type; else None."""
+    try:
+        with open(os.path.join(directory, CONFIG_NAME)) as file:
+            found = json.load(file).get("auto_mapping")
+    except FileNotFoundError:  # the card of a trainer that has saved no adapter yet
+        return None
+    return (found["base_model_class"], found["parent_library"]) if found else None
 
 
 def _arguments_of_base(directory: str, config: LoReftConfig) -> str:

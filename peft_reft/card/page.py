@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard
 
-from .example import example
+from .example import class_of_base, example
 from .names import ADAPTER_PLACEHOLDER, base_in_words, current_destination, hub_name_of_base, is_local
 from .words import describe, how_to_ask, size
 
@@ -22,6 +22,9 @@ _INSTALL = "> Install `peft-reft` first: `pip install peft-reft`. Without it PEF
 _NEW_CARD = "---\nlibrary_name: peft\n---\n"
 _TEMPLATE_MARK = "# Model Card for Model ID"
 """PEFT's template, which is all questions to be answered, has this title."""
+_NO_TITLE = "# Model Card for None"
+"""TRL's title if `create_model_card()` is not told one."""
+_TITLE = "# LoReFT adapter"
 _VERSIONS = "### Framework versions"
 """The last section of PEFT's template and of TRL's and transformers' cards."""
 _EXAMPLE_OF_TRL = re.compile(r"## Quick start\n\n```python\nfrom transformers import pipeline\n.*?\n```", re.DOTALL)
@@ -65,11 +68,11 @@ def _complete_metadata(card: ModelCard, config: LoReftConfig) -> None:
 
 
 def _without_template(text: str) -> str:
-    """Replace PEFT's unfilled template by a title; the versions at its end stay."""
+    """Replace PEFT's unfilled template by a title; the versions at its end stay. TRL's card may lack a title, too."""
     if _TEMPLATE_MARK not in text:
-        return text
+        return text.replace(_NO_TITLE, _TITLE)
     _, heading, versions = text.partition(_VERSIONS)
-    return f"# LoReFT adapter\n\n{heading}{versions}"
+    return f"{_TITLE}\n\n{heading}{versions}"
 
 
 def _with_base_named(text: str, config: LoReftConfig) -> str:
@@ -127,8 +130,6 @@ def _how_to_use(directory: str, config: LoReftConfig) -> str:
         return f"```python\n{code}\n```"
     destination = current_destination()
     adapter = destination.repository if destination else ADAPTER_PLACEHOLDER
-    model_class = (config.auto_mapping or {}).get("base_model_class", "model")
-    return (
-        f"It edits a `{model_class}`, a class outside of transformers. After `import peft_reft` load it into such a "
-        f'`model`: `PeftModel.from_pretrained(model, "{adapter}")`.'
-    )
+    found = class_of_base(directory)
+    model = f"a `{found[0]}`" if found else "the model that it was trained in"
+    return f'After `import peft_reft` load it into {model}: `PeftModel.from_pretrained(model, "{adapter}")`.'
