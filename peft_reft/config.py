@@ -391,7 +391,7 @@ class LoReftConfig(PeftConfig):
         return as_json
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save `adapter_config.json`. If weights are saved beside it, complete the model card, too (see `card.py`)."""
+        """Save `adapter_config.json`. If weights are saved beside it, complete the model card, too (see `card`)."""
         super().save_pretrained(save_directory, **kwargs)
         if os.path.isfile(os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)):
             write_model_card(save_directory, self)

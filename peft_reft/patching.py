@@ -38,6 +38,7 @@ PATCHES: dict[str, Patch] = {
     "PeftType.LOREFT": Patch("peft", "0.21", "PEFT registers a method only under a member of this enum."),
     "PeftModel.save_pretrained": Patch("peft", "0.21", "It can write a pickle, which LoReFT refuses (`files`)."),
     "PeftModel.push_to_hub": Patch("peft", "0.21", "The model card names the repository it is pushed to (`card`)."),
+    "PreTrainedModel.push_to_hub": Patch("transformers", "5.5.4", "The same, for an adapter without a PeftModel."),
     "PeftAdapterMixin.load_adapter": Patch(
         "transformers", "5.5.4", "It asks no tuner about the tensors it reads, so a bad file would load (`files`)."
     ),
@@ -45,6 +46,13 @@ PATCHES: dict[str, Patch] = {
         "huggingface_hub",
         "1.0",
         "A trainer replaces our card by one that does not say `import peft_reft` (`card`).",
+    ),
+    # When a Trainer is made, after an adapter was added to a model. Trainers of TRL are included.
+    "Trainer.create_model_card": Patch(
+        "transformers", "5.5.4", "Its card is completed, and names the repository it is pushed to (`card`)."
+    ),
+    "Trainer.save_model": Patch(
+        "transformers", "5.5.4", "The tokenizer is saved after our card, whose example loads it (`card`)."
     ),
     # When an adapter is added to a model. These are attributes of that model; its class stays as it is.
     "Module.forward": Patch(

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -143,59 +141,6 @@ def test_named_adapters_and_auto_classes(tmp_path):
     by_peft.set_adapter("first")
     model.set_adapter("default")
     assert torch.equal(logits(by_peft), logits(model))
-
-
-def test_the_model_card_loads_the_adapter(tmp_path):
-    """The snippet runs as a reader would run it: copied from the card, beside the folder, in a process of its own."""
-    build("llama").save_pretrained(tmp_path / "base")
-    model = trained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
-    model.save_pretrained(tmp_path / "my-adapter")
-    card = (tmp_path / "my-adapter" / "README.md").read_text()
-    assert "More Information Needed" not in card
-    for words in ("library_name: peft", "- loreft", "base_model:", "the first 2 and the last 2 tokens of the prompt"):
-        assert words in card
-    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
-    assert "import peft_reft" in snippet
-    ids = IDS.tolist()
-    check = f"\nimport torch\nprint(model.eval()(input_ids=torch.tensor({ids})).logits.double().sum().item())"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run(
-        [sys.executable, "-c", snippet + check], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == pytest.approx(logits(model).double().sum().item(), abs=1e-6)
-
-
-def test_a_card_that_somebody_wrote_is_kept_and_our_part_renewed(tmp_path):
-    model = trained(build("llama"))
-    model.save_pretrained(tmp_path)
-    card = tmp_path / "README.md"
-    card.write_text(card.read_text().replace("# LoReFT adapter", "# My adapter\n\nIt rhymes."))
-    model.save_pretrained(tmp_path)
-    text = card.read_text()
-    assert "It rhymes." in text and text.count("How to load it") == 1
-
-
-@pytest.mark.parametrize(
-    "template, said, asked",
-    [
-        (None, None, '[{"role": "user", "content": question}]'),
-        ([], "without a chat template", "question"),
-        ([[4, 8]], "in the tokenizer's chat template", '[{"role": "user", "content": question}]'),
-    ],
-)
-def test_the_model_card_asks_as_the_training_data_did(template, said, asked, tmp_path):
-    """A trainer writes TRL's card over ours. Its example uses the chat template."""
-    utils = pytest.importorskip("trl.trainer.utils")
-    model = trained(build("llama"))
-    model.peft_config["default"].response_template = template
-    model.save_pretrained(tmp_path)
-    given = dict.fromkeys(("base_model", "dataset_name", "wandb_url", "trackio_url"))
-    card = utils.generate_model_card(**given, model_name="m", hub_model_id="me/m", tags=[], trainer_name="SFT")
-    card.save(tmp_path / "README.md")
-    text = (tmp_path / "README.md").read_text()
-    assert f"generator({asked}, max_new_tokens" in text
-    assert ("It was trained on" in text) is (said is not None) and (said is None or said in text)
 
 
 def test_unsaved_model_config_is_as_peft_writes_it(tmp_path):

@@ -3,6 +3,7 @@
 One module for each of them; a module uses only what that trainer or engine offers to plugins.
 
 - `trainer`: transformers' Trainer, and with it TRL's trainers, by callbacks. `trainer_checks`: what is checked there.
+- `cards`: the model cards that they write. No callback hears of them, so these methods are wrapped.
 
 axolotl, ms-swift and TRL's rollouts belong here too, when they come. The vLLM plugin has its own room, `serving/`.
 """

@@ -23,6 +23,7 @@ from ..tools.chat import loreft_configs, set_marks, warn_of_limits
 from ..tools.collator import DataCollatorForLoReft
 from ..tools.show import marked_row
 from ..tuner.forward import ATTRIBUTE, Attachment
+from .cards import CompleteCards
 from .trainer_checks import CheckGradients, refuse_packing
 
 logger = logging.getLogger("peft_reft")
@@ -175,6 +176,6 @@ def add_default_callbacks() -> None:
 
     # Compared by name, because a reloaded module has new classes.
     names = {callback.__name__ for callback in trainer.DEFAULT_CALLBACKS if isinstance(callback, type)}
-    for callback in (FindMarksAndLogFirstRow, CheckGradients):
+    for callback in (FindMarksAndLogFirstRow, CheckGradients, CompleteCards):
         if callback.__name__ not in names:
             trainer.DEFAULT_CALLBACKS.append(callback)

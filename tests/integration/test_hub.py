@@ -4,6 +4,7 @@ A client reads `HF_ENDPOINT` when it is imported: what it does is a script in a 
 """
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -29,6 +30,18 @@ PREAMBLE = """
     def same(one, other):
         with torch.no_grad():
             return torch.equal(one(ids).logits, other(ids).logits)
+    def tokenizer():
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+        words = {word: n for n, word in enumerate(["<pad>", "<s>", "</s>", "a", "b", "c", "d", "e"])}
+        words = Tokenizer(models.WordLevel(words, unk_token="a"))
+        words.pre_tokenizer = pre_tokenizers.Whitespace()
+        return PreTrainedTokenizerFast(
+            tokenizer_object=words,
+            pad_token="<pad>",
+            eos_token="</s>",
+            model_input_names=["input_ids", "attention_mask"],
+        )
 """
 
 
@@ -42,8 +55,8 @@ def hub():
 def client(hub, tmp_path):
     """Return a function that runs a script with a token and a cache of its own."""
 
-    def run(script, token=TOKEN, fails=False):
-        code = textwrap.dedent(PREAMBLE) + textwrap.dedent(script)
+    def run(script, token=TOKEN, fails=False, preamble=PREAMBLE):
+        code = textwrap.dedent(preamble) + textwrap.dedent(script)
         env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / f"home-{bool(token)}"), "HF_HUB_DISABLE_XET": "1"}
         env |= {"HF_TOKEN": token} if token else {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
@@ -59,19 +72,27 @@ def client(hub, tmp_path):
 def assert_our_card(card, name):
     front, text = card.split("---\n", 2)[1:]
     assert "- loreft" in front and "- peft" in front and "library_name: peft" in front
-    assert "import peft_reft" in text and f'from_pretrained("{name}")' in text
+    assert text.strip().startswith("> Install `peft-reft` first: `pip install peft-reft`.")
+    assert "import peft_reft" in text and f'adapter = "{name}"\n' in text and "put its Hub name" not in text
     assert "the first 2 and the last token of the prompt" in text and "parameters" in text
-    assert text.count("## How to load it") == 1
+    assert text.count("## How to use it") == 1
+
+
+def code_of(card):
+    """The Python code of a card."""
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    return code
 
 
 def test_push_load_revisions_and_private(hub, client):
     client(
         """
-        base().save_pretrained("base"); base().push_to_hub("someone/base")
+        base().push_to_hub("someone/base"); tokenizer().push_to_hub("someone/base")
         one, two = adapted(1), adapted(2)
         for model in one, two:
             model.peft_config["default"].base_model_name_or_path = "someone/base"
         print(one.push_to_hub("someone/shared"))
+        one.push_to_hub("without-owner")
         from huggingface_hub import create_branch
         create_branch("someone/shared", branch="v2")
         two.push_to_hub("someone/shared", revision="v2")
@@ -91,9 +112,25 @@ def test_push_load_revisions_and_private(hub, client):
     assert hub.files("someone/shared", "v2")["adapter_model.safetensors"] != files["adapter_model.safetensors"]
     assert_our_card(files["README.md"].decode(), "someone/shared")
     assert_our_card(hub.files("someone/shared", "v2")["README.md"].decode(), "someone/shared")
+    assert_our_card(hub.files("someone/without-owner")["README.md"].decode(), "someone/without-owner")
     assert "base_model: someone/base" in files["README.md"].decode()
     assert str(os.getcwd()) not in b"".join(files.values()).decode("latin1")
     assert ("PUT", "/lfs/" + next(iter(hub.blobs))) in hub.requests  # weights went the way of large files
+
+    # The code of the cards, as somebody else runs it; that of a branch loads the branch.
+    check = """
+        import torch
+        print(model(torch.arange(8).unsqueeze(0)).logits.double().sum().item())
+    """
+    ours = """
+        for seed in 1, 2:
+            print(adapted(seed)(ids).logits.double().sum().item())
+    """
+    for revision, expected in zip(["main", "v2"], client(ours).splitlines(), strict=True):
+        code = code_of(hub.files("someone/shared", revision)["README.md"].decode())
+        assert ('revision="v2"' in code) is (revision == "v2")
+        printed = client(code + textwrap.dedent(check), token=None, preamble="").splitlines()
+        assert printed[-1] == expected and len(printed) > 1
 
     # Somebody else sees what is public, and is told what is not there.
     assert "loaded" in client('PeftModel.from_pretrained(base(), "someone/shared"); print("loaded")', token=None)
@@ -108,20 +145,16 @@ def test_a_trainer_pushes_the_same_card(hub, client):
     client(
         """
         import datasets
-        from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+        from transformers import Trainer, TrainingArguments
         from trl import SFTConfig, SFTTrainer
-        words = {word: n for n, word in enumerate(["<pad>", "<s>", "</s>", "a", "b", "c", "d", "e"])}
-        tokenizer = Tokenizer(models.WordLevel(words, unk_token="a"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+        base().push_to_hub("someone/base")
         rows = datasets.Dataset.from_list([{"prompt": "a b c", "completion": " d e"}] * 4)
         common = dict(max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True, save_steps=1)
         trainer = SFTTrainer(
-            base(),
+            "someone/base",
             args=SFTConfig(output_dir="by-trl", bf16=False, hub_model_id="someone/by-trl", **common),
             train_dataset=rows,
-            processing_class=tokenizer,
+            processing_class=tokenizer(),
             peft_config=peft_reft.LoReftConfig(task_type="CAUSAL_LM", r=2, positions="f2+l1"),
         )
         trainer.train()
@@ -140,7 +173,24 @@ def test_a_trainer_pushes_the_same_card(hub, client):
     )
     card = hub.files("someone/by-trl")["README.md"].decode()
     assert_our_card(card, "someone/by-trl")
-    assert "trained using [TRL]" in card and card.index("import peft_reft") < card.index(
-        "from transformers import pipe"
+    assert "trained using [TRL]" in card and "[someone/base](https://huggingface.co/someone/base)" in card
+    assert client(code_of(card), token=None, preamble="").strip()  # an answer
+    assert_our_card(hub.files("someone/plain")["README.md"].decode(), "someone/plain")
+
+
+def test_each_adapter_of_a_model_has_its_folder_and_its_card(hub, client):
+    client(
+        """
+        base().push_to_hub("someone/base"); tokenizer().push_to_hub("someone/base")
+        model = adapted()
+        model.add_adapter("second", peft_reft.LoReftConfig(task_type="CAUSAL_LM", r=2, positions="l1"))
+        for config in model.peft_config.values():
+            config.base_model_name_or_path = "someone/base"
+        model.push_to_hub("someone/both")
+        """
     )
-    assert_our_card(hub.files("someone/plain")["README.md"].decode(), "plain")
+    files = hub.files("someone/both")
+    assert "subfolder" not in code_of(files["README.md"].decode())
+    code = code_of(files["second/README.md"].decode())
+    assert 'from_pretrained(model, adapter, subfolder="second")' in code
+    assert client(code, token=None, preamble="").strip()

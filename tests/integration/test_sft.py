@@ -1,7 +1,6 @@
 """TRL's `SFTTrainer`, unchanged, with a `LoReftConfig`."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -558,15 +557,3 @@ def test_a_loaded_adapter_trains_on(make, pairs, tokenizer, tmp_path):
     trainer = SFTTrainer(model, args=args, train_dataset=pairs, processing_class=tokenizer)
     assert len(trainable(model)) == 3 * LAYERS
     assert moved(trainer.model, trainer.train) == set(trainable(model))
-
-
-def test_the_model_card_says_how_to_load(make, pairs, tmp_path):
-    trainer = make(pairs, save_strategy="steps", save_steps=3)
-    trainer.train()
-    trainer.save_model()
-    out = Path(trainer.args.output_dir)
-    for folder in (out, out / "checkpoint-3"):
-        card = (folder / "README.md").read_text()
-        assert "import peft_reft" in card and "AutoPeftModelForCausalLM" in card, folder
-        assert "f2+l2" in card and "loreft" in card.partition("\n---")[0], folder
-    assert "[TRL](https://github.com/huggingface/trl)" in (out / "README.md").read_text()  # TRL's own words stay
