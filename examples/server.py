@@ -42,7 +42,7 @@ async def answer_batch():
 
 
 @app.post("/generate")
-async def ask(adapter: str = Body(), prompt: str | list = Body(), max_new_tokens: int = Body(64, ge=1, le=ANSWER)):
+async def ask(adapter: str = Body(), prompt: str | list[dict] = Body(), max_new_tokens: int = Body(ge=1, le=ANSWER)):
     if adapter not in [*ADAPTERS, "__base__"]:
         raise HTTPException(404, f"adapter={adapter!r}: unknown. There are: {', '.join(ADAPTERS)}, __base__.")
     chat = dict(add_generation_prompt=True, return_dict=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import uvicorn
-from conftest import randomise
+from conftest import VOCAB, randomise
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -28,12 +28,15 @@ NAMES = ["emoji", "mine", "all", "__base__"]
 USER = [{"role": "system", "content": "a b"}, {"role": "user", "content": "c d e f g"}]
 PROMPTS = {"a b": 3, "c d e f g h i j k l m": 8, "x": 5}  # prompt → max_new_tokens
 CHAT = 6
+END = "word55"
 IGNORED = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 
 
 @pytest.fixture
-def folders(model_id, tmp_path):
-    """The folders of three adapters of one model, by name."""
+def folders(model_id, tokenizer, tmp_path):
+    """The folders of three adapters of one model, by name. Each of the model's tokens has a word."""
+    tokenizer.add_tokens([f"word{number}" for number in range(len(tokenizer), VOCAB)])
+    tokenizer.save_pretrained(model_id)
     configs = {
         "emoji": LoReftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2"),
         "mine": LoReftConfig(task_type="CAUSAL_LM", r=2, positions="p", layers=[0], intervention="direft"),
@@ -103,14 +106,16 @@ def bodies():
 @pytest.mark.parametrize("ends", [False, True], ids=["by length", "some by an end token"])
 def test_sixteen_clients_at_once(folders, model_id, tokenizer, request, monkeypatch, rows, ends):
     if ends:  # make a frequent word the end of an answer
-        GenerationConfig(eos_token_id=tokenizer.convert_tokens_to_ids("k"), pad_token_id=0).save_pretrained(model_id)
+        GenerationConfig(eos_token_id=tokenizer.convert_tokens_to_ids(END), pad_token_id=0).save_pretrained(model_id)
     models = {name: AutoPeftModelForCausalLM.from_pretrained(folder).eval() for name, folder in folders.items()}
     models["__base__"] = AutoModelForCausalLM.from_pretrained(model_id).eval()
     assert models["__base__"].dtype == torch.float32
     requests = bodies()
     assert len(requests) == CLIENTS
     expected = [alone(models[each["adapter"]], tokenizer, each["prompt"], each["max_new_tokens"]) for each in requests]
-    print(expected)
+    for first in range(0, CLIENTS, len(NAMES)):
+        assert len({*expected[first : first + len(NAMES)]}) == len(NAMES), "the names of one prompt can be told apart"
+    assert any(END in text.split()[:-1] for text in expected) is not ends
 
     module, port = request.getfixturevalue("module"), request.getfixturevalue("port")
     monkeypatch.setattr(module, "ROWS", rows)
@@ -143,7 +148,7 @@ def test_sixteen_clients_at_once(folders, model_id, tokenizer, request, monkeypa
         (dict(prompt=""), 400, "prompt: it has 0 tokens; 1 to 768 are allowed (PROMPT)."),
         (dict(max_new_tokens=0), 422, "greater than or equal to 1"),
         (dict(max_new_tokens=257), 422, "less than or equal to 256"),
-        (dict(adapter=None), 422, "valid string"),
+        (dict(prompt=[1, 2]), 422, "valid dictionary"),
     ],
 )
 def test_what_is_refused(module, port, wrong, status, message):
@@ -158,7 +163,7 @@ def test_what_is_refused(module, port, wrong, status, message):
 @pytest.mark.filterwarnings(IGNORED)
 def test_a_request_must_name_its_adapter(port):
     """A misspelt field does not get the base model's answer."""
-    status, text = post(port, dict(adaptor="emoji", prompt="a b"))
+    status, text = post(port, dict(adaptor="emoji", prompt="a b", max_new_tokens=2))
     assert status == 422
     assert '"adapter"' in text
 
