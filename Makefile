@@ -57,7 +57,8 @@ test-extras: $(VENV)-extras/.installed
 $(VENV)-oldest/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install -q -c constraints-oldest.txt torch setuptools
-	$(VENV)-oldest/bin/python -m pip install -q -c constraints-oldest.txt -e ".[trl]" pytest pytest-xdist hypothesis gguf
+	$(VENV)-oldest/bin/python -m pip install -q -c constraints-oldest.txt -e ".[trl]" pytest pytest-xdist hypothesis gguf \
+		fastapi uvicorn
 	@touch $@
 
 test-oldest: $(VENV)-oldest/.installed

@@ -2,8 +2,8 @@
 
     python examples/many_adapters.py "What do cats eat?" outputs/quickstart/adapter outputs/chats
 
-All adapters belong to one base model, which the first one names. The base itself answers too. (To serve adapters to
-many users at once: docs/serving.md.)
+All adapters belong to one base model, which the first one names. The base itself answers too. (Behind a web
+server: docs/server.md and docs/serving.md.)
 """
 
 import argparse
