@@ -95,7 +95,7 @@ def test_on_a_peft_model_the_error_says_what_to_do(lora_folder, loreft_folder):
 def test_one_name_for_both(lora_folder, loreft_folder):
     model = build("llama")
     model.load_adapter(lora_folder)
-    with pytest.raises(ValueError, match="already exists. Please use a different name"):
+    with pytest.raises(ValueError, match=r"already exists\. Please use a different name"):
         model.load_adapter(loreft_folder)
 
 

@@ -398,7 +398,7 @@ class LoReftModel(BaseTuner):
         unknown = [key for key in remapped if is_ours(key) and key not in own]
         if missing and all(key.startswith("base_model.model.base_model.model.") for key in missing):
             raise ValueError(
-                f"The file of adapter {adapter_name!r} is for a base model, but it was to be loaded on a PeftModel. Load "
+                f"The file of adapter {adapter_name!r} is for a base model, but was to be loaded on a PeftModel. Load "
                 "it on the model within, and give it another name than the first adapter has: "
                 'PeftModel.from_pretrained(first.base_model.model, folder, adapter_name="second").'
             )
