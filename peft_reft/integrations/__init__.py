@@ -4,6 +4,11 @@ One module for each of them; a module uses only what that trainer or engine offe
 
 - `trainer`: transformers' Trainer, and with it TRL's trainers, by callbacks. `trainer_checks`: what is checked there.
 - `cards`: the model cards that they write. No callback hears of them, so these methods are wrapped.
+  `edit_norms`: a callback for those who want it, which logs how much each layer edits.
 
 axolotl, ms-swift and TRL's rollouts belong here too, when they come. The vLLM plugin has its own room, `serving/`.
 """
+
+from .edit_norms import LogEditNorms
+
+__all__ = ["LogEditNorms"]

@@ -1,4 +1,4 @@
-"""Under an unchanged Trainer: find the marks of the chat template, and log the first row with its edited tokens.
+"""Under an unchanged Trainer: find the marks of the chat template, log the first row, pass on edit norms.
 
 When a Trainer is made, transformers makes an object of each class in its list of default callbacks and hands it the
 model and the tokenizer. `add_default_callbacks` puts classes on that list when an adapter is added to a model, which
@@ -94,6 +94,22 @@ class FindMarksAndLogFirstRow(TrainerCallback):
         self.first_forwards = None
 
 
+class AddEditNorms(TrainerCallback):
+    """Adds the norms that `edit_norms.LogEditNorms` measured to the logs that have the loss.
+
+    Callbacks of a user come behind those that report to TensorBoard and the like. This one comes before them, as all
+    default callbacks do.
+    """
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
+        attachment = attachment_of(model)
+        if attachment is None or logs is None or "loss" not in logs:
+            return
+        logs.update(attachment.edit_norms)
+        state.log_history[-1].update(attachment.edit_norms)  # the Trainer copied the logs before it called this
+        attachment.edit_norms = {}
+
+
 def give_marks_to_collator(dataloader: Any, config: LoReftConfig) -> None:
     """Write the marks of `config` into the config of a `DataCollatorForLoReft`, if that one has none.
 
@@ -176,6 +192,6 @@ def add_default_callbacks() -> None:
 
     # Compared by name, because a reloaded module has new classes.
     names = {callback.__name__ for callback in trainer.DEFAULT_CALLBACKS if isinstance(callback, type)}
-    for callback in (FindMarksAndLogFirstRow, CheckGradients, CompleteCards):
+    for callback in (FindMarksAndLogFirstRow, CheckGradients, CompleteCards, AddEditNorms):
         if callback.__name__ not in names:
             trainer.DEFAULT_CALLBACKS.append(callback)

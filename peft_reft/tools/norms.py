@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..positions.index import PositionIndex
 from ..tuner.forward import current
@@ -47,8 +48,17 @@ def edit_norms(model: nn.Module, batch: Mapping[str, Any]) -> np.ndarray:
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoReFT adapter.")
     norms: dict[LoReftLayer, np.ndarray] = {}
-    with torch.no_grad(), _recorded(layers, norms), _evaluating(model):
-        model(**batch)
+
+    def take(layer: LoReftLayer, relative: Tensor) -> None:
+        norms[layer] = relative.cpu().numpy()
+
+    handles = watch_norms(layers, take)
+    try:
+        with torch.no_grad(), _evaluating(model):
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
     if not norms:
         raise ValueError("No layer edits a token of this batch: no LoReFT adapter is active, or no position is in it.")
     shape = next(iter(norms.values())).shape  # (batch, seq)
@@ -68,14 +78,23 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@contextmanager
-def _recorded(layers: list[LoReftLayer], norms: dict[LoReftLayer, np.ndarray]) -> Iterator[None]:
-    """Fill `norms` with the (batch, seq) norms of each layer that edits in a forward."""
+def watch_norms(layers: list[LoReftLayer], take: Callable[[LoReftLayer, Tensor], None]) -> list[RemovableHandle]:
+    """Call `take` whenever one of `layers` has edited. The forward itself stays as it is.
+
+    Args:
+        layers: of a model with LoReFT adapters.
+        take: is given the layer, and ‖Φ(h) − h‖ / ‖h‖ as (batch, seq) float32 without a gradient: NaN at a token that
+            is not edited.
+
+    Returns:
+        The handles of the hooks. Whoever calls removes them.
+    """
     before: dict[nn.Module, Tensor] = {}
 
     def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        before[layer] = _hidden_of(args[0]).clone()  # the layer may edit it in place
+        before[layer] = _hidden_of(args[0]).detach().clone()  # the layer may edit it in place
 
+    @torch.no_grad()
     def compare(layer: Any, args: tuple[Any, ...], output: Any) -> None:
         h = before.pop(layer).float()  # (batch, seq, d) or (tokens, d)
         edited = _hidden_of(output).float()
@@ -86,16 +105,10 @@ def _recorded(layers: list[LoReftLayer], norms: dict[LoReftLayer, np.ndarray]) -
         is_edited = torch.zeros_like(relative, dtype=torch.bool)  # (tokens,)
         for index in indices:
             is_edited |= index.edited
-        relative = torch.where(is_edited, relative, torch.nan).reshape(indices[0].shape)  # (batch, seq)
-        norms[layer] = relative.cpu().numpy()
+        take(layer, torch.where(is_edited, relative, torch.nan).reshape(indices[0].shape))
 
     handles = [layer.register_forward_pre_hook(note) for layer in layers]
-    handles += [layer.register_forward_hook(compare) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return handles + [layer.register_forward_hook(compare) for layer in layers]
 
 
 def _hidden_of(output: Any) -> Tensor:
@@ -107,7 +120,8 @@ def _hidden_of(output: Any) -> Tensor:
 def _indices(layer: LoReftLayer, hidden: Tensor) -> list[PositionIndex]:
     """Return where each active adapter of `layer` edits in the forward that runs."""
     forward = current(layer.attachment)
-    assert forward is not None
+    if forward is None or layer.disable_adapters or layer.merged:
+        return []
     active: Any = layer.active_adapters  # a list of names; mypy does not read PEFT's types
     indices = []
     for name in active:

@@ -82,6 +82,8 @@ class Attachment:
         """Runs that `peft_reft.interchange` takes hidden states from (`SourceRun`), the innermost last."""
         self.first_batch: Callable[[dict[str, Any]], None] | None = None
         """Called with the inputs of each training forward until it is None (see `integrations.trainer`)."""
+        self.edit_norms: dict[str, float] = {}
+        """What `integrations.edit_norms` has measured, until it is logged."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "source_runs": [], "first_batch": None}
@@ -261,6 +263,8 @@ class Forward:
         """Whether the module's own `forward` runs: `__call__` runs it after the hook that began this object."""
         self.recomputes = False
         """Whether parts of the forward run again in the backward."""
+        self.in_training = False
+        """Whether the model was in training mode, with gradients on."""
         self.asked: dict[str, Wanted] = {}
         """What the layers asked, by adapter."""
         self._slots: dict[Wanted, Tensor | None] = {}

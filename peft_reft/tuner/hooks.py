@@ -137,7 +137,8 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     recomputes = wrap_checkpoint_functions(model) if training else False
     if attachment.decoder is not None:
         of_decoder = step or read_decoder(given, training)
-        begin(attachment.decoder, of_decoder, model, subspaces).recomputes = recomputes
+        outer = begin(attachment.decoder, of_decoder, model, subspaces)
+        outer.recomputes, outer.in_training = recomputes, training
         step = None  # a step of `generate` is the decoder's
     if step is not None:
         forward = begin(attachment, step, model, subspaces)
@@ -145,7 +146,7 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         past, memory = past_of(attachment, given)
         forward = begin(attachment, read(attachment, given, positions, training, past, memory), model, subspaces)
         forward.past, forward.memory = past, memory
-    forward.recomputes = recomputes
+    forward.recomputes, forward.in_training = recomputes, training
     if training and attachment.first_batch is not None and can_be_read(source_tokens(given)):
         attachment.first_batch({**given, POSITIONS: positions})
     return args, kwargs
@@ -166,7 +167,8 @@ def _before_part(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     recomputes = wrap_checkpoint_functions(part) if training else False
     past, memory = past_of(attachment, given)
     forward = begin(attachment, read(attachment, given, positions, training, past, memory), part, subspaces)
-    forward.recomputes, forward.past, forward.memory = recomputes, past, memory
+    forward.recomputes, forward.in_training = recomputes, training
+    forward.past, forward.memory = past, memory
     return args, kwargs
 
 

@@ -396,6 +396,12 @@ class LoReftModel(BaseTuner):
             remapped = to_all_layers(remapped, own)
         missing = [without_adapter_name(key, adapter_name) for key in own if key not in remapped]
         unknown = [key for key in remapped if is_ours(key) and key not in own]
+        if missing and all(key.startswith("base_model.model.base_model.model.") for key in missing):
+            raise ValueError(
+                f"The file of adapter {adapter_name!r} is for a base model, but was to be loaded on a PeftModel. Load "
+                "it on the model within, and give it another name than the first adapter has: "
+                'PeftModel.from_pretrained(first.base_model.model, folder, adapter_name="second").'
+            )
         if missing or unknown:
             raise ValueError(does_not_fit(f"The file of adapter {adapter_name!r}", missing, unknown))
         check_finite(state_dict, f"The file of adapter {adapter_name!r}")
