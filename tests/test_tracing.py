@@ -1,6 +1,4 @@
-"""Exports that would lose the edits are refused in words; `torch.export` records them."""
-
-import importlib.util
+"""Exports that would lose the edits are refused in words; `torch.export` records them (test_deploying.py has more)."""
 
 import pytest
 import torch
@@ -24,12 +22,6 @@ def test_torchscript_and_the_exporter_that_uses_it(tmp_path):
             torch.onnx.export(model, (IDS,), str(tmp_path / "model.onnx"), dynamo=False)
         with pytest.raises(RuntimeError, match="TorchScript's tracer"):
             torch.jit.trace(model, (IDS,), strict=False)
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("onnxscript"), reason="onnxscript is not installed")
-def test_the_other_exporter():
-    with pytest.raises(Exception, match=r"`torch.onnx.export` cannot record a model with LoReFT"):
-        torch.onnx.export(adapted().get_base_model(), (IDS,), dynamo=True, verbose=False)
 
 
 @pytest.mark.parametrize("strict", [False, True])

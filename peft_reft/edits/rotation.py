@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..exporting import exports_to_onnx
 from ..shapes import Float
 from .modes import in_transform, without_autocast
 
@@ -98,6 +99,18 @@ def _in_plain_operations(a: Float[Tensor, "*G r d"]) -> Float[Tensor, "*G r d"]:
         return r
 
 
+def _row_by_row(a: Float[Tensor, "*G r d"]) -> Float[Tensor, "*G r d"]:
+    """Return R of `a`, in operations that ONNX has. It has no QR."""
+    rows: list[Tensor] = []
+    for row in a.unbind(-2):  # (..., d)
+        row = row.unsqueeze(-2)  # (..., 1, d)
+        for _ in range(2 if rows else 0):  # a second time, because the first leaves rounding errors
+            before = torch.cat(rows, -2)  # (..., rows so far, d)
+            row = row - row @ before.mT @ before
+        rows.append(row / row.square().sum(-1, keepdim=True).sqrt())
+    return torch.cat(rows, -2)
+
+
 def on_manifold(stored: Float[Tensor, "*G r d"], pull_back: bool) -> Float[Tensor, "*G r d"]:
     """Return R, with orthonormal rows to 1e-5, differentiable in `stored`.
 
@@ -105,6 +118,8 @@ def on_manifold(stored: Float[Tensor, "*G r d"], pull_back: bool) -> Float[Tenso
         stored: (..., r, d) float32.
         pull_back: whether to write R into `stored`, too.
     """
+    if exports_to_onnx():
+        return _row_by_row(stored)
     if in_transform():
         return _in_plain_operations(stored)
     if not (stored.requires_grad and torch.is_grad_enabled()):

@@ -17,6 +17,7 @@ module         its one job
 `turns`        prompts and answers of one document, in plain Python (for serving)
 `batch`        read the batches of any trainer
 `resolve`      prompts and answers of a batch; from these to slots
+`scans`        running maximum and search, which ONNX lacks
 `wanted`       what a layer asks
 `sources`      the position source of a forward of whole rows
 `checks`       what is wrong with such a batch

@@ -15,6 +15,7 @@ from ..shapes import Bool, Int, Shaped
 from .groups import Turn
 from .layout import NO_POSITION, Layout
 from .marks import Marks, find_headers
+from .scans import first_column, running_max
 
 IGNORED = -100
 """The label of a token that is not trained on."""
@@ -74,7 +75,7 @@ class Turns:
         if count is None:
             count = max(1, int(order[:, -1].amax()))
         numbers = torch.arange(1, count + 1, device=order.device).expand(order.shape[0], count)  # (batch, K)
-        at = torch.searchsorted(order, numbers.contiguous())  # (batch, K): column of each answer's event
+        at = first_column(order, numbers)  # (batch, K): column of each answer's event
         exists = at < order.shape[1]  # (batch, K): a row may have fewer answers than another
         at = at.clamp_max(order.shape[1] - 1)
 
@@ -161,7 +162,7 @@ def find_turns(
     if position_ids is not None:
         begins = begins | (real & (position_ids == 0))
     document = begins.cumsum(1)  # number of the token's document, from 1; 0 before the first
-    starts = torch.where(begins, rank - 1, 0).cummax(1).values
+    starts = running_max(torch.where(begins, rank - 1, 0), lowest=0)
 
     begins_answer = torch.zeros_like(real) if answer_at is None else real & answer_at
     ended = begun = marked = torch.zeros_like(real)
@@ -185,8 +186,9 @@ def find_turns(
     time = 3 * torch.arange(real.shape[1], device=real.device)  # (seq,)
     opened_at = torch.where(begins_answer, time + 1, -1)
     opened_behind = torch.where(ended, time + 2, -1)
-    opened_before = _shift_right(torch.maximum(opened_at, opened_behind)).cummax(1).values  # the last before the token
-    closed = torch.where((begun & marked) | begins, time, -1).cummax(1).values  # the last up to the token
+    opened = torch.maximum(opened_at, opened_behind)
+    opened_before = running_max(_shift_right(opened), lowest=-1)  # the last before the token
+    closed = running_max(torch.where((begun & marked) | begins, time, -1), lowest=-1)  # the last up to the token
     was_open = opened_before > closed
     answer = real & (torch.maximum(opened_before, opened_at) > closed)
 
@@ -240,11 +242,11 @@ def _read_labels(
     """
     supervised = real & (labels != IGNORED)
     column = torch.arange(real.shape[1], device=real.device).expand_as(labels)
-    previous = _shift_right(torch.where(real, column, -1).cummax(1).values)  # column of the real token before, or -1
+    previous = _shift_right(running_max(torch.where(real, column, -1), lowest=-1))  # of the real token before, or -1
     goes_on = supervised.gather(1, previous.clamp_min(0)) & (previous >= 0) & ~begins
     spans = _sum_per_document(supervised & ~goes_on, document)
     seen = supervised.cumsum(1)  # supervised tokens of the row so far
-    seen_before = torch.where(begins, seen - supervised.long(), 0).cummax(1).values  # those of earlier documents
+    seen_before = running_max(torch.where(begins, seen - supervised.long(), 0), lowest=0)  # of earlier documents
     return spans, supervised & (seen == seen_before + 1)
 
 
@@ -288,6 +290,6 @@ def _columns(
 ) -> Int[Tensor, "batch answers n"]:
     """Columns of the tokens with these ranks; -1 at a slot that is not `filled`."""
     # A padding token repeats the rank before it, so the first column with a rank is the real token.
-    columns = torch.searchsorted(answers.rank, ranks.flatten(1).contiguous())  # (batch, K * N)
+    columns = first_column(answers.rank, ranks.flatten(1))  # (batch, K * N)
     exists = ranks <= answers.rank[:, -1:].unsqueeze(-1)  # (batch, K, N): a prompt may go on behind this piece of it
     return torch.where(filled & exists, columns.view_as(ranks), NO_POSITION)

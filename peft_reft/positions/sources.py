@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..exporting import exports_to_onnx
 from ..shapes import Bool, Int
 from .batch import POSITIONS, SUBSPACES, Batch, can_be_read
 from .checks import Checks, refuse_or_warn
@@ -141,7 +142,17 @@ class FromBatch(_WithoutCache):
 
     @staticmethod
     def _read_nothing(turns: Turns, most: int | None, checks: Checks | None) -> None:
-        """Make sure that there is one answer a row, which is assumed if the host cannot read values."""
+        """Make sure that there is one answer a row, which is assumed if the host cannot read values.
+
+        Raises:
+            ValueError: nothing can look at the values, now or later.
+        """
+        if exports_to_onnx() and (most is None or (checks is not None and checks.labelled)):
+            what = "how many answers a row of a chat holds" if most is None else "whether labels mark one prompt a row"
+            raise ValueError(
+                f"torch.onnx.export cannot record {what}: its graph holds no checks. Make `{POSITIONS}` an input, and "
+                "leave labels out."
+            )
         if torch.compiler.is_compiling():
             if checks is not None:
                 checks.assert_later()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..exporting import exports_to_onnx
 from .batch import POSITIONS
 from .layout import Layout
 from .marks import Marks
@@ -87,8 +88,8 @@ def largest_or_none(values: Iterable[int | None]) -> int | None:
 
 
 def warn(message: str) -> None:
-    """Warn, unless a graph is traced, which cannot hold a warning."""
-    if not torch.compiler.is_compiling():
+    """Warn, unless a graph is traced that will run now. A graph that is exported to ONNX runs elsewhere."""
+    if not torch.compiler.is_compiling() or exports_to_onnx():
         warnings.warn(message, UserWarning, stacklevel=2)
 
 

@@ -24,7 +24,7 @@ A forward:
 - `exchange`: hidden states of another run, put into this one (`peft_reft.interchange`).
 - `mixed_batches`: an adapter for each row, for modules that PEFT trains beside LoReFT.
 - `checkpointing`: activation checkpointing runs a part again, within its `Forward`.
-- `tracing`: exports that would lose the edits, refused.
+- `tracing`: an export that would lose the edits, refused.
 
 Private symbols of PEFT
 -----------------------
