@@ -25,8 +25,11 @@ from transformers.utils import logging
 import peft_reft
 from peft_reft import LoReftConfig
 from peft_reft.cli.main import main as peft_reft_command
+from peft_reft.edits import formulas
+from peft_reft.edits.formulas import INTERVENTIONS
 
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(peft_reft.__path__, "peft_reft.")
@@ -78,6 +81,65 @@ def test_the_reference_has_every_field_with_its_default():
     assert {name: ast.literal_eval(default) for name, default in documented.items()} == defaults
 
 
+def test_the_pages_have_every_formula():
+    """A new formula is in the table of docs/formulas.md, in the reference, and in the docstrings of config and module.
+
+    No page counts formulas, so no count goes stale.
+    """
+    names = [*INTERVENTIONS]
+    pages = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+    table = pages["formulas.md"].partition("| `intervention` |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == names, "docs/formulas.md"
+    (row,) = re.findall(r"^\| `intervention` \|.*?\|(.*)\|$", pages["reference.md"], re.MULTILINE)
+    assert re.findall(r"`(\w+)`", row) == names, "docs/reference.md"
+    paragraph = LoReftConfig.__doc__.partition("intervention: The formula")[2].partition("act_fn:")[0]
+    assert re.findall(r'`"(\w+)"`', paragraph) == names, "the docstring of LoReftConfig"
+    in_module = set(re.findall(r"^(\w+) +\S", formulas.__doc__, re.MULTILINE)) | set(
+        re.findall(r"`(\w+)`", formulas.__doc__)
+    )
+    assert set(names) <= in_module, "the docstring of edits/formulas.py"
+    counts = r"\b(?:two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\d+) (?:other )?(?:formulas|others)\b"
+    for name, page in pages.items():
+        assert not re.search(counts, page, re.IGNORECASE), f"{name} counts formulas"
+
+
+WIDTH = 88
+"""Columns of a page that a reader sees without scrolling; docs/ruff.toml has the same number."""
+
+
+def code_lines(page):
+    """Each line of the code blocks of a page, fenced or indented, with its number."""
+    fenced = in_list = False
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        elif fenced:
+            yield number, line
+        elif re.match(r"(\d+\.|[-*]) ", line):
+            in_list = True
+        elif line and not line.startswith(" "):
+            in_list = False
+        elif line.startswith("    ") and not in_list:
+            yield number, line
+
+
+def test_code_blocks_are_no_wider_than_the_page():
+    wide = [
+        f"{page.name}:{number}: {len(line)} columns"
+        for page in PAGES
+        for number, line in code_lines(page)
+        if len(line) > WIDTH
+    ]
+    assert wide == []
+    assert f"line-length = {WIDTH}\n" in (ROOT / "docs" / "ruff.toml").read_text(encoding="utf-8")
+
+
+def test_wide_code_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("text\n\n    a\n\n```text\nb\n```\n\n1. item\n\n    no code\n\n    ```text\n    c\n    ```\n")
+    assert list(code_lines(page)) == [(3, "    a"), (6, "b"), (14, "    c")]
+
+
 def test_contributing_names_tests_that_there_are():
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page)
@@ -94,7 +156,6 @@ def model_id(tmp_path, tokenizer):
     return str(tmp_path / "model")
 
 
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 WITH_CODE = [page for page in PAGES if re.search("```(python|bash)", page.read_text(encoding="utf-8"))]
 
 
@@ -106,7 +167,8 @@ def test_pages(page, model_id, tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```(python|bash)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     data = Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in PAIRS])
     names = {"model_id": model_id, "prompt_completion_data": data, "__name__": "page"}
-    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    for folder in ("tests", "examples"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     Path("mine.jsonl").write_text("\n".join(json.dumps({"prompt": p, "completion": c}) for p, c in PAIRS))
     for language, block in blocks:
         capsys.readouterr()

@@ -1,6 +1,6 @@
 """The picture of docs/positions.md, from what the code edits.
 
-    python docs/figures/positions.py
+python docs/figures/positions.py
 """
 
 from pathlib import Path
