@@ -38,7 +38,7 @@ PRESETS = {
     "cpu": RatesSettings(
         model="sentence-transformers/all-MiniLM-L6-v2",
         learning_rates=[1e-3, 1e-2],
-        steps=[30, 60, 120, 240],
+        steps=[60, 120],
         seed=42,
     ),
 }

@@ -30,6 +30,7 @@ from peft_reft.edits.formulas import INTERVENTIONS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(peft_reft.__path__, "peft_reft.")
@@ -140,6 +141,58 @@ def test_wide_code_is_found(tmp_path):
     assert list(code_lines(page)) == [(3, "    a"), (6, "b"), (14, "    c")]
 
 
+RATE = 1e-3
+"""The one recommendation: docs/choosing.md, "Learning rate", measured by experiments/learning_rates.py."""
+OTHER_RATES = {
+    ("docs/choosing.md", 1e-2): "the same section: for a small adapter",
+    ("examples/quickstart.py", 4e-3): "ten rows, 30 steps",
+    ("docs/serving.md", 4e-3): "one row, 20 steps",
+    ("examples/metamathqa.py", 9e-4): "the paper's, for PEFT's comparison",
+    ("examples/das_equality.py", 2e-3): "trains a whole network",
+    ("examples/das_equality.py", 5e-3): "distributed alignment search: trains R alone",
+    ("docs/interchange.md", 1e-2): "the same",
+}
+"""Where another rate stands, and why."""
+MEASURED = {"docs/init_weights.md", "docs/recipes.md"}
+"""Pages that show which rates an experiment tried, and which did best there."""
+
+
+def rates_of(text):
+    """The learning rates that a page or script sets or names."""
+    number = r"(\d+(?:\.\d+)?e-\d+|0\.0\d+)"
+    setting = rf"(?:learning[_-]rate|\blr)\b[^.|\n]{{0,30}}?{number}"
+    prose = rf"learning rate\b[^.|`]{{0,60}}?\b{number}"
+    return {float(rate) for rate in re.findall(setting, text) + re.findall(prose, text, re.IGNORECASE)}
+
+
+def test_pages_and_examples_agree_on_the_learning_rate():
+    found = set()
+    for path in [*PAGES, *EXAMPLES, *(ROOT / "peft_reft").rglob("*.py")]:
+        name = path.relative_to(ROOT).as_posix()
+        if name in MEASURED:
+            continue
+        found |= {(name, rate) for rate in rates_of(path.read_text(encoding="utf-8"))}
+    assert {(name, rate) for name, rate in found if rate != RATE} == set(OTHER_RATES)
+    recommend = {"README.md", "docs/index.md", "docs/trainers.md", "docs/choosing.md", "docs/coming_from.md"}
+    recommend |= {"peft_reft/cli/train_arguments.py"}  # the command's default
+    assert recommend <= {name for name, rate in found if rate == RATE}
+
+
+@pytest.mark.parametrize(
+    ("text", "rates"),
+    [
+        ("SFTConfig(learning_rate=9e-3, max_steps=2)", {9e-3}),
+        ("peft-reft train --learning_rate 4e-3 --max_steps 2", {4e-3}),
+        ('add_argument("--learning-rate", type=float, default=9e-4)', {9e-4}),
+        ("Adam(parameters, lr=0.01)", {0.01}),
+        ("Take a learning rate of\n3e-4. The loss is 1e-5.", {3e-4}),
+        ("no rate: 1e-5", set()),
+    ],
+)
+def test_rates_are_found(text, rates):
+    assert rates_of(text) == rates
+
+
 def test_contributing_names_tests_that_there_are():
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page)
@@ -183,9 +236,6 @@ def test_pages(page, model_id, tmp_path, monkeypatch, capsys):
         printed = capsys.readouterr().out
         for promised in re.findall(r"^# ([\[ ].*|layers .*)$", block, re.MULTILINE):
             assert promised in printed
-
-
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
