@@ -6,6 +6,8 @@ Two adapters, the default and the smallest that the paper uses for classifiers, 
 each rate, for each number of steps. The rate decays linearly to 0, as Trainers do by default. FOLDER has trec/*.txt.
 The table has the accuracy on half of the test questions. Results are kept in OUTPUT/results.json, and a run that is
 there is not run again.
+
+120 steps: the default 0.688 at 1e-3 and 0.844 at 1e-2; r=1, f1 0.192 and 0.880 (one seed, 4 CPU minutes).
 """
 
 from dataclasses import dataclass, replace
@@ -38,7 +40,7 @@ PRESETS = {
     "cpu": RatesSettings(
         model="sentence-transformers/all-MiniLM-L6-v2",
         learning_rates=[1e-3, 1e-2],
-        steps=[60, 120],
+        steps=[120],
         seed=42,
     ),
 }
