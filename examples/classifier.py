@@ -1,4 +1,4 @@
-"""Train a classifier of texts: an encoder, an adapter on its first three tokens, and a new head.
+"""Train a classifier of texts: an encoder, an adapter, and a new head.
 
     python examples/classifier.py sentence-transformers/all-MiniLM-L6-v2 texts.jsonl outputs/classifier
 
@@ -42,15 +42,15 @@ def new_model():
     return AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=classes)
 
 
-# A classifier's whole text is the prompt. The head reads the first token, so edits at the beginning reach it best.
+# A classifier's whole text is the prompt: its first 7 and its last 7 tokens are edited.
 # With task_type="SEQ_CLS" PEFT trains and saves the head as well.
-model = get_peft_model(new_model(), LoReftConfig(task_type="SEQ_CLS", r=4, positions="f3"))
+model = get_peft_model(new_model(), LoReftConfig(task_type="SEQ_CLS"))
 model.print_trainable_parameters()
 trainer = Trainer(
     model=model,
     args=TrainingArguments(
         output_dir=args.output,
-        learning_rate=3e-3,
+        learning_rate=1e-3,
         num_train_epochs=10,
         max_steps=args.steps,
         per_device_train_batch_size=16,

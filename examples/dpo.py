@@ -25,10 +25,10 @@ args = parser.parse_args()
 trainer = DPOTrainer(
     model=args.model,
     train_dataset=load_dataset("json", data_files=args.data, split="train"),
-    peft_config=LoReftConfig(task_type="CAUSAL_LM", r=4, positions="f5+l5"),
+    peft_config=LoReftConfig(task_type="CAUSAL_LM"),
     args=DPOConfig(
         output_dir=args.output,
-        learning_rate=2e-3,
+        learning_rate=1e-3,
         num_train_epochs=1,
         max_steps=args.steps,
         per_device_train_batch_size=4,

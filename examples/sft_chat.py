@@ -42,9 +42,9 @@ trainer = SFTTrainer(
     model=model,
     processing_class=tokenizer,
     train_dataset=data.select(range(len(data) - 1)),
-    # The first 5 tokens of the chat and the last 5 before each answer are edited. The Trainer finds the headers of the
+    # The first 7 tokens of the chat and the last 7 before each answer are edited. The Trainer finds the headers of the
     # chat template, which say where answers begin, and they are saved with the adapter.
-    peft_config=LoReftConfig(task_type="CAUSAL_LM", r=4, positions="f5+l5"),
+    peft_config=LoReftConfig(task_type="CAUSAL_LM"),
     args=SFTConfig(
         output_dir=args.output,
         learning_rate=1e-3,  # higher than for LoRA

@@ -19,7 +19,9 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel, Tra
 from transformers.modeling_outputs import CausalLMOutput
 
 from peft_reft import LoReftConfig
-from peft_reft.edits.factors import Affine, LowRankFactors
+from peft_reft.config import DEFAULT_R
+from peft_reft.edits.factors import Affine, ElementwiseFactors, LowRankFactors
+from peft_reft.edits.families import Elementwise
 from peft_reft.edits.formulas import INTERVENTIONS
 from peft_reft.edits.intervention import Intervention
 from peft_reft.serving.adapters import read_adapter
@@ -167,6 +169,80 @@ def test_a_new_formula_is_served(formula, gate, tmp_path):
     with torch.no_grad():
         table.edit_all(key, torch.ones(5, dtype=torch.int64), found, None)
         torch.testing.assert_close(found, h + written_out(h, **weights))
+
+
+# An elementwise formula that only scales
+
+
+class Scale(Elementwise):
+    """h ⊙ s − h: scales. Parameters: d."""
+
+    parameter_shapes = {"s": "d"}
+
+    def factors(self, parameters):
+        return ElementwiseFactors(scale=parameters["s"] - 1, shift=None)
+
+
+@pytest.fixture
+def scaling(monkeypatch):
+    monkeypatch.setitem(INTERVENTIONS, "scale", Scale)
+    return dict(intervention="scale", r=DEFAULT_R)
+
+
+@pytest.mark.parametrize("tie", ["layer", "group", "position", "model"])
+@pytest.mark.parametrize("gate", [False, True], ids=["", "gated"])
+def test_a_pure_scaling_trains_is_saved_and_loaded(scaling, tie, gate, tmp_path):
+    base = logits_of(build("llama"))
+    model = adapted(**scaling, tie=tie, gate=gate)
+    assert torch.equal(logits_of(model), base)
+    losses = train(model)
+    assert losses[-1] < losses[0] - 0.02  # few numbers learn slowly
+    trained = logits_of(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(PeftModel.from_pretrained(build("llama"), tmp_path)), trained)
+    assert torch.equal(logits_of(model.unload()), base)
+
+
+def test_a_pure_scaling_is_merged_without_a_bias(scaling):
+    """Llama's linear maps have no bias, and get none."""
+    model = adapted(**scaling, positions="all", component="mlp")
+    randomise(model)
+    edited = logits_of(model)
+    assert (edited - logits_of(build("llama"))).abs().max() > 1e-2
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits_of(merged), edited, rtol=1e-4, atol=1e-4)
+    assert not [name for name, _ in merged.named_parameters() if name.endswith("bias")]
+
+
+def test_pure_scalings_add_up(scaling):
+    model = adapted(**scaling, init_weights=False)
+    model.add_adapter("other", LoReftConfig(task_type="CAUSAL_LM", positions="f2+l2", init_weights=False, **scaling))
+    model.add_weighted_adapter(["default", "other"], [0.5, -2.0], "sum", combination_type="linear")
+    for layer in range(LAYERS):
+        weights = model.get_base_model().model.layers[layer].loreft.loreft_weights
+        expected = 1 + 0.5 * (weights["default"].s - 1) - 2 * (weights["other"].s - 1)
+        torch.testing.assert_close(weights["sum"].s, expected)
+        assert not weights["sum"].b.any()
+
+
+def test_a_pure_scaling_is_served(scaling, tmp_path):
+    adapted(**scaling, init_weights=False).save_pretrained(tmp_path)
+    config = build("llama").config
+    config.architectures = ["LlamaForCausalLM"]  # as a saved config has it
+    adapter = read_adapter(str(tmp_path), architectures.skeleton(config))
+    table = Table(HIDDEN, 8, 3, torch.device("cpu"))
+    factors = adapter.factors["model.layers.1"]
+    table.write(1, factors)
+    (key,) = table.stacks
+    h = torch.randn(5, HIDDEN)
+    found = h.clone()
+    table.edit_all(key, torch.ones(5, dtype=torch.int64), found, None)
+    torch.testing.assert_close(found, h + h * factors.scale)
+
+
+def test_an_elementwise_edit_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="needs a scale, a shift, or both"):
+        ElementwiseFactors(scale=None, shift=None)
 
 
 # A family of models: no more than the names of its parts

@@ -24,9 +24,13 @@ from transformers.utils import logging
 
 import peft_reft
 from peft_reft import LoReftConfig
+from peft_reft.edits import formulas
+from peft_reft.edits.formulas import INTERVENTIONS
 from peft_reft_cli import main as peft_reft_command
 
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(peft_reft.__path__, "peft_reft.")
@@ -81,6 +85,117 @@ def test_the_reference_has_every_field_with_its_default():
     assert {name: ast.literal_eval(default) for name, default in documented.items()} == defaults
 
 
+def test_the_pages_have_every_formula():
+    """A new formula is in the table of docs/formulas.md, in the reference, and in the docstrings of config and module.
+
+    No page counts formulas, so no count goes stale.
+    """
+    names = [*INTERVENTIONS]
+    pages = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+    table = pages["formulas.md"].partition("| `intervention` |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == names, "docs/formulas.md"
+    (row,) = re.findall(r"^\| `intervention` \|.*?\|(.*)\|$", pages["reference.md"], re.MULTILINE)
+    assert re.findall(r"`(\w+)`", row) == names, "docs/reference.md"
+    paragraph = LoReftConfig.__doc__.partition("intervention: The formula")[2].partition("act_fn:")[0]
+    assert re.findall(r'`"(\w+)"`', paragraph) == names, "the docstring of LoReftConfig"
+    in_module = set(re.findall(r"^(\w+) +\S", formulas.__doc__, re.MULTILINE)) | set(
+        re.findall(r"`(\w+)`", formulas.__doc__)
+    )
+    assert set(names) <= in_module, "the docstring of edits/formulas.py"
+    counts = r"\b(?:two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\d+) (?:other )?(?:formulas|others)\b"
+    for name, page in pages.items():
+        assert not re.search(counts, page, re.IGNORECASE), f"{name} counts formulas"
+
+
+WIDTH = 88
+"""Columns of a page that a reader sees without scrolling; docs/ruff.toml has the same number."""
+
+
+def code_lines(page):
+    """Each line of the code blocks of a page, fenced or indented, with its number."""
+    fenced = in_list = False
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        elif fenced:
+            yield number, line
+        elif re.match(r"(\d+\.|[-*]) ", line):
+            in_list = True
+        elif line and not line.startswith(" "):
+            in_list = False
+        elif line.startswith("    ") and not in_list:
+            yield number, line
+
+
+def test_code_blocks_are_no_wider_than_the_page():
+    wide = [
+        f"{page.name}:{number}: {len(line)} columns"
+        for page in PAGES
+        for number, line in code_lines(page)
+        if len(line) > WIDTH
+    ]
+    assert wide == []
+    assert f"line-length = {WIDTH}\n" in (ROOT / "docs" / "ruff.toml").read_text(encoding="utf-8")
+
+
+def test_wide_code_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("text\n\n    a\n\n```text\nb\n```\n\n1. item\n\n    no code\n\n    ```text\n    c\n    ```\n")
+    assert list(code_lines(page)) == [(3, "    a"), (6, "b"), (14, "    c")]
+
+
+RATE = 1e-3
+"""The one recommendation: docs/choosing.md, "Learning rate", measured by experiments/learning_rates.py."""
+OTHER_RATES = {
+    ("docs/choosing.md", 1e-2): "the same section: for a small adapter",
+    ("examples/quickstart.py", 4e-3): "ten rows, 30 steps",
+    ("docs/serving.md", 4e-3): "one row, 20 steps",
+    ("examples/metamathqa.py", 9e-4): "the paper's, for PEFT's comparison",
+    ("examples/das_equality.py", 2e-3): "trains a whole network",
+    ("examples/das_equality.py", 5e-3): "distributed alignment search: trains R alone",
+    ("docs/interchange.md", 1e-2): "the same",
+}
+"""Where another rate stands, and why."""
+MEASURED = {"docs/init_weights.md", "docs/recipes.md"}
+"""Pages that show which rates an experiment tried, and which did best there."""
+
+
+def rates_of(text):
+    """The learning rates that a page or script sets or names."""
+    number = r"(\d+(?:\.\d+)?e-\d+|0\.0\d+)"
+    setting = rf"(?:learning[_-]rate|\blr)\b[^.|\n]{{0,30}}?{number}"
+    prose = rf"learning rate\b[^.|`]{{0,60}}?\b{number}"
+    return {float(rate) for rate in re.findall(setting, text) + re.findall(prose, text, re.IGNORECASE)}
+
+
+def test_pages_and_examples_agree_on_the_learning_rate():
+    found = set()
+    for path in [*PAGES, *EXAMPLES, *(ROOT / "peft_reft").rglob("*.py")]:
+        name = path.relative_to(ROOT).as_posix()
+        if name in MEASURED:
+            continue
+        found |= {(name, rate) for rate in rates_of(path.read_text(encoding="utf-8"))}
+    assert {(name, rate) for name, rate in found if rate != RATE} == set(OTHER_RATES)
+    recommend = {"README.md", "docs/index.md", "docs/trainers.md", "docs/choosing.md", "docs/coming_from.md"}
+    recommend |= {"peft_reft/cli/train_arguments.py"}  # the command's default
+    assert recommend <= {name for name, rate in found if rate == RATE}
+
+
+@pytest.mark.parametrize(
+    ("text", "rates"),
+    [
+        ("SFTConfig(learning_rate=9e-3, max_steps=2)", {9e-3}),
+        ("peft-reft train --learning_rate 4e-3 --max_steps 2", {4e-3}),
+        ('add_argument("--learning-rate", type=float, default=9e-4)', {9e-4}),
+        ("Adam(parameters, lr=0.01)", {0.01}),
+        ("Take a learning rate of\n3e-4. The loss is 1e-5.", {3e-4}),
+        ("no rate: 1e-5", set()),
+    ],
+)
+def test_rates_are_found(text, rates):
+    assert rates_of(text) == rates
+
+
 def test_contributing_names_tests_that_there_are():
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page)
@@ -97,7 +212,6 @@ def model_id(tmp_path, tokenizer):
     return str(tmp_path / "model")
 
 
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 WITH_CODE = [page for page in PAGES if re.search("```(python|bash)", page.read_text(encoding="utf-8"))]
 
 
@@ -109,7 +223,8 @@ def test_pages(page, model_id, tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```(python|bash)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     data = Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in PAIRS])
     names = {"model_id": model_id, "prompt_completion_data": data, "__name__": "page"}
-    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    for folder in ("tests", "examples"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     rows = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in PAIRS]
     Path("mine.jsonl").write_text("\n".join(rows))
     Path("held_out.jsonl").write_text("\n".join(rows[:2]))
@@ -127,9 +242,6 @@ def test_pages(page, model_id, tmp_path, monkeypatch, capsys):
         printed = capsys.readouterr().out
         for promised in re.findall(r"^# ([\[ ].*|layers .*)$", block, re.MULTILINE):
             assert promised in printed
-
-
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)

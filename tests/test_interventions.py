@@ -90,6 +90,11 @@ def assert_close(got, expected, tolerance=1e-5):
 # Formulas and gradients.
 
 
+def test_every_formula_is_written_out():
+    """All but `interchange`, which needs a source run: test_interchange.py."""
+    assert {name.split()[0] for name in NAMES} == set(INTERVENTIONS) - {"interchange"}
+
+
 @pytest.mark.parametrize("count", [None, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_formula(name, count):

@@ -289,3 +289,14 @@ def test_composition(model, tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(results["both"]["answers"]) == 3
     assert (tmp_path / "out" / "composition.png").is_file()
+
+
+def test_learning_rates(encoder, data, tmp_path):
+    """Both adapters, with every rate, for every number of steps."""
+    arguments = ["--data", data, "--model", encoder, "--output", tmp_path / "out", "--steps", 1, 2]
+    out = recipe("learning_rates", *arguments, "--learning-rates", "1e-3", "1e-2", "--docs", tmp_path / "docs")
+    runs = json.loads((tmp_path / "docs" / "results" / "learning_rates.json").read_text())
+    assert [(run["steps"], run["loreft"]["r"], run["learning_rate"]) for run in runs] == [
+        (steps, r, rate) for steps in (1, 2) for r in (8, 1) for rate in (1e-3, 1e-2)
+    ]
+    assert out.count("| the default |") == out.count("| r=1, f1 |") == 4

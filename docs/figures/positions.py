@@ -1,4 +1,7 @@
-"""The picture of docs/positions.md, from what the code edits: python docs/figures/positions.py"""
+"""The picture of docs/positions.md, from what the code edits.
+
+python docs/figures/positions.py
+"""
 
 from pathlib import Path
 
@@ -28,7 +31,10 @@ def edited(spec: str) -> dict[int, str]:
     return {
         column: group.letter
         for group in groups
-        for column in make_index(slots, tokens, groups, (group,), "all").edited.nonzero().flatten().tolist()
+        for column in make_index(slots, tokens, groups, (group,), "all")
+        .edited.nonzero()
+        .flatten()
+        .tolist()
     }
 
 
@@ -40,16 +46,35 @@ def main() -> None:
         kinds = edited(spec)
         for column, word in enumerate(words):
             kind = kinds.get(column)
-            box = dict(boxstyle="round,pad=0.25", fc=COLOURS[kind] if kind else "#eeeeee", ec="none")
+            box = dict(
+                boxstyle="round,pad=0.25",
+                fc=COLOURS[kind] if kind else "#eeeeee",
+                ec="none",
+            )
             colour = "white" if kind else "#666666"
-            axes.text(column, -row, word, ha="center", va="center", fontsize=9, color=colour, bbox=box)
-        axes.text(-0.9, -row, spec, ha="right", va="center", family="monospace", fontsize=10)
+            axes.text(
+                column,
+                -row,
+                word,
+                ha="center",
+                va="center",
+                fontsize=9,
+                color=colour,
+                bbox=box,
+            )
+        axes.text(
+            -0.9, -row, spec, ha="right", va="center", family="monospace", fontsize=10
+        )
     axes.axvline(len(PROMPT) - 0.5, color="#999999", linestyle=":", linewidth=1)
     axes.text((len(PROMPT) - 1) / 2, 0.85, "prompt", ha="center", fontsize=10)
-    axes.text(len(PROMPT) + (len(ANSWER) - 1) / 2, 0.85, "generated", ha="center", fontsize=10)
+    axes.text(
+        len(PROMPT) + (len(ANSWER) - 1) / 2, 0.85, "generated", ha="center", fontsize=10
+    )
     axes.set(xlim=(-2.4, len(words) - 0.4), ylim=(-len(SPECS) + 0.4, 1.3))
     axes.axis("off")
-    figure.savefig(Path(__file__).with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
+    figure.savefig(
+        Path(__file__).with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None}
+    )
 
 
 if __name__ == "__main__":

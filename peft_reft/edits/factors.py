@@ -4,7 +4,7 @@ There are two types, and either may have a `Gate` around it:
 
 - `LowRankFactors`: ``edit(h) = Bᵀ z(h)``, where z is `Affine`, ``A h + b``; or `Activated`, ``f(A h + b) − C h − c``;
   or `Difference`, ``C (s − h)``.
-- `ElementwiseFactors`: ``edit(h) = u ⊙ h + w``.
+- `ElementwiseFactors`: ``edit(h) = u ⊙ h + w``; or one of the two terms.
 
 All tensors are float32. Either all of them have the same leading dimension G, which holds G edits side by side, or
 none has one. In shapes r is the rank, d the hidden size, n the number of hidden states, and ``...`` is G or nothing.
@@ -297,12 +297,20 @@ class LowRankFactors(Factors):
 @final
 @dataclass(frozen=True)
 class ElementwiseFactors(Factors):
-    """``edit(h) = u ⊙ h + w``; or w alone, if there is no u."""
+    """``edit(h) = u ⊙ h + w``; a term is left out if its u, or its w, is None.
+
+    Raises:
+        ValueError: both are None.
+    """
 
     scale: Float[Tensor, "... d"] | None = field(metadata=_D)
     """u."""
-    shift: Float[Tensor, "... d"] = field(metadata=_D)
+    shift: Float[Tensor, "... d"] | None = field(metadata=_D)
     """w."""
+
+    def __post_init__(self) -> None:
+        if self.scale is None and self.shift is None:
+            raise ValueError("scale=None, shift=None: an elementwise edit needs a scale, a shift, or both.")
 
     @property
     def rank(self) -> None:
@@ -310,22 +318,25 @@ class ElementwiseFactors(Factors):
 
     @property
     def lead(self) -> int | None:
-        return len(self.shift) if self.shift.ndim == 2 else None
+        one = self._one_of_them()  # ([G,] d)
+        return len(one) if one.ndim == 2 else None
 
     @property
     def d(self) -> int:
-        return self.shift.shape[-1]
+        return self._one_of_them().shape[-1]
 
     @property
     def is_affine(self) -> bool:
         return self.gate is None
 
+    def _one_of_them(self) -> Tensor:
+        """Return u; or w, if there is no u. Both have the shape ([G,] d)."""
+        one = self.shift if self.scale is None else self.scale
+        assert one is not None
+        return one
+
     def _ungated(self, h: Tensor, keep: Tensor | None) -> Tensor:
-        shift = self.shift.unsqueeze(-2)  # (..., 1, d)
-        if self.scale is None:
-            change = shift.expand_as(h)  # (..., n, d), a view of w
-        else:
-            change = h * self.scale.unsqueeze(-2) + shift  # (..., n, d)
-        if keep is not None:
-            return change * keep
-        return change.clone()  # never the memory of w itself
+        change = torch.zeros_like(h) if self.scale is None else h * self.scale.unsqueeze(-2)  # (..., n, d)
+        if self.shift is not None:
+            change = change + self.shift.unsqueeze(-2)
+        return change if keep is None else change * keep

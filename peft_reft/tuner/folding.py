@@ -126,9 +126,11 @@ def fold(
             bias += scale * (a @ m + affine.bias) @ factors.basis
         else:
             assert isinstance(factors, ElementwiseFactors)
-            u = torch.zeros_like(m) if factors.scale is None else factors.scale  # (d,)
-            scaling += scale * u
-            bias += scale * (u * m + factors.shift)
+            if factors.scale is not None:
+                scaling += scale * factors.scale  # (d,)
+                bias += scale * factors.scale * m
+            if factors.shift is not None:
+                bias += scale * factors.shift
     basis_of_all, inner_of_all = torch.cat(bases), torch.cat(inner)  # (sum of r, d), (sum of r, d_in)
     merged = weight + basis_of_all.T @ inner_of_all + scaling.unsqueeze(-1) * weight  # (d, d_in)
     stored = merged.to(module.weight.dtype), bias.to(module.weight.dtype)

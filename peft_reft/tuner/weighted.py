@@ -131,16 +131,13 @@ def _low_rank_sum(weighted: list[tuple[float, Factors]]) -> dict[str, Tensor]:
 
 def _elementwise_sum(weighted: list[tuple[float, Factors]]) -> dict[str, Tensor]:
     """Parameters of `red`, whose edit is (s − 1) ⊙ h + b."""
-    scale, shift = None, None
+    scale, shift = torch.tensor(1.0), torch.tensor(0.0)
     for weight, factors in weighted:
         assert isinstance(factors, ElementwiseFactors)
-        if shift is None:
-            scale, shift = torch.ones_like(factors.shift), torch.zeros_like(factors.shift)  # ([G,] d) each
-        assert scale is not None
         if factors.scale is not None:
-            scale = scale + weight * factors.scale
-        shift = shift + weight * factors.shift
-    assert scale is not None and shift is not None
+            scale = scale + weight * factors.scale  # ([G,] d)
+        if factors.shift is not None:
+            shift = shift + weight * factors.shift  # ([G,] d)
     return {"s": scale, "b": shift}
 
 

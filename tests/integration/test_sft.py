@@ -7,6 +7,7 @@ import torch
 from conftest import HIDDEN, LAYERS, build, randomise
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, PeftModel
+from tokenizers.pre_tokenizers import Sequence, Split
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_pt_utils import LabelSmoother
 from trl import SFTConfig, SFTTrainer
@@ -278,6 +279,55 @@ def test_chats_of_several_turns(make, chats):
         assert filled[0, :2].tolist() == [0, 1] and (filled[1:, :2] == -1).all()
         assert torch.equal(filled[:, 2:], torch.stack([begins - 2, begins - 1], 1))
         assert (at[row][len(begins) :] == -1).all()
+
+
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""The chat template of SmolLM2-135M-Instruct. It does not mark the answers, and TRL has no copy of it that does."""
+MARKED = Path(__file__).parents[2] / "examples" / "smollm2_training.jinja"
+"""The same with marks; docs/trainers.md gives it to TRL."""
+
+
+def test_answers_alone_on_smollm2s_template(make, chat_pairs, tokenizer):
+    """With the template that the page gives, `messages` train the tokens that `prompt` and `completion` train."""
+    tokenizer.chat_template = SMOLLM2
+    # As SmolLM2's tokenizer does, make a token of the line break, which ends an answer.
+    splits = [Split(" ", "removed"), Split("\n", "isolated")]
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(splits)
+    messages = chat_pairs.map(
+        lambda row: {"messages": row["prompt"] + row["completion"]}, remove_columns=["prompt", "completion"]
+    )
+    with pytest.raises(ValueError, match="chat template"):  # TRL's, without the file
+        make(messages, assistant_only_loss=True)
+    expected = make(chat_pairs)
+    trainer = make(messages, assistant_only_loss=True, chat_template_path=str(MARKED))
+    batch, batch_expected = batch_of(trainer), batch_of(expected)
+    for name in ("input_ids", "labels"):
+        assert torch.equal(batch[name], batch_expected[name]), name
+    first = batch["labels"][0]
+    assert tokenizer.decode(first[first != -100]).endswith("<|im_end|> <unk>"), "the line break is trained on"
+    assert (first == -100).any()
+    losses, _, trained = run(trainer)
+    losses_expected, _, trained_expected = run(expected)
+    assert losses == losses_expected
+    assert_same(trained, trained_expected)
+
+
+def test_the_marked_template_writes_smollm2s_text(chats, tokenizer):
+    system = [{"role": "system", "content": "x y"}]
+    for messages in (*chats["messages"], system + chats["messages"][0], chats["messages"][1][:1]):
+        for generates in (False, True):
+            texts = [
+                tokenizer.apply_chat_template(
+                    messages, chat_template=template, tokenize=False, add_generation_prompt=generates
+                )
+                for template in (SMOLLM2, MARKED.read_text(encoding="utf-8"))
+            ]
+            assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("collate", [False, True])
