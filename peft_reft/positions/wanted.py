@@ -69,7 +69,8 @@ class Wanted:
     @property
     def reach(self) -> int:
         """How many tokens of an answer the counted groups reach."""
-        return max((group.count or 0 for group in self.layout if group.decodes), default=0)
+        # Not `max(..., default=0)`, which torch.compile cannot follow.
+        return largest_or_none(group.count or 0 for group in self.layout if group.decodes) or 0
 
     @property
     def counts_generated(self) -> bool:
