@@ -114,7 +114,8 @@ def _will_be_logged(args: Any, state: Any) -> bool:
         return True
     after = copy.copy(state)
     after.global_step += 1
-    return DefaultFlowCallback().on_step_end(args, after, TrainerControl()).should_log
+    control: TrainerControl = DefaultFlowCallback().on_step_end(args, after, TrainerControl())
+    return bool(control.should_log)
 
 
 def _names_of_layers(model: nn.Module) -> dict[LoReftLayer, str]:

@@ -1,6 +1,7 @@
 """TRL's `SFTTrainer`, unchanged, with a `LoReftConfig`."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
