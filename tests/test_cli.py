@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import build
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from peft_reft import LoReftConfig
 from peft_reft_cli import main
@@ -480,8 +481,11 @@ def test_export_says_why_not(tmp_path, adapter, model_id, capsys):
     assert main(["export", adapter, str(tmp_path / "whole")]) == 1
     assert "cannot be merged" in capsys.readouterr().err
     fields = dict(task_type="CAUSAL_LM", r=2, positions="all", component="mlp", init_weights=False)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_id), LoReftConfig(**fields))
-    model.save_pretrained(str(tmp_path / "mlp"))
+    base = build("mistral")  # whose config cannot say that its MLP has biases, as Llama's can
+    base.save_pretrained(tmp_path / "mistral")
+    AutoTokenizer.from_pretrained(model_id).save_pretrained(tmp_path / "mistral")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "mistral")
+    get_peft_model(base, LoReftConfig(**fields)).save_pretrained(str(tmp_path / "mlp"))
     assert main(["export", str(tmp_path / "mlp"), str(tmp_path / "whole")]) == 1
     assert "would lose model.layers.0.mlp.down_proj.bias" in capsys.readouterr().err
     assert not (tmp_path / "whole").exists()
