@@ -48,7 +48,10 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
     """Part of PEFT's contract, set by `peft.helpers`. Edits are computed in float32 whatever it is."""
 
     if TYPE_CHECKING:
-        active_adapters: list[str]  # PEFT's property, which mypy does not see
+
+        @property
+        def active_adapters(self) -> list[str]:
+            """PEFT's property, which mypy does not see."""
 
     def __init__(self, block: nn.Module, attachment: Attachment) -> None:
         super().__init__()
