@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     args, unknown = parser.parse_known_args(argv)
+    if "prompt" in args and not any(word.startswith("-") for word in unknown):
+        args.prompt += unknown  # argparse takes prompts only if they stand before the options
+        unknown = []
     if unknown and args.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:

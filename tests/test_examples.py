@@ -150,6 +150,7 @@ OTHER_RATES = {
     ("docs/choosing.md", 1e-2): "the same section: for a small adapter",
     ("examples/quickstart.py", 4e-3): "ten rows, 30 steps",
     ("docs/serving.md", 4e-3): "one row, 20 steps",
+    ("docs/server.md", 4e-3): "one row, 20 steps",
     ("examples/metamathqa.py", 9e-4): "the paper's, for PEFT's comparison",
     ("examples/das_equality.py", 2e-3): "trains a whole network",
     ("examples/das_equality.py", 5e-3): "distributed alignment search: trains R alone",

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from peft_reft import LoReftConfig, edit_norms
-from peft_reft.integrations import LogEditNorms
+from peft_reft.integrations.edit_norms import LogEditNorms
 
 IDS = torch.randint(3, VOCAB, (8, 6), generator=torch.Generator().manual_seed(8))
 LABELS = IDS.masked_fill(torch.arange(6) < 3, -100)

@@ -51,7 +51,9 @@ def read_file(path: str, streaming: bool = False) -> Mapping[str, Rows]:
     reader = _READERS.get(ending, "json")
 
     def load() -> Mapping[str, Rows]:
-        options = _all_texts(path, "\t" if ending == ".tsv" else ",") if reader == "csv" else {}
+        options: dict[str, Any] = {}
+        if reader == "csv":
+            options = _all_texts(path, separator="\t" if ending == ".tsv" else ",")
         return load_dataset(reader, data_files=path, streaming=streaming, **options)  # type: ignore[no-any-return]
 
     try:

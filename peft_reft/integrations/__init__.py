@@ -3,12 +3,8 @@
 One module for each of them; a module uses only what that trainer or engine offers to plugins.
 
 - `trainer`: transformers' Trainer, and with it TRL's trainers, by callbacks. `trainer_checks`: what is checked there.
-- `cards`: the model cards that they write. No callback hears of them, so these methods are wrapped.
-  `edit_norms`: a callback for those who want it, which logs how much each layer edits.
+- `edit_norms`: `LogEditNorms`, a callback for those who want it, which logs how much each layer edits.
+- `cards`: the model cards that trainers write. No callback hears of them, so these methods are wrapped.
 
 axolotl, ms-swift and TRL's rollouts belong here too, when they come. The vLLM plugin has its own room, `serving/`.
 """
-
-from .edit_norms import LogEditNorms
-
-__all__ = ["LogEditNorms"]

@@ -33,7 +33,7 @@ class LogEditNorms(TrainerCallback):
         ValueError: the model has no LoReFT adapter, or `torch_compile=True`, when training begins.
 
     Examples:
-        >>> from peft_reft.integrations import LogEditNorms
+        >>> from peft_reft.integrations.edit_norms import LogEditNorms
         >>> trainer = SFTTrainer(..., callbacks=[LogEditNorms()])  # doctest: +SKIP
     """
 

@@ -99,7 +99,8 @@ class Layout:
             by_answer = slots[:, :counted].unflatten(1, (-1, self.width))  # (batch, answers, width)
         else:
             by_answer = slots[:, :0].unsqueeze(1)  # (batch, 1, 0)
-        return by_answer, [slots[:, at : at + seq] for at in range(counted, slots.shape[1], seq)]
+        starts = [counted + number * seq for number in range(len(self.open_groups))]
+        return by_answer, [slots[:, at : at + seq] for at in starts]
 
     def columns(self, slots: Int[Tensor, "batch n"], seq: int) -> list[Int[Tensor, "batch m"]]:
         """The slots of each group, in the order of `groups`: (batch, answers * count), or (batch, seq) if open-ended.
@@ -145,7 +146,8 @@ class Layout:
         """
         counted = slots.shape[1] - len(self.open_groups) * seq
         pieces = [slots[:, :counted]]
-        for at in range(counted, slots.shape[1], seq):
+        for number in range(len(self.open_groups)):
+            at = counted + number * seq
             pieces.append(slots[:, at + start : at + stop])
         joined = torch.cat(pieces, 1)
         return torch.where((joined >= start) & (joined < stop), joined - start, NO_POSITION)
