@@ -169,6 +169,7 @@ def test_torch_export(what):
 
 
 @QUIET
+@pytest.mark.slow
 def test_an_exported_program_runs_without_this_package(tmp_path):
     model, inputs, shapes = case("writer, positions given")
     with torch.no_grad():
@@ -223,8 +224,13 @@ def onnx_session(tmp_path, model, inputs, shapes):
     return run
 
 
+QUICK = "classifier"
+
+
 @QUIET
-@pytest.mark.parametrize("what", EXPORTS)
+@pytest.mark.parametrize(
+    "what", [each if each == QUICK else pytest.param(each, marks=pytest.mark.slow) for each in EXPORTS]
+)
 def test_onnx(what, tmp_path):
     model, inputs, shapes = case(what)
     run = onnx_session(tmp_path, model, inputs(3, 9), shapes)
@@ -233,6 +239,7 @@ def test_onnx(what, tmp_path):
 
 
 @QUIET
+@pytest.mark.slow
 def test_onnx_with_padding_on_the_left(tmp_path):
     model, inputs, shapes = case("writer, prompts alone", "left")
     run = onnx_session(tmp_path, model, inputs(3, 9), shapes)

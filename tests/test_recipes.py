@@ -291,6 +291,7 @@ def test_composition(model, tmp_path):
     assert (tmp_path / "out" / "composition.png").is_file()
 
 
+@pytest.mark.slow
 def test_learning_rates(encoder, data, tmp_path):
     """Both adapters, with every rate, for every number of steps."""
     arguments = ["--data", data, "--model", encoder, "--output", tmp_path / "out", "--steps", 1, 2]

@@ -150,7 +150,9 @@ def plot_edit_norms(
     import matplotlib.pyplot as plt
 
     layers, _, seq = norms.shape
-    labels = [] if tokens is None else tokens if tokenizer is None else _labels(tokenizer, tokens)
+    labels: Sequence[Any] = [] if tokens is None else tokens
+    if tokenizer is not None:
+        labels = _labels(tokenizer, labels)
     if axes is None:
         height = max(2, 0.25 * layers) + 0.1 * max(map(len, labels), default=0)  # 0.1: a letter
         _, axes = plt.subplots(figsize=(max(4, 0.3 * seq), height), layout="constrained")
