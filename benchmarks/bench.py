@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 from workload import SMOLLM2, batch, build, leave_identity, prompts, training_step
 
-from peft_reft import LoReftConfig
+from peft_reft import LoReftConfig, LoReftRuntimeConfig
 from peft_reft.edits.formulas import INTERVENTIONS
 
 METHODS = {
@@ -71,6 +71,34 @@ def train(base: nn.Module, rounds: int, checkpointing: bool = False) -> dict[str
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     steps = {name: training_step(model, inputs) for name, model in models.items()}
     return interleave(steps, "floor", rounds)
+
+
+UNTOUCHED = {  # prompt, answer, tokens of the prompt that all rows share
+    "448 + 64": (448, 64, 0),
+    "960 + 16": (960, 16, 0),
+    "448 + 64, beginning of 384 shared and kept": (448, 64, 384),
+    "64 + 64": (64, 64, 0),
+}
+
+
+def untouched(base: nn.Module, rounds: int, fused: bool = False) -> dict[str, dict[str, Ratio]]:
+    """A training step of `l7` in two parts, and in one, over the floor; LoRA beside it. Four rows."""
+    found = {}
+    for title, (prompt, answer, shared) in UNTOUCHED.items():
+        inputs = batch(4, prompt + answer, prompt)
+        inputs["input_ids"][:, :shared] = inputs["input_ids"][0, :shared]
+        models = {"floor": floor(base), "LoRA r=8 (q, v)": adapted(base, "LoRA r=8 (q, v)")}
+        for mode in ("off", "auto"):
+            runtime = LoReftRuntimeConfig(untouched_prompt=mode)
+            config = LoReftConfig(task_type="CAUSAL_LM", r=4, positions="l7", runtime_config=runtime)
+            models[f"LoReFT r=4 l7, {mode}"] = leave_identity(get_peft_model(share(base), config))
+        if fused:
+            for model in models.values():
+                add_fused_lm_head(getattr(model, "base_model", model).model if isinstance(model, PeftModel) else model)
+        more = {"fused_lm_head": True} if fused else {}
+        steps = {name: training_step(model, {**inputs, **more}) for name, model in models.items()}
+        found[title] = interleave(steps, "floor", rounds)
+    return found
 
 
 def prefill(base: nn.Module, rounds: int) -> dict[str, Ratio]:

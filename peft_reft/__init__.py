@@ -7,6 +7,7 @@ add_peft_type()  # before the modules below, whose classes name the type
 from .config import LoReftConfig  # noqa: E402
 from .edits.intervention import Intervention  # noqa: E402
 from .positions.spec import Positions  # noqa: E402
+from .runtime_config import LoReftRuntimeConfig  # noqa: E402
 from .tools.chat import chat_marks, prompt_lengths  # noqa: E402
 from .tools.collator import DataCollatorForLoReft  # noqa: E402
 from .tools.hotswap import hotswap_adapter  # noqa: E402
@@ -24,6 +25,7 @@ __all__ = [
     "Intervention",
     "LoReftConfig",
     "LoReftModel",
+    "LoReftRuntimeConfig",
     "Positions",
     "chat_marks",
     "edit_norms",

@@ -19,6 +19,7 @@ from .positions.layers import check_layers, first_layer, resolve_layers
 from .positions.layout import Layout
 from .positions.marks import check_template
 from .positions.spec import Positions, union
+from .runtime_config import LoReftRuntimeConfig
 
 COMPONENTS = ("block", "attention", "mlp")
 Tie = Literal["position", "group", "layer", "model"]
@@ -108,6 +109,7 @@ class LoReftConfig(PeftConfig):
         modules_to_save: Modules that are trained and saved besides the edits, such as a classifier head.
         target_parameters: Not supported; leave it empty. The field exists because PEFT and TRL read it.
         trainable_token_indices: Token embeddings that are trained besides the edits, as in `LoraConfig`.
+        runtime_config: How the adapter is run on this machine; not saved. See `LoReftRuntimeConfig`.
 
     Raises:
         ValueError: a field has a value that no model could use, or that another field excludes. The message names the
@@ -166,6 +168,9 @@ class LoReftConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Token embeddings to train besides the edits."}
     )
+    runtime_config: LoReftRuntimeConfig = field(
+        default_factory=LoReftRuntimeConfig, metadata={"help": "How the adapter is run on this machine; not saved."}
+    )
 
     has_answers: ClassVar[bool | None] = None
     """Whether rows of the model hold prompt and answer. Not saved: the tuner notes it when it adds the adapter."""
@@ -203,6 +208,8 @@ class LoReftConfig(PeftConfig):
         self._check_r()
         self._check_positions()
         self._check_targets()
+        if not isinstance(self.runtime_config, LoReftRuntimeConfig):
+            raise ValueError(f"runtime_config={self.runtime_config!r}: expected a LoReftRuntimeConfig.")
 
     def _read_layers_to_transform(self) -> None:
         """Move `layers_to_transform` to `layers`; with `target_modules`, leave it for PEFT to match."""
@@ -384,9 +391,14 @@ class LoReftConfig(PeftConfig):
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON types. Sets become sorted lists: the order of a set varies between runs."""
+        """Return the fields as JSON types, without `runtime_config`, as LoRA does.
+
+        Sets become sorted lists: the order of a set varies between runs.
+        """
         as_json = {}
         for name, value in super().to_dict().items():
+            if name == "runtime_config":
+                continue
             as_json[name] = sorted(value) if isinstance(value, set) else value
         return as_json
 

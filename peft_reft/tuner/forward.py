@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,12 @@ from ..positions.memory import CacheMemory
 from ..positions.sources import PositionSource, Unread
 from ..positions.wanted import Wanted
 from ..shapes import Bool, Float, Int
+from .beginnings import Beginnings
 from .factors_cache import FactorsCache, HoldsWeights
+
+if TYPE_CHECKING:
+    from ..config import LoReftRuntimeConfig
+    from .two_parts import Cut
 
 ATTRIBUTE = "peft_reft_attachment"
 """Attribute of a model, and of each hooked part of it, that holds its `Attachment`."""
@@ -84,9 +89,15 @@ class Attachment:
         """Called with the inputs of each training forward until it is None (see `integrations.trainer`)."""
         self.edit_norms: dict[str, float] = {}
         """What `integrations.edit_norms` has measured, until it is logged."""
+        self.runtime: dict[str, LoReftRuntimeConfig] = {}
+        """How each adapter is run."""
+        self.ways: dict[Hashable, str | None] = {}
+        """What trials have shown of running a forward in two parts (`TwoParts.ways`)."""
+        self.beginnings = Beginnings()
+        """What the base has computed of beginnings that rows share."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "source_runs": [], "first_batch": None}
+        return {**self.__dict__, "source_runs": [], "first_batch": None, "beginnings": Beginnings()}
 
 
 class _Current(threading.local):
@@ -207,14 +218,22 @@ def end(module: nn.Module) -> None:
     """
     frame, below = _current.forward, None
     found = False
+    begun: list[Forward] = []
     while frame is not None:
+        begun.append(frame)
         if frame.module is module:
             below, found = frame.outer, True
         elif found:
             break
         frame = frame.outer
-    if found:
-        _current.forward = below
+    if not found:
+        return
+    for dropped in begun:
+        if dropped is below:
+            break
+        if dropped.cut is not None:
+            dropped.cut.finish()
+    _current.forward = below
 
 
 @contextmanager
@@ -265,9 +284,13 @@ class Forward:
         """Whether parts of the forward run again in the backward."""
         self.in_training = False
         """Whether the model was in training mode, with gradients on."""
+        self.cut: Cut | None = None
+        """If the forward runs in two parts: what the first part left. This is then the forward of the second."""
+        self.may_cut_backbone = False
+        """Whether the model's backbone may be run in two parts, because the model itself cannot."""
         self.asked: dict[str, Wanted] = {}
         """What the layers asked, by adapter."""
-        self._slots: dict[Wanted, Tensor | None] = {}
+        self.known_slots: dict[Wanted, Tensor | None] = {}
         """What the source answered."""
         self._indices: dict[int, PositionIndex | None] = {}
         """By the id of a `LayerPlan`: each layer asks in each decode step, and a hash of the plan costs more."""
@@ -308,9 +331,9 @@ class Forward:
 
     def slots(self, wanted: Wanted) -> Int[Tensor, "batch n"] | None:
         """Columns to edit, laid out by `wanted.layout`, or None if this forward edits nothing."""
-        if wanted not in self._slots:
-            self._slots[wanted] = self.source.slots(wanted)
-        return self._slots[wanted]
+        if wanted not in self.known_slots:
+            self.known_slots[wanted] = self.source.slots(wanted)
+        return self.known_slots[wanted]
 
     def rows_edited_by(self, adapter: str) -> Bool[Tensor, " names"] | None:
         """Which rows `adapter` edits, if the caller names an adapter for each row; else None."""

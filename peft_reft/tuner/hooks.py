@@ -13,19 +13,23 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..patching import original_of, unwrap_method, wrap_method
 from ..positions.batch import POSITIONS, SUBSPACES, can_be_read
 from ..positions.sources import check_subspaces
+from ..positions.split import Untouched
+from ..positions.wanted import Wanted
 from .architectures import modules_of_encoder
 from .caches import note_cache, past_of
 from .checkpointing import unwrap_checkpoint_functions, wrap_checkpoint_functions
 from .conflicts import refuse_fused_head
-from .forward import ATTRIBUTE, Attachment, begin, current, end
+from .forward import ATTRIBUTE, Attachment, Forward, begin, current, end
 from .generate import STEP, generate, prepare_inputs, refuse_batch
 from .reading import read, read_decoder, source_tokens
 from .tracing import refuse_tracing
+from .two_parts import SOURCE
+from .untouched import cut_forward
 
 _HANDLES = f"{ATTRIBUTE}_handles"
 """Attribute of a module that holds the handles of its hooks."""
@@ -130,6 +134,10 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     refuse_fused_head(model, kwargs)
     attachment: Attachment = model.__dict__[ATTRIBUTE]
     end(model)  # a forward that was interrupted
+    given_source = kwargs.pop(SOURCE, None)
+    if given_source is not None:
+        begin(attachment, given_source, model)
+        return args, kwargs
     positions, step = kwargs.pop(POSITIONS, None), kwargs.pop(STEP, None)
     subspaces = check_subspaces(kwargs.pop(SUBSPACES, None))
     given = {**dict(zip(attachment.argument_names, args)), **kwargs}
@@ -144,8 +152,18 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         forward = begin(attachment, step, model, subspaces)
     else:
         past, memory = past_of(attachment, given)
-        forward = begin(attachment, read(attachment, given, positions, training, past, memory), model, subspaces)
+        source = read(attachment, given, positions, training, past, memory)
+        known: dict[Wanted, Tensor | None] = {}
+        cut, may_cut_backbone = None, False
+        if training:
+            cut, may_cut_backbone = cut_forward(attachment, model, given, source, known, is_model=True)
+        if cut is not None:
+            args, kwargs = (), cut.inputs
+        forward = begin(attachment, source if cut is None else cut.source, model, subspaces)
         forward.past, forward.memory = past, memory
+        forward.cut, forward.may_cut_backbone = cut, may_cut_backbone
+        if cut is None:
+            forward.known_slots.update(known)
     forward.recomputes, forward.in_training = recomputes, training
     if training and attachment.first_batch is not None and can_be_read(source_tokens(given)):
         attachment.first_batch({**given, POSITIONS: positions})
@@ -158,18 +176,34 @@ def _before_part(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     end(part)  # a forward that was interrupted
     given = {**dict(zip(part.__dict__[_NAMES], args)), **kwargs}
     tokens = source_tokens(given)
+    given_source = kwargs.pop(SOURCE, None)
+    if given_source is not None:
+        begin(attachment, given_source, part)
+        return args, kwargs
+    training = part.training and torch.is_grad_enabled()
     outer = current(attachment)
     if outer is not None and tokens.ndim >= 2 and tuple(tokens.shape[:2]) == outer.source.shape:
-        return None
+        return _cut_part(part, attachment, outer, given) if outer.may_cut_backbone else None
     positions = kwargs.pop(POSITIONS, None)
     subspaces = check_subspaces(kwargs.pop(SUBSPACES, None))
-    training = part.training and torch.is_grad_enabled()
     recomputes = wrap_checkpoint_functions(part) if training else False
     past, memory = past_of(attachment, given)
     forward = begin(attachment, read(attachment, given, positions, training, past, memory), part, subspaces)
     forward.recomputes, forward.in_training = recomputes, training
     forward.past, forward.memory = past, memory
     return args, kwargs
+
+
+def _cut_part(
+    part: nn.Module, attachment: Attachment, outer: Forward, given: dict[str, Any]
+) -> tuple[Any, Any] | None:
+    """Run a backbone in two parts inside a forward of its model."""
+    cut, _ = cut_forward(attachment, part, given, outer.source, outer.known_slots, is_model=False)
+    if cut is None:
+        return None
+    forward = begin(attachment, cut.source, part, outer.subspaces)
+    forward.recomputes, forward.in_training, forward.cut = outer.recomputes, True, cut
+    return (), cut.inputs
 
 
 def _before_encoder(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -187,12 +221,17 @@ def _before_encoder(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     return args, kwargs
 
 
-def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """End the forward that `module` began, and note in its cache what was edited."""
+def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """End the forward that `module` began; join its two parts, or note in its cache what was edited."""
     attachment: Attachment = module.__dict__[ATTRIBUTE]
     forward = current(attachment)
     end(module)
-    if forward is None or forward.module is not module or output is None:
-        return
+    if forward is None or forward.module is not module:
+        return None
+    if forward.cut is not None:
+        return None if output is None else forward.cut.join(output)
+    if output is None or isinstance(forward.source, Untouched):
+        return None
     if attachment.has_answers and not torch.compiler.is_compiling():
         note_cache(forward, attachment, {**dict(zip(attachment.argument_names, args)), **kwargs}, output)
+    return None

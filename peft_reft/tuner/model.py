@@ -102,6 +102,7 @@ class LoReftModel(BaseTuner):
         has_answers = _has_answers(base, config)
         config.has_answers = has_answers  # type: ignore[misc]  # of this object, not of its class
         attachment = attach(base, has_answers)
+        attachment.runtime[adapter_name] = config.runtime_config
         if config.tie == "model":
             state_dict = None  # it names the first layer alone: the config says which layers share the weights
         in_state_dict: set[str] = set()
