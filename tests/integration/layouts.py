@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from peft_reft import LoReftConfig
+from peft_reft import LoReftConfig, LoReftRuntimeConfig
 
 WORLD, STEPS, PROMPTS = 2, 5, (7, 4)
 
@@ -85,8 +85,8 @@ def ddp_checkpointing(rank):
     return train(model, batch(rank), DistributedDataParallel(model))
 
 
-def fsdp(rank, checkpointing=None):
-    model = adapted()
+def fsdp(rank, checkpointing=None, **kwargs):
+    model = adapted(**kwargs)
     base = model.get_base_model()
     if checkpointing == "transformers":
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -122,6 +122,37 @@ def fsdp_nothing(rank):
         fully_shard(block)
     fully_shard(base)
     return train(model, batch(rank) | ({"intervention_positions": NOTHING} if rank == 1 else {}))
+
+
+TWO_PARTS = dict(positions="l2", runtime_config=LoReftRuntimeConfig(untouched_prompt="on"))
+
+
+def ddp_untouched(rank):
+    model = adapted(**TWO_PARTS)
+    return train(model, batch(rank), DistributedDataParallel(model))
+
+
+def fsdp_untouched(rank):
+    return fsdp(rank, **TWO_PARTS)
+
+
+def fsdp_untouched_checkpointing(rank):
+    return fsdp(rank, "transformers", **TWO_PARTS)
+
+
+def fsdp_untouched_torch_checkpointing(rank):
+    return fsdp(rank, "torch", **TWO_PARTS)
+
+
+def fsdp_untouched_nothing(rank):
+    """The second rank has no untouched token, and runs as many forwards all the same."""
+    model = adapted(**TWO_PARTS)
+    base = model.get_base_model()
+    for block in base.model.layers:
+        fully_shard(block)
+    fully_shard(base)
+    first = torch.tensor([[0, 1]] * 2)
+    return train(model, batch(rank) | ({"intervention_positions": first} if rank == 1 else {}))
 
 
 def tensor_parallel(rank):

@@ -20,6 +20,11 @@ SCENARIOS = [
     "fsdp_torch_checkpointing",
     "fsdp_nothing",
     "tensor_parallel",
+    "ddp_untouched",
+    "fsdp_untouched",
+    "fsdp_untouched_checkpointing",
+    "fsdp_untouched_torch_checkpointing",
+    "fsdp_untouched_nothing",
 ]
 
 
@@ -33,7 +38,7 @@ def results(tmp_path_factory):
         processes = torch.multiprocessing.spawn(
             layouts.run, args=(str(folder), layouts.free_port(), SCENARIOS), nprocs=layouts.WORLD, join=False
         )
-        done = layouts.finish(processes, 240)
+        done = layouts.finish(processes, 300)
 
     def results(name):
         files = [folder / f"{name}-{rank}.pt" for rank in range(layouts.WORLD)]
@@ -75,6 +80,39 @@ def test_two_processes_train_as_one(results, scenario, monkeypatch):
     model = layouts.adapted(tie="model" if scenario == "ddp_tied" else "layer")
     gradients, adapter = layouts.train(model, layouts.batch())
     for found in results(scenario):
+        assert_close(found[0], gradients)
+        assert_close(found[1], adapter, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        pytest.param("ddp_untouched", marks=pytest.mark.cell("Training in two parts", "DDP, 2 processes")),
+        pytest.param("fsdp_untouched", marks=pytest.mark.cell("Training in two parts", "FSDP2")),
+        pytest.param(
+            "fsdp_untouched_checkpointing",
+            marks=pytest.mark.cell("Training in two parts", "FSDP2, transformers' checkpointing"),
+        ),
+        pytest.param(
+            "fsdp_untouched_torch_checkpointing",
+            marks=pytest.mark.cell("Training in two parts", "FSDP2, torch's checkpoint wrapper"),
+        ),
+    ],
+)
+def test_two_processes_train_in_two_parts_as_one_does_in_one(results, scenario, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    gradients, adapter = layouts.train(layouts.adapted(positions="l2"), layouts.batch())
+    for found in results(scenario):
+        assert_close(found[0], gradients)
+        assert_close(found[1], adapter, atol=1e-4)
+
+
+def test_a_rank_without_an_untouched_token_holds_up_no_other(results, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    positions = torch.tensor([[5, 6], [2, 3], [0, 1], [0, 1]])
+    inputs = layouts.batch() | {"intervention_positions": positions}
+    gradients, adapter = layouts.train(layouts.adapted(positions="l2"), inputs)
+    for found in results("fsdp_untouched_nothing"):
         assert_close(found[0], gradients)
         assert_close(found[1], adapter, atol=1e-4)
 
