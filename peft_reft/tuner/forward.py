@@ -39,7 +39,7 @@ from .factors_cache import FactorsCache, HoldsWeights
 
 if TYPE_CHECKING:
     from ..config import LoReftRuntimeConfig
-    from .two_parts import Cut
+    from .two_parts import Cut, Impossible
 
 ATTRIBUTE = "peft_reft_attachment"
 """Attribute of a model, and of each hooked part of it, that holds its `Attachment`."""
@@ -91,7 +91,7 @@ class Attachment:
         """What `integrations.edit_norms` has measured, until it is logged."""
         self.runtime: dict[str, LoReftRuntimeConfig] = {}
         """How each adapter is run."""
-        self.ways: dict[Hashable, str | None] = {}
+        self.ways: dict[Hashable, str | Impossible] = {}
         """What trials have shown of running a forward in two parts (`TwoParts.ways`)."""
         self.beginnings = Beginnings()
         """What the base has computed of beginnings that rows share."""

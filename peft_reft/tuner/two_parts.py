@@ -107,8 +107,8 @@ class TwoParts:
     """The inputs of the forward, by name."""
     is_model: bool
     """Whether the module is the causal model; else it is the backbone in it."""
-    ways: dict[Hashable, str | None] = field(default_factory=dict)
-    """By kind of forward: how tokens learn their positions (see `way`); None: it cannot be run in two parts."""
+    ways: dict[Hashable, str | Impossible] = field(default_factory=dict)
+    """By kind of forward: how tokens learn their positions (see `way`), or why it cannot be run in two parts."""
 
     @property
     def tokens_name(self) -> str:
@@ -140,12 +140,12 @@ class TwoParts:
             candidates = ["given"] if given else ["columns", "derived"]
             self.ways[kind] = self._try(candidates, start, stop)
         way = self.ways[kind]
-        if way is None:
-            raise Impossible(f"{type(self.module).__name__} cannot go on from keys and values")
+        if isinstance(way, Impossible):
+            raise way
         return way
 
-    def _try(self, candidates: list[str], start: Tensor, stop: Tensor) -> str | None:
-        """The first way by which a trial gives the same outputs as the ordinary path."""
+    def _try(self, candidates: list[str], start: Tensor, stop: Tensor) -> str | Impossible:
+        """The first way by which a trial gives the same outputs as the ordinary path, or what spoke against the last."""
         length = min(_TRIAL, int((stop - start).min()))
         if length < 4:
             raise Impossible("a row has fewer than 4 tokens")
@@ -168,21 +168,24 @@ class TwoParts:
             try:
                 with torch.random.fork_rng(cuda), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    agree = TwoParts(self.module, trial, self.is_model).agree(split, way)
-                if agree:
-                    return way
-            except Exception:  # each family says in its own way that it cannot go on from such a cache
-                continue
-        return None
+                    TwoParts(self.module, trial, self.is_model).check_agreement(split, way)
+                return way
+            except Exception as error:  # each family says in its own way that it cannot
+                reason = error
+        return Impossible(f"{type(self.module).__name__} cannot go on from keys and values ({reason})")
 
     @torch.no_grad()
-    def agree(self, split: Split, way: str) -> bool:
-        """Whether both parts give what the whole forward gives, if nothing is edited, and all layers read the cache."""
+    def check_agreement(self, split: Split, way: str) -> None:
+        """Check that both parts give what the whole forward gives, if nothing is edited, and all layers read the cache.
+
+        Raises:
+            Impossible: they do not. A model may raise what it likes.
+        """
         sources = [Untouched((len(self.tokens), width)) for width in (split.seq, split.rest.width)]
         with evaluating(self.module):
             returned = self.module(**self.given, use_cache=False, **{SOURCE: sources[0]})
             if sum(isinstance(value, Tensor) and value.ndim > 0 for value in returned.values()) != 1:
-                return False  # nobody knows how to join what else it returns
+                raise Impossible(f"it returns {', '.join(returned)}")
             whole = self.output(returned)
             states, first = self.first(split, way)
             inputs = self.second(split, states, way)
@@ -190,13 +193,14 @@ class TwoParts:
         real = self.given["attention_mask"].bool()  # (batch, seq)
         difference = (split.join(first, rest) - whole)[real].abs().max() / whole[real].abs().max()
         if not difference <= _TOLERANCE.get(whole.dtype, 0.0):
-            return False
+            raise Impossible(f"its outputs differ by {difference:.0e}")
         # Some families drop a cache in training, under activation checkpointing.
         cache: ReadOnlyCache = inputs["past_key_values"]
         cache.layers_read.clear()
         with caches_kept(self.module):
             self.module(**inputs, **{SOURCE: sources[1]})
-        return len(cache.layers_read) == len(cache.layers)
+        if len(cache.layers_read) < len(cache.layers):
+            raise Impossible("it drops its cache in training")
 
     def output(self, returned: Any) -> Tensor:
         """Of what the module returned, that which has an entry for each token."""
@@ -307,8 +311,12 @@ def run_alone(parts: TwoParts, split: Split, way: str, key: Hashable, ids: tuple
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Set a module and its parts to evaluation, each to be as it was before in the end."""
-    training = [part for part in module.modules() if part.training]
+    """Set a module and its parts to evaluation, each to be as it was before in the end.
+
+    Parts with weights of their own stay as they are: on some CPUs bitsandbytes repacks the weights of a linear map in
+    its first evaluation, and cannot train through it any more.
+    """
+    training = [part for part in module.modules() if part.training and not [*part.parameters(recurse=False)]]
     for part in training:
         part.training = False
     try:
