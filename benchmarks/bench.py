@@ -28,6 +28,7 @@ from safetensors import safe_open
 from torch import nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
+from trl.trainer.utils import add_fused_lm_head
 from workload import SMOLLM2, batch, build, leave_identity, prompts, training_step
 
 from peft_reft import LoReftConfig, LoReftRuntimeConfig
@@ -73,31 +74,56 @@ def train(base: nn.Module, rounds: int, checkpointing: bool = False) -> dict[str
     return interleave(steps, "floor", rounds)
 
 
-UNTOUCHED = {  # prompt, answer, tokens of the prompt that all rows share
+UNTOUCHED = {  # tokens of prompt and answer, and how many tokens of the prompt all rows share
     "448 + 64": (448, 64, 0),
     "960 + 16": (960, 16, 0),
-    "448 + 64, beginning of 384 shared and kept": (448, 64, 384),
+    "448 + 64, 384 shared and kept": (448, 64, 384),
     "64 + 64": (64, 64, 0),
 }
 
 
-def untouched(base: nn.Module, rounds: int, fused: bool = False) -> dict[str, dict[str, Ratio]]:
-    """A training step of `l7` in two parts, and in one, over the floor; LoRA beside it. Four rows."""
+def untouched(base: nn.Module, rounds: int, rows: int = 4) -> dict[str, dict[str, float]]:
+    """A training step of `l7` that runs the untouched prompt without gradient; CPU time, one thread.
+
+    Both with the model's own head and with TRL's fused head, each over the floor with that head.
+    """
+    torch.set_num_threads(1)
     found = {}
-    for title, (prompt, answer, shared) in UNTOUCHED.items():
-        inputs = batch(4, prompt + answer, prompt)
-        inputs["input_ids"][:, :shared] = inputs["input_ids"][0, :shared]
-        models = {"floor": floor(base), "LoRA r=8 (q, v)": adapted(base, "LoRA r=8 (q, v)")}
-        for mode in ("off", "auto"):
+    for head in ("", ", TRL's fused head"):
+        for title, (prompt, answer, shared) in UNTOUCHED.items():
+            inputs: dict[str, Any] = batch(rows, prompt + answer, prompt)
+            inputs["input_ids"][:, :shared] = inputs["input_ids"][0, :shared]
+            models = {"floor": floor(base), "LoRA": adapted(base, "LoRA r=8 (q, v)")}
+            for mode in ("off", "auto") if prompt == answer else ("auto",):
+                runtime = LoReftRuntimeConfig(untouched_prompt=mode)
+                config = LoReftConfig(task_type="CAUSAL_LM", r=4, positions="l7", runtime_config=runtime)
+                models[mode] = leave_identity(get_peft_model(share(base), config))
+            if head:
+                inputs["fused_lm_head"] = True
+                for model in models.values():
+                    add_fused_lm_head(model.get_base_model() if isinstance(model, PeftModel) else model)
+            steps = {name: training_step(model, inputs) for name, model in models.items()}
+            ratios = interleave(steps, "floor", rounds)
+            row = {"over the floor": ratios["auto"].cpu, "over LoRA r=8": ratios["auto"].cpu / ratios["LoRA"].cpu}
+            row["over one part"] = ratios["auto"].cpu / ratios["off"].cpu if "off" in ratios else float("nan")
+            found[title + head] = row
+    return found
+
+
+def saved_of_untouched(base: nn.Module) -> dict[str, dict[str, float]]:
+    """MiB that autograd keeps of a step of `l7`, in one part and in two."""
+    found = {}
+    for title, (prompt, answer, _) in UNTOUCHED.items():
+        row = {}
+        for name, mode in (("one part", "off"), ("two parts", "on")):
             runtime = LoReftRuntimeConfig(untouched_prompt=mode)
             config = LoReftConfig(task_type="CAUSAL_LM", r=4, positions="l7", runtime_config=runtime)
-            models[f"LoReFT r=4 l7, {mode}"] = leave_identity(get_peft_model(share(base), config))
-        if fused:
-            for model in models.values():
-                add_fused_lm_head(getattr(model, "base_model", model).model if isinstance(model, PeftModel) else model)
-        more = {"fused_lm_head": True} if fused else {}
-        steps = {name: training_step(model, {**inputs, **more}) for name, model in models.items()}
-        found[title] = interleave(steps, "floor", rounds)
+            model = leave_identity(get_peft_model(share(base), config)).train()
+            saved = Saved(model)
+            with saved():
+                model(**batch(1, prompt + answer, prompt))
+            row[name] = saved.bytes / 2**20
+        found[title] = {**row, "share": row["two parts"] / row["one part"]}
     return found
 
 
@@ -331,14 +357,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--only", nargs="+", default=[*TIMED, *UNTIMED, "injection", "orthogonalisation"])
+    parser.add_argument("--only", nargs="+", default=[*TIMED, *UNTIMED, "untouched", "injection", "orthogonalisation"])
     parser.add_argument("--out", type=Path, help="add the results to this JSON file")
     args = parser.parse_args()
     results: dict[str, object] = {}
     if args.out and args.out.exists():
         results = json.loads(args.out.read_text())
     results["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, fp32"
-    results["rounds"] = args.rounds
+    if args.only != ["untouched"]:
+        results["rounds"] = args.rounds
     base = build(SMOLLM2)
     for name in tqdm(args.only):
         if name in TIMED:
@@ -349,6 +376,10 @@ def main() -> None:
                 results[title] = {method: vars(ratio) for method, ratio in ratios.items()}
         elif name in UNTIMED:
             results[name] = UNTIMED[name](base)
+        elif name == "untouched":
+            results[name] = untouched(base, args.rounds)
+            results["saved of untouched"] = saved_of_untouched(base)
+            results["rounds of untouched"] = args.rounds
         else:
             torch.set_num_threads(1)
             results[name] = injection() if name == "injection" else orthogonalisation(args.rounds)

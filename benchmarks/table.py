@@ -75,12 +75,19 @@ def timed(results: dict, name: str) -> list[str]:
     return lines
 
 
+def number(value: float) -> str:
+    """A number as a table shows it; NaN stands for what was not measured."""
+    if value != value:
+        return ""
+    return f"{value:.4g}" if value % 1 else f"{value:,.0f}"
+
+
 def plain(title: str, about: str, rows: dict[str, dict[str, float]]) -> list[str]:
     """The lines of a table of numbers."""
     columns = list(next(iter(rows.values())))
     lines = ["", f"## {title}", "", about, "", "| | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     for name, row in rows.items():
-        cells = [f"{row[column]:.4g}" if row[column] % 1 else f"{row[column]:,.0f}" for column in columns]
+        cells = [number(row[column]) for column in columns]
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return lines
 
@@ -92,6 +99,20 @@ def main() -> None:
         lines += ["", results["note"]]
     for name in TITLES:
         lines += timed(results, name)
+    if "untouched" in results:
+        lines += plain(
+            "The untouched prompt: a training step of `l7` in two parts",
+            "Four rows of prompt + answer tokens; CPU time, one thread, median of "
+            f"{results['rounds of untouched']} rounds. With the model's own head and with TRL's fused head, each over "
+            'the floor with that head ([how](untouched.md)). `make bench ARGS="--only untouched"`. Goals over the '
+            "floor: 0.58, 0.53, 0.30, and for 64 + 64 not above one part; over LoRA: 0.55, 0.50, 0.28.",
+            results["untouched"],
+        )
+        lines += plain(
+            "The untouched prompt: saved for backward",
+            "MiB that autograd keeps of one row (`saved_tensors_hooks`). Goal for 448 + 64: a share of 0.2.",
+            results["saved of untouched"],
+        )
     if "inside" in results:
         lines += plain(
             "CPU time in LoReFT's own code",

@@ -47,4 +47,6 @@ class LoReftRuntimeConfig:
         if type(self.kept_mb) is not int or self.kept_mb < 0:
             raise ValueError(f"kept_mb={self.kept_mb!r}: expected an int, 0 or more.")
         if self.kept_device is not None and not isinstance(self.kept_device, str):
-            raise ValueError(f"kept_device={self.kept_device!r}: expected the name of a device, such as 'cpu', or None.")
+            raise ValueError(
+                f"kept_device={self.kept_device!r}: expected the name of a device, such as 'cpu', or None."
+            )

@@ -43,7 +43,7 @@ SECTIONS = {
     "Quantised bases": "",
     "Dtypes": "",
     "torch.compile": "",
-    "Training in two parts": "`untouched_prompt=\"on\"`: losses, metrics and weights equal those of the ordinary path.",
+    "Training in two parts": "Losses, metrics and weights equal those of the ordinary path.",
     "Device layouts": "",
     "Beside LoRA": "",
     "Generation": "Logits of every step equal those of one forward over prompt and completion.",

@@ -440,7 +440,8 @@ def test_a_cache_that_another_adapter_filled(way):
     randomise(model, seed=3)
     _, cache = in_pieces(model, [CHAT[:12]], [])
     model.set_adapter("other")
-    with torch.no_grad(), pytest.raises(ValueError, match=r"The cache holds .*another adapter"):
+    both = r"The cache holds .*another adapter.* edits of 'default' \(f2\+l2\) at .* needs those of 'other' at tokens"
+    with torch.no_grad(), pytest.raises(ValueError, match=both):
         if way == "forward":
             model(input_ids=prompt[:, 12:18], past_key_values=cache, use_cache=True)
         else:
@@ -727,3 +728,35 @@ def test_several_tokens_behind_an_answer_without_marks_are_told():
         model(input_ids=torch.tensor([[9]]), past_key_values=cache)
         with pytest.warns(UserWarning, match="for more of the answer that began at token 6"):
             model(input_ids=torch.tensor([[3, 4, 5]]), past_key_values=cache)
+
+
+def test_a_cache_of_another_prompt_length_is_refused_with_both_places():
+    """Without marks the beginning was taken for a prompt of its own, whose last tokens were edited."""
+    model, prompt = adapted("l2"), torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10]])
+    cache = model.generate(prompt[:, :5], max_new_tokens=1, return_dict_in_generate=True).past_key_values
+    with pytest.raises(ValueError, match=r"'default' \(l2\) at tokens 3, 4\. .*'default' at none of its tokens"):
+        model.generate(prompt, past_key_values=cache, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("spec", ["l2", "l1+g"])
+def test_many_answers_are_scored_behind_one_prompt(spec):
+    """A cache that the base filled with the document, then the prompt once, then each answer in a row of its own."""
+    model = adapted(spec)
+    prompt, answers = (
+        torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10]]),
+        torch.tensor([[11, 12, 13], [14, 15, 16], [17, 18, 19]]),
+    )
+    with torch.no_grad(), model.disable_adapter():
+        cache = model(input_ids=prompt[:, :5], use_cache=True).past_key_values
+    with torch.no_grad(), peft_reft.prompt_lengths([8]):
+        behind = model(input_ids=prompt[:, 5:], past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(3)
+    with torch.no_grad(), peft_reft.prompt_lengths([8] * 3):
+        scored = model(input_ids=answers, past_key_values=cache, use_cache=True).logits
+    whole = torch.cat([prompt.expand(3, -1), answers], 1)
+    labels = whole.clone()
+    labels[:, :8] = -100
+    with torch.no_grad():
+        expected = model(input_ids=whole, labels=labels).logits
+    close(log_probs(scored), log_probs(expected[:, 8:]))
+    close(log_probs(behind.logits)[:, -1], log_probs(expected[:1, 7]))

@@ -621,7 +621,9 @@ def test_beginnings_may_be_kept_elsewhere():
 def test_split_by_hand(data):
     """What is taken of each part is what plain slices take, and joining puts it back."""
     seq = data.draw(st.integers(2, 9))
-    rows = data.draw(st.lists(st.lists(st.integers(0, seq), min_size=3, max_size=3).map(sorted), min_size=1, max_size=4))
+    rows = data.draw(
+        st.lists(st.lists(st.integers(0, seq), min_size=3, max_size=3).map(sorted), min_size=1, max_size=4)
+    )
     start, cut, stop = (torch.tensor(column) for column in zip(*rows))
     split = Split.at(start, cut, stop, seq)
     table = torch.arange(len(rows) * seq).reshape(-1, seq)
@@ -645,5 +647,3 @@ def test_first_edited_and_common_beginning():
     assert first_edited(slots, stop).tolist() == [3, 5]
     assert common_beginning([[1, 2, 3], [1, 2], [1, 2, 4]]) == 2
     assert common_beginning([[1, 2]]) == 2
-
-

@@ -1,4 +1,4 @@
-"""The arguments of `peft-reft train`: those of TRL's classes that the command uses, and the fields of LoReftConfig."""
+"""The arguments of `peft-reft train`: those of TRL's classes that it uses, and the fields of our configs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from ..config import LoReftConfig
+from ..runtime_config import LoReftRuntimeConfig
 from .train_help import TrainParser
 
 # The fields of TRL's classes that this command reads. It has no argument for the others, which it would ignore.
@@ -46,7 +47,8 @@ _INSTEAD = {
 
 _OF_EVERY_METHOD = {field.name for field in fields(PeftConfig)}
 _REFUSED_BY_CONFIG = {"target_parameters"}  # LoReftConfig raises if it is set
-_HINTS = get_type_hints(LoReftConfig)
+_RUNTIME = {"runtime_config"}  # its fields are arguments
+_HINTS = get_type_hints(LoReftConfig) | get_type_hints(LoReftRuntimeConfig)
 
 
 def _types(hint: Any) -> set[Any]:
@@ -76,7 +78,7 @@ def _part_of(whole: Any, names: Collection[str], more: list[Any]) -> Any:
 
 
 def _loreft_argument(field: Any) -> tuple[str, Any, Any]:
-    """The argument for a field of LoReftConfig: name, type, dataclass field. Lists and mappings are given as JSON."""
+    """The argument for a field of a config: name, type, dataclass field. Lists and mappings are given as JSON."""
     hint = _HINTS[field.name]
     types = _types(hint) - {type(None)}
     if len(types) == 1 and types <= {str, float, bool}:
@@ -116,8 +118,8 @@ LoReftArguments: Any = make_dataclass(
     "LoReftArguments",
     [
         _loreft_argument(field)
-        for field in fields(LoReftConfig)
-        if field.name not in _OF_EVERY_METHOD | _REFUSED_BY_CONFIG
+        for field in (*fields(LoReftConfig), *fields(LoReftRuntimeConfig))
+        if field.name not in _OF_EVERY_METHOD | _REFUSED_BY_CONFIG | _RUNTIME
     ],
 )
 
@@ -193,7 +195,8 @@ def loreft_config(arguments: Any) -> LoReftConfig:
         value = getattr(arguments, field.name)
         if value != field.default:
             given[field.name] = _read_value(field.name, value)
-    return LoReftConfig(task_type="CAUSAL_LM", **given)
+    of_runtime = {field.name: given.pop(field.name) for field in fields(LoReftRuntimeConfig) if field.name in given}
+    return LoReftConfig(task_type="CAUSAL_LM", runtime_config=LoReftRuntimeConfig(**of_runtime), **given)
 
 
 def _read_value(name: str, value: Any) -> Any:
@@ -212,4 +215,4 @@ def _read_value(name: str, value: Any) -> Any:
             return value
         if list[str] in get_args(_HINTS[name]):
             return [value]
-        raise ValueError(f"--{name} {value!r} is no JSON. Expected {LoReftConfig.__annotations__[name]}.") from None
+        raise ValueError(f"--{name} {value!r} is no JSON. Expected {_HINTS[name]}.") from None

@@ -119,12 +119,12 @@ class Continued:
         real = joined_mask(self.attention_mask, self.shape, self.past, self.tokens.device)
         missing, wrong = compare(adapter, wanted, slots, real, memory, rows)
         if wrong:
-            raise ValueError(wrong_cache(adapter, wanted, "edits that this document does not have"))
+            raise ValueError(wrong_cache(adapter, wanted, "edits that this document does not have", memory, slots))
         if missing:
             # A header may have been completed after the last tokens of its prompt went by.
             was_edited = adapter in memory.edited or memory.length == 0
             if not was_edited or not all(wanted.layout[number].waits_for_end for number in missing):
-                raise ValueError(wrong_cache(adapter, wanted, "no edits where this document has some"))
+                raise ValueError(wrong_cache(adapter, wanted, "no edits where this document has some", memory, slots))
             warn(
                 "LoReFT: the header behind which an answer begins was completed after the last tokens of its prompt, "
                 "which positions name, had been put into the cache without their edit. Feed a header in one piece "
@@ -142,21 +142,57 @@ def refuse_others(memory: CacheMemory, asked: Collection[str]) -> None:
     """Raise ValueError if a cache holds edits of an adapter that is not among those `asked`."""
     for name in memory.edited:
         if name not in asked and bool(memory.bits(name, memory.length).any()):
+            active = ", ".join(map(repr, asked)) or "none"
             raise ValueError(
-                wrong_cache(name, Wanted(memory.layout(name), None), "edits of an adapter that is not active now")
+                wrong_cache(
+                    name,
+                    Wanted(memory.layout(name), None),
+                    f"edits of an adapter that is not active now (active: {active})",
+                    memory,
+                )
             )
 
 
-def wrong_cache(adapter: str, wanted: Wanted, holds: str) -> str:
-    """The message about a cache that `holds` what it should not, or lacks what it should hold."""
+def wrong_cache(
+    adapter: str, wanted: Wanted, holds: str, memory: CacheMemory, slots: Int[Tensor, "batch n"] | None = None
+) -> str:
+    """The message about a cache that `holds` what it should not, or lacks what it should hold.
+
+    Args:
+        adapter: name of the adapter that the message is about.
+        wanted: what its layers ask.
+        holds: what is wrong, to stand behind "The cache holds".
+        memory: of the cache.
+        slots: what the adapter needs edited of the whole document, if it is active.
+    """
     spec = str(wanted.layout)
+    both = f" {_held(memory)}"
+    if slots is not None:
+        columns = sorted({column for column in slots[0].tolist() if 0 <= column < memory.length})
+        both += f" This document needs those of {adapter!r} at {_tokens(columns)}."
     return (
         f"The cache holds {holds}, for adapter {adapter!r} with positions={spec!r}: it was filled with another "
-        "adapter, without one, or as a prompt that ended elsewhere. Encode the history again, without the cache. "
-        "(With the marks of the chat template, `response_template` and `instruction_template` in the config, the "
+        f"adapter, without one, or as a prompt that ended elsewhere.{both} Encode the history again, without the "
+        "cache. (With the marks of the chat template, `response_template` and `instruction_template` in the config, the "
         "turns of a chat can share a cache. `with peft_reft.prompt_lengths([...]):` around the pieces of a prompt "
         "says how long the whole prompt will be.)"
     )
+
+
+def _held(memory: CacheMemory) -> str:
+    """What a cache holds in its first row, in a sentence."""
+    found = []
+    for name in memory.edited:
+        columns = memory.bits(name, memory.length)[0].nonzero().flatten().tolist()
+        if columns:
+            found.append(f"edits of {name!r} ({memory.layout(name)}) at {_tokens(columns)}")
+    return f"Its first row has {' and '.join(found) or 'no edits'}."
+
+
+def _tokens(columns: list[int], most: int = 8) -> str:
+    """The first of some columns: "tokens 0, 1, 12"."""
+    named = ", ".join(map(str, columns[:most])) + (" ..." if len(columns) > most else "")
+    return f"tokens {named}" if columns else "none of its tokens"
 
 
 def of_rows(slots: Int[Tensor, "batch n"], rows: Bool[Tensor, " names"] | None) -> Int[Tensor, "batch n"]:

@@ -108,7 +108,7 @@ class Generation:
         missing, wrong = compare(adapter, wanted, slots, real, memory, rows)
         if missing or wrong:
             holds = "edits that this prompt does not have" if wrong else "no edits where this prompt has some"
-            raise ValueError(wrong_cache(adapter, wanted, holds))
+            raise ValueError(wrong_cache(adapter, wanted, holds, memory, slots))
 
     def check_others(self) -> None:
         """Raise ValueError if the cache that `generate` was given holds edits of an adapter that does not edit now."""

@@ -211,4 +211,3 @@ def first_edited(slots: Sequence[Int[Tensor, "batch _"]], stop: Int[Tensor, " ba
             lowest = torch.where(each == NO_POSITION, stop.unsqueeze(1), each).amin(1)  # (batch,)
             first = torch.minimum(first, lowest)
     return first
-

@@ -1,4 +1,4 @@
-"""Beginnings that the rows of a batch share, such as a system prompt: what was computed of them, kept between steps."""
+"""Beginnings that rows share, such as a system prompt: what was computed of them is kept from step to step."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ from .beginnings import Beginnings
 from .factors_cache import FactorsCache, HoldsWeights
 
 if TYPE_CHECKING:
-    from ..config import LoReftRuntimeConfig
+    from ..runtime_config import LoReftRuntimeConfig
     from .two_parts import Cut, Impossible
 
 ATTRIBUTE = "peft_reft_attachment"

@@ -95,7 +95,9 @@ class SavesRestAlone:
         if not isinstance(packed, _WithoutStates):
             return self._unpack_outside(packed)
         rest = self._unpack_outside(packed.rest)
-        states = packed.states.to(rest.dtype).repeat_interleave(packed.times, 1)  # (batch, heads * times, untouched, d)
+        states = packed.states.to(rest.dtype).repeat_interleave(
+            packed.times, 1
+        )  # (batch, heads * times, untouched, d)
         return torch.cat([states, rest], 2)
 
     def _pack_outside(self, tensor: Tensor) -> Any:

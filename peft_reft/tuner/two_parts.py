@@ -145,7 +145,7 @@ class TwoParts:
         return way
 
     def _try(self, candidates: list[str], start: Tensor, stop: Tensor) -> str | Impossible:
-        """The first way by which a trial gives the same outputs as the ordinary path, or what spoke against the last."""
+        """The first way by which a trial gives the outputs of the ordinary path, or what speaks against the last."""
         length = min(_TRIAL, int((stop - start).min()))
         if length < 4:
             raise Impossible("a row has fewer than 4 tokens")
@@ -159,7 +159,6 @@ class TwoParts:
         mask[1, :2] = mask[1, -1] = 0
         half = length // 2
         split = Split.at(torch.tensor([0, 2]), torch.tensor([half, half]), torch.tensor([length, length - 1]), length)
-        real = mask.bool()
         for way in candidates:
             trial = {self.tokens_name: tokens, "attention_mask": mask}
             if way == "given":
@@ -176,7 +175,7 @@ class TwoParts:
 
     @torch.no_grad()
     def check_agreement(self, split: Split, way: str) -> None:
-        """Check that both parts give what the whole forward gives, if nothing is edited, and all layers read the cache.
+        """Check that both parts give what the whole forward gives if nothing is edited, by the cache.
 
         Raises:
             Impossible: they do not. A model may raise what it likes.
@@ -331,12 +330,12 @@ def not_recomputing(module: nn.Module) -> Iterator[None]:
     """Turn activation checkpointing off, which drops caches and saves nothing where no gradient is kept."""
     recomputing = [part for part in module.modules() if getattr(part, "gradient_checkpointing", False)]
     for part in recomputing:
-        part.gradient_checkpointing = False
+        part.__dict__["gradient_checkpointing"] = False
     try:
         yield
     finally:
         for part in recomputing:
-            part.gradient_checkpointing = True
+            part.__dict__["gradient_checkpointing"] = True
 
 
 @contextmanager

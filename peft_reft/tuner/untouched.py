@@ -169,7 +169,8 @@ def _check_module(attachment: Attachment, module: nn.Module) -> None:
             own.update(id(parameter) for parameter in layer.parameters())
             if any(isinstance(weights, Interchange) for weights in layer.weights_of(None)):
                 raise Impossible("intervention='interchange' takes states of another run")
-    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    get_head = getattr(module, "get_output_embeddings", None)
+    head = None if get_head is None else get_head()
     of_head = {id(parameter) for parameter in head.parameters()} if isinstance(head, nn.Module) else set()
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and id(parameter) not in own:
@@ -264,9 +265,7 @@ class _Shared:
     """What is known of them from an earlier step."""
 
     @staticmethod
-    def look(
-        attachment: Attachment, parts: TwoParts, split: Split, ids: list[list[int]], way: str
-    ) -> _Shared | None:
+    def look(attachment: Attachment, parts: TwoParts, split: Split, ids: list[list[int]], way: str) -> _Shared | None:
         """Find out what the rows share; None if nothing that is worth it.
 
         Args:
@@ -292,8 +291,8 @@ class _Shared:
         tensor = parts.tokens
         autocast = torch.is_autocast_enabled(tensor.device.type), torch.get_autocast_dtype(tensor.device.type)
         fused = bool(parts.given.get("fused_lm_head"))
-        key = (type(parts.module), parts.is_model, fused, way, int(start[0]), tensor.device, autocast)
-        key = (key, fingerprint(parts.module))
+        kind = (type(parts.module), parts.is_model, fused, way, int(start[0]), tensor.device, autocast)
+        key = (kind, fingerprint(parts.module))
         found = beginnings.find(key, shared)
         if found is not None:
             beginning, common = found

@@ -1,4 +1,4 @@
-"""Trainers, unchanged, under their own defaults: training in two parts gives the losses, metrics and weights of one."""
+"""Trainers, unchanged, under their own defaults: two parts give the losses, metrics and weights of one."""
 
 import os
 
@@ -10,8 +10,18 @@ from conftest import build, randomise
 from datasets import Dataset
 from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer
-from trl import SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from peft_reft import DataCollatorForLoReft, LoReftConfig, LoReftRuntimeConfig
 from peft_reft.tuner import two_parts
@@ -150,9 +160,7 @@ def test_the_trainer_of_transformers(smoothing, tmp_path, tokenizer, cuts):
         args = arguments(
             TrainingArguments, tmp_path, label_smoothing_factor=smoothing, per_device_train_batch_size=4, max_steps=3
         )
-        trainer = Trainer(
-            model, args, train_dataset=rows, data_collator=DataCollatorForLoReft(collate, config)
-        )
+        trainer = Trainer(model, args, train_dataset=rows, data_collator=DataCollatorForLoReft(collate, config))
         trainer.train()
         assert bool(cuts) is (mode == "on")
         results[mode] = logged(trainer), trainable(trainer.model)
