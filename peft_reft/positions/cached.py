@@ -173,8 +173,8 @@ def wrong_cache(
     return (
         f"The cache holds {holds}, for adapter {adapter!r} with positions={spec!r}: it was filled with another "
         f"adapter, without one, or as a prompt that ended elsewhere.{both} Encode the history again, without the "
-        "cache. (With the marks of the chat template, `response_template` and `instruction_template` in the config, the "
-        "turns of a chat can share a cache. `with peft_reft.prompt_lengths([...]):` around the pieces of a prompt "
+        "cache. (With the marks of the chat template, `response_template` and `instruction_template` in the config, "
+        "the turns of a chat can share a cache. `with peft_reft.prompt_lengths([...]):` around the pieces of a prompt "
         "says how long the whole prompt will be.)"
     )
 
