@@ -51,7 +51,7 @@ def test_every_own_field_is_in_the_design_and_has_help():
         *("r", "positions", "layers", "component", "intervention", "tie", "dropout", "init_weights", "act_fn", "gate"),
         *("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "trainable_token_indices"),
         *("response_template", "instruction_template"),
-        *("layers_to_transform", "layers_pattern"),
+        *("layers_to_transform", "layers_pattern", "runtime_config"),
     }
     assert all(field.metadata["help"] for field in own.values())
     assert LoReftConfig().init_weights is own["init_weights"].default
@@ -240,7 +240,7 @@ def test_round_trip(fields, loader, tmp_path):
 def test_the_cases_above_cover_every_field():
     inherited = {"peft_type", "auto_mapping", "peft_version"}  # PEFT's own affair
     names = {field.name for field in dataclasses.fields(LoReftConfig)} - inherited
-    assert names - {"target_parameters"} == {name for fields in CONFIGS for name in fields}
+    assert names - {"target_parameters", "runtime_config"} == {name for fields in CONFIGS for name in fields}
 
 
 def test_what_is_saved_is_the_same_every_time(tmp_path):

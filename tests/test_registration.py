@@ -64,6 +64,7 @@ def test_public_names():
         "Intervention",
         "LoReftConfig",
         "LoReftModel",
+        "LoReftRuntimeConfig",
         "Positions",
         "chat_marks",
         "edit_norms",

@@ -38,6 +38,9 @@ _OF_EACH_TOKEN = {"logits", "last_hidden_state"}
 _CHECKPOINTED = "_can_checkpoint_with_cache"
 """transformers' attribute of a block: whether it keeps its cache under activation checkpointing."""
 
+_REPACKS = "support_avx512bf16_for_cpu"
+"""Attribute of bitsandbytes' linear maps: whether they repack their weights in an evaluation."""
+
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 """How far the two ways may differ in a trial, relative to the largest number of the output."""
 
@@ -312,10 +315,10 @@ def run_alone(parts: TwoParts, split: Split, way: str, key: Hashable, ids: tuple
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Set a module and its parts to evaluation, each to be as it was before in the end.
 
-    Parts with weights of their own stay as they are: on some CPUs bitsandbytes repacks the weights of a linear map in
-    its first evaluation, and cannot train through it any more.
+    Linear maps of bitsandbytes stay as they are: on some CPUs they repack their weights in their first evaluation, and
+    nothing can be trained through them any more.
     """
-    training = [part for part in module.modules() if part.training and not [*part.parameters(recurse=False)]]
+    training = [part for part in module.modules() if part.training and not hasattr(part, _REPACKS)]
     for part in training:
         part.training = False
     try:
