@@ -278,4 +278,7 @@ def test_the_dockerfile_installs_what_pyproject_names():
     assert not any("trl" in line.lower() for line in lines if line.startswith("RUN"))
     copied = [source for line in lines if line.startswith("COPY") for source in line.split()[1:-1]]
     assert [source for source in copied if not (ROOT / source).exists()] == []
+    # Hatch builds a wheel without a file that is missing, and says nothing.
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]
+    assert {*wheel["wheel"]["only-include"]} <= {*copied}
     assert len([line for line in lines if not line.startswith("#")]) <= 10
