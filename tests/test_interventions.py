@@ -94,7 +94,7 @@ def test_every_formula_is_written_out():
     """All but `interchange`, which needs a source run: test_interchange.py."""
     written_out = {name.split()[0] for name in NAMES}
     assert written_out == set(INTERVENTIONS) - {"interchange"}, (
-        "NAMES and `formula`, above, lack one or have one too many"
+        "NAMES, `formula` and `test_number_of_parameters` need each formula"
     )
 
 
