@@ -43,7 +43,7 @@ def complete_cards_of_trainers(trainer_class: type, while_saving: WhileSaving) -
         trainer_class: transformers' Trainer. Its subclasses are included: TRL's trainers write cards of their own.
         while_saving: takes a trainer; the adapter and its card are saved inside the context that it returns.
     """
-    wrappers = {"create_model_card": _create_card, "save_model": _save_model}
+    wrappers: dict[str, Callable[..., None]] = {"create_model_card": _create_card, "save_model": _save_model}
     for owner in _with_subclasses(trainer_class):
         for name in wrappers.keys() & vars(owner).keys():
             wrap(owner, name, partial(wrappers[name], while_saving))
