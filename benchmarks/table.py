@@ -25,11 +25,14 @@ GOALS = {
 }
 HEAD = """# Performance
 
-`make bench` writes this page; do not edit it. {machine}; {rounds} rounds. In each round every method runs once, in
-turns. A ratio is the median over rounds, with quartiles; in each round the time is divided by that of the reference.
-Behind the semicolon stands the fastest round over the reference's fastest, which neighbours on the machine disturb
-least. SmolLM2-135M's shape, random weights. The *floor* is what every method needs: the forward, and the backward of
-activations down to the output of the lowest block.
+This page is for people who want to know what LoReFT costs in time, memory and disk space, beside LoRA, IA3 and no
+adapter at all. `make bench` writes it; do not edit it.
+
+{machine}; {rounds} rounds.
+In each round every method runs once, in turns. A ratio is the median over rounds, with quartiles; in each round the
+time is divided by that of the reference. Behind the semicolon stands the fastest round over the reference's fastest,
+which neighbours on the machine disturb least. SmolLM2-135M's shape, random weights. The *floor* is what every method
+needs: the forward, and the backward of activations down to the output of the lowest block.
 """
 
 

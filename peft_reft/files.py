@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -24,6 +25,9 @@ from .patching import wrap
 
 _SHARDS = SAFETENSORS_WEIGHTS_NAME.replace(".", "-*-of-*.")
 """Names of the parts, if the weights were saved in several: `adapter_model-00001-of-00002.safetensors`."""
+
+_WEIGHTS = "loreft_weights"
+"""What our layers call their weights. `tuner.layer` has the class; it stands above this room."""
 
 
 def check_weights_file(folder: str) -> None:
@@ -97,7 +101,8 @@ def _save_as_safetensors(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Do what `PeftModel.save_pretrained` does, but refuse to write a LoReFT adapter as a pickle."""
+    """Do what `PeftModel.save_pretrained` does, but refuse a pickle of LoReFT, and a name that two adapters have."""
+    _check_names(model, selected_adapters)
     configs = model.peft_config
     ours = [name for name in selected_adapters or configs if _is_loreft(configs.get(name))]
     if ours and not safe_serialization:
@@ -106,6 +111,32 @@ def _save_as_safetensors(
             "are written and read as safetensors only. Leave safe_serialization=True."
         )
     return save(model, save_directory, safe_serialization, selected_adapters, *args, **kwargs)
+
+
+def _check_names(model: nn.Module, selected: list[str] | None) -> None:
+    """Refuse to save an adapter whose name an adapter of another method has too, which is loaded on the model within.
+
+    PEFT keeps one config for both. So it would write the tensors of one, or none, beside the config of the other.
+
+    Raises:
+        ValueError: LoReFT and another method have an adapter of that name.
+    """
+    ours: set[str] = set()
+    others: set[str] = set()
+    for layer in model.modules():
+        # Trainable tokens are a part of our adapter, or of the other.
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, TrainableTokensLayer):
+            names = ours if _WEIGHTS in layer.adapter_layer_names else others
+            names |= layer._get_available_adapters()
+    clashing = ours & others
+    if selected is not None:
+        clashing &= set(selected)
+    if clashing:
+        raise ValueError(
+            f"{min(clashing)!r} is the name of two adapters in this model, one of LoReFT and one of another method. "
+            "PEFT has one config for both, so what is saved would be wrong. Load or create one of the two under "
+            "another name: `adapter_name=...`."
+        )
 
 
 def _load_and_check(load: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -36,7 +36,9 @@ _WITH_THE_ENGINE = "with the engine; without `additional_config['loreft']` it ca
 PATCHES: dict[str, Patch] = {
     # When `import peft_reft` runs.
     "PeftType.LOREFT": Patch("peft", "0.21", "PEFT registers a method only under a member of this enum."),
-    "PeftModel.save_pretrained": Patch("peft", "0.21", "It can write a pickle, which LoReFT refuses (`files`)."),
+    "PeftModel.save_pretrained": Patch(
+        "peft", "0.21", "It can write a pickle, or one adapter as another of its name: LoReFT refuses both (`files`)."
+    ),
     "PeftModel.push_to_hub": Patch("peft", "0.21", "The model card names the repository it is pushed to (`card`)."),
     "PreTrainedModel.push_to_hub": Patch("transformers", "5.5.4", "The same, for an adapter without a PeftModel."),
     "PeftAdapterMixin.load_adapter": Patch(

@@ -255,6 +255,10 @@ def test_the_cards_of_trl(data, author, reader):
     for folder in folders:
         assert_our_card(folder, author)
         assert "AutoTokenizer.from_pretrained(adapter)" in code_of(folder)
+    # A checkpoint within the run knows the rows that it was trained on, and training goes on with the marks.
+    checkpoint = author / "out" / "checkpoint-1"
+    assert ("apply_chat_template" in code_of(checkpoint)) == (data == "chats")
+    assert bool(LoReftConfig.from_pretrained(checkpoint).response_template) == (data == "chats")
     text = (author / "out" / "README.md").read_text()
     assert "trained using [TRL]" in text and "Model Card for rhymes" in text  # TRL's own words stay
     assert "This model is a fine-tuned version of `base`." in text

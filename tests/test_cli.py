@@ -663,6 +663,17 @@ def test_a_base_model_of_another_size_is_a_line(adapter, tmp_path, tokenizer, ca
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"peft-reft: {adapter}")
 
 
+def test_a_base_model_that_is_not_where_the_author_had_it(adapter, tmp_path, capsys):
+    """The reader's own `--base` needs no such hint."""
+    path = Path(adapter) / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "/home/author/tiny"}))
+    assert main(["generate", adapter, "a"]) == 1
+    error = capsys.readouterr().err
+    assert f"{adapter} names /home/author/tiny as its base model. If yours is elsewhere, give --base." in error
+    assert main(["generate", adapter, "a", "--base", str(tmp_path / "nowhere")]) == 1
+    assert "give --base" not in capsys.readouterr().err
+
+
 def test_a_damaged_tokenizer_is_not_replaced_by_that_of_the_base_model(adapter, capsys):
     written("tokenizer_config.json", "{")(Path(adapter))
     assert main(["generate", adapter, "a"]) == 1

@@ -265,7 +265,8 @@ def test_onnx_refuses_what_its_graph_could_not_check(wrong):
 def test_the_dockerfile_installs_what_pyproject_names():
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
     lines = (ROOT / "examples" / "Dockerfile").read_text(encoding="utf-8").splitlines()
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project = settings["project"]
     named = {re.match(r"[\w-]+", each)[0] for each in project["dependencies"]}
     installs = [line.split()[2:] for line in lines if line.startswith("RUN pip ")]
     assert installs, "there is a line that installs"
@@ -279,6 +280,5 @@ def test_the_dockerfile_installs_what_pyproject_names():
     copied = [source for line in lines if line.startswith("COPY") for source in line.split()[1:-1]]
     assert [source for source in copied if not (ROOT / source).exists()] == []
     # Hatch builds a wheel without a file that is missing, and says nothing.
-    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]
-    assert {*wheel["wheel"]["only-include"]} <= {*copied}
+    assert set(settings["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"]) <= set(copied)
     assert len([line for line in lines if not line.startswith("#")]) <= 10

@@ -92,7 +92,10 @@ def assert_close(got, expected, tolerance=1e-5):
 
 def test_every_formula_is_written_out():
     """All but `interchange`, which needs a source run: test_interchange.py."""
-    assert {name.split()[0] for name in NAMES} == set(INTERVENTIONS) - {"interchange"}
+    written_out = {name.split()[0] for name in NAMES}
+    assert written_out == set(INTERVENTIONS) - {"interchange"}, (
+        "NAMES, `formula` and `test_number_of_parameters` need each formula"
+    )
 
 
 @pytest.mark.parametrize("count", [None, 3])

@@ -99,6 +99,25 @@ def test_one_name_for_both(lora_folder, loreft_folder):
         model.load_adapter(loreft_folder)
 
 
+@pytest.mark.parametrize("order", [1, -1], ids=["lora_first", "loreft_first"])
+def test_one_name_for_both_cannot_be_saved(lora_folder, loreft_folder, order, tmp_path):
+    """A model within a model: PEFT takes one name twice, and then has one config for both."""
+    folders = [lora_folder, loreft_folder][::order]
+    first = PeftModel.from_pretrained(build("llama"), folders[0])
+    second = PeftModel.from_pretrained(first.base_model.model, folders[1])
+    for model in (first, second):
+        for selected in (None, ["default"]):
+            with pytest.raises(ValueError, match=r"'default' is the name of two adapters .* `adapter_name="):
+                model.save_pretrained(tmp_path / "out", selected_adapters=selected)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_token_that_is_trained_too_is_no_second_adapter(tmp_path):
+    config = LoReftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2", trainable_token_indices=[5])
+    get_peft_model(build("llama"), config).save_pretrained(tmp_path)
+    assert any("trainable_tokens" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+
+
 def test_loreft_is_trained_on_a_frozen_lora_and_each_is_saved_alone(lora_folder, tmp_path):
     first = PeftModel.from_pretrained(build("llama"), lora_folder, adapter_name="below")
     model = get_peft_model(first.base_model.model, loreft())

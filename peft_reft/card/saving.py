@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import RepoCard, get_full_repo_name
@@ -23,6 +25,9 @@ from .page import write_model_card
 if TYPE_CHECKING:
     from ..config import LoReftConfig
 
+WhileSaving = Callable[[Any], AbstractContextManager[None]]
+"""Takes a trainer, and returns a context."""
+
 
 def complete_all_cards() -> None:
     """Put our parts into every card that is saved beside a LoReFT adapter. Calling it again is harmless."""
@@ -31,16 +36,17 @@ def complete_all_cards() -> None:
     wrap(PreTrainedModel, "push_to_hub", _push)
 
 
-def complete_cards_of_trainers(trainer_class: type) -> None:
+def complete_cards_of_trainers(trainer_class: type, while_saving: WhileSaving) -> None:
     """Put our parts into the cards that trainers of LoReFT adapters write. Calling it again is harmless.
 
     Args:
         trainer_class: transformers' Trainer. Its subclasses are included: TRL's trainers write cards of their own.
+        while_saving: takes a trainer; the adapter and its card are saved inside the context that it returns.
     """
+    wrappers: dict[str, Callable[..., None]] = {"create_model_card": _create_card, "save_model": _save_model}
     for owner in _with_subclasses(trainer_class):
-        for name in ("create_model_card", "save_model"):
-            if name in vars(owner):
-                wrap(owner, name, _create_card if name == "create_model_card" else _save_model)
+        for name in wrappers.keys() & vars(owner).keys():
+            wrap(owner, name, partial(wrappers[name], while_saving))
 
 
 def _with_subclasses(owner: type[Any]) -> Iterator[type[Any]]:
@@ -77,18 +83,25 @@ def _push(push: Callable[..., Any], model: Any, repo_id: str, *args: Any, **kwar
         return push(model, repo_id, *args, **kwargs)
 
 
-def _create_card(create: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> None:
+def _create_card(
+    while_saving: WhileSaving, create: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any
+) -> None:
     """Do what `Trainer.create_model_card` does, then complete the card if the model has a LoReFT adapter."""
-    with pushing_to(_destination_of(trainer)):
+    with while_saving(trainer), pushing_to(_destination_of(trainer)):
         create(trainer, *args, **kwargs)
         _complete(trainer, trainer.args.output_dir)
 
 
 def _save_model(
-    save: Callable[..., Any], trainer: Any, output_dir: str | None = None, *args: Any, **kwargs: Any
+    while_saving: WhileSaving,
+    save: Callable[..., Any],
+    trainer: Any,
+    output_dir: str | None = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> None:
     """Do what `Trainer.save_model` does, then complete the card: the tokenizer is saved later than the adapter."""
-    with pushing_to(_destination_of(trainer)):
+    with while_saving(trainer), pushing_to(_destination_of(trainer)):
         save(trainer, output_dir, *args, **kwargs)
         _complete(trainer, output_dir or trainer.args.output_dir)
 

@@ -62,17 +62,29 @@ def load_model(path_or_name: str, base: str | None, device: str | None = None) -
         )
     if os.path.isdir(path_or_name) and not _has_weights(path_or_name):
         raise ValueError(f"{path_or_name} has no weights: no file {SAFETENSORS_WEIGHTS_NAME}.")
-    base = base or config.base_model_name_or_path
-    if not base:
-        raise ValueError(f"{path_or_name} names no base model: give --base.")
-    check_path(base)
-    tokenizer = _load_tokenizer(path_or_name, base)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    with loading(base, "config.json"):
-        base_model = AutoModelForCausalLM.from_pretrained(base, dtype="auto").to(device)
+    named = config.base_model_name_or_path
+    if not (base or named):
+        raise ValueError(f"{path_or_name} names no base model: give --base.")
+    try:
+        base_model = _load_base(base or named, device)
+    except ValueError as error:
+        if base:
+            raise
+        # Often a folder on its author's machine.
+        raise ValueError(
+            f"{error} ({path_or_name} names {named} as its base model. If yours is elsewhere, give --base.)"
+        ) from error
+    tokenizer = _load_tokenizer(path_or_name, base or named)
     with loading(path_or_name):
         return PeftModel.from_pretrained(base_model, path_or_name).eval(), tokenizer
+
+
+def _load_base(base: str, device: str) -> Any:
+    check_path(base)
+    with loading(base, "config.json"):
+        return AutoModelForCausalLM.from_pretrained(base, dtype="auto").to(device)
 
 
 def _has_weights(folder: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 
 from ..card import complete_cards_of_trainers
+from .first_forwards import config_says_what_was_seen
 
 
 class CompleteCards(TrainerCallback):
@@ -14,4 +15,4 @@ class CompleteCards(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Wrap the methods that write cards."""
-        complete_cards_of_trainers(Trainer)
+        complete_cards_of_trainers(Trainer, config_says_what_was_seen)

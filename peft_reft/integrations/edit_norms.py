@@ -14,7 +14,7 @@ from transformers.trainer_callback import DefaultFlowCallback
 from ..tools.norms import watch_norms
 from ..tuner.forward import current
 from ..tuner.layer import CHILD, LoReftLayer
-from .trainer import attachment_of
+from .first_forwards import attachment_of
 
 
 class LogEditNorms(TrainerCallback):

@@ -7,26 +7,18 @@ is before the Trainer is made, or within.
 
 from __future__ import annotations
 
-import logging
 import warnings
 from typing import Any
 
-import torch
-from torch import nn
 from transformers import TrainerCallback
 
 from ..config import LoReftConfig
-from ..positions.batch import Batch
 from ..positions.chat.template import find_marks
-from ..positions.marks import Marks
 from ..tools.chat import loreft_configs, set_marks, warn_of_limits
 from ..tools.collator import DataCollatorForLoReft
-from ..tools.show import marked_row
-from ..tuner.forward import ATTRIBUTE, Attachment
 from .cards import CompleteCards
+from .first_forwards import FirstForwards, attachment_of
 from .trainer_checks import CheckGradients, refuse_packing
-
-logger = logging.getLogger("peft_reft")
 
 
 class FindMarksAndLogFirstRow(TrainerCallback):
@@ -79,6 +71,7 @@ class FindMarksAndLogFirstRow(TrainerCallback):
             attachment,
             getattr(tokenizer, "tokenizer", tokenizer),  # a processor has a tokenizer
             first,
+            [*self.found, *self.without_template],
             logs=state.is_world_process_zero,
         )
         attachment.first_batch = self.first_forwards
@@ -88,9 +81,8 @@ class FindMarksAndLogFirstRow(TrainerCallback):
         attachment = attachment_of(model)
         if attachment is not None:
             attachment.first_batch = None
-        watched = self.first_forwards
-        if watched is not None and watched.row_seen and not watched.mark_seen:
-            set_marks(model, [], [], [*self.found, *self.without_template])
+        if self.first_forwards is not None and (names := self.first_forwards.adapters_without_marks()):
+            set_marks(model, [], [], names)
         self.first_forwards = None
 
 
@@ -121,69 +113,6 @@ def give_marks_to_collator(dataloader: Any, config: LoReftConfig) -> None:
     if collator is not None and collator.config.response_template is None:
         collator.config.response_template = config.response_template
         collator.config.instruction_template = config.instruction_template
-
-
-class FirstForwards:
-    """Called with the inputs of training forwards: logs the first row, and reads on until a row has a mark."""
-
-    def __init__(self, attachment: Attachment, tokenizer: Any, config: LoReftConfig, logs: bool) -> None:
-        self.attachment = attachment
-        self.tokenizer = tokenizer
-        self.config = config
-        self.logs = logs
-        """Whether this process logs the first row."""
-        self.row_seen = False
-        self.mark_seen = False
-
-    def __call__(self, given: dict[str, Any]) -> None:
-        """Look at the inputs of one forward.
-
-        Args:
-            given: the model's inputs by name; `input_ids` has the shape (batch, seq).
-        """
-        ids = given.get("input_ids")
-        if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
-            self.attachment.first_batch = None
-            return
-        if self.logs and not self.row_seen:
-            self._log_first_row({name: value for name, value in given.items() if value is not None})
-        self.row_seen = True
-        marks = Marks.of(self.config.response_template, self.config.instruction_template)
-        if self.attachment.has_answers and marks is not None and marks.response:
-            # Without the labels: only marks count here.
-            inputs = {"input_ids": ids, "attention_mask": given.get("attention_mask")}
-            turns = Batch.read(inputs, ids, has_answers=True).turns(marks)
-            self.mark_seen = self.mark_seen or bool(turns.marked.any())
-        if self.mark_seen or not self.attachment.has_answers:
-            self.attachment.first_batch = None  # there is nothing more to look for
-
-    def _log_first_row(self, given: dict[str, Any]) -> None:
-        try:
-            text = marked_row(self.tokenizer, given, self.config)
-        except Exception as error:  # a row that cannot be shown must not end a training
-            logger.info("The first row cannot be shown: %s", error)
-            return
-        _make_logs_visible()
-        logger.info("LoReFT edits the tokens in brackets. The first row of this run:\n%s", text)
-
-
-def _make_logs_visible() -> None:
-    """Let the row go to standard error if the user has not set up logging."""
-    if not logger.hasHandlers():
-        logger.addHandler(logging.StreamHandler())
-    if logger.level == logging.NOTSET:
-        logger.setLevel(logging.INFO)
-
-
-def attachment_of(model: nn.Module | None) -> Attachment | None:
-    """The attachment of the base model inside `model`; None if no LoReFT adapter was added to it."""
-    if model is None:
-        return None
-    for module in model.modules():
-        if ATTRIBUTE in module.__dict__:
-            attachment: Attachment = module.__dict__[ATTRIBUTE]
-            return attachment
-    return None
 
 
 def add_default_callbacks() -> None:
