@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from transformers.utils import logging
 
 import peft_reft
-from peft_reft import LoReftConfig
+from peft_reft import LoReftConfig, LoReftRuntimeConfig
 from peft_reft.edits import formulas
 from peft_reft.edits.formulas import INTERVENTIONS
 from peft_reft_cli import main as peft_reft_command
@@ -77,12 +77,14 @@ def test_readme_is_short_and_has_the_two_commands():
 
 def test_the_reference_has_every_field_with_its_default():
     page = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
-    table = page.partition("| field | default |")[2].partition("\n\n")[0]
-    documented = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", table, re.MULTILINE))
-    own = inspect.get_annotations(LoReftConfig)  # without those of PEFT's base class
-    config = LoReftConfig()
-    defaults = {field.name: getattr(config, field.name) for field in fields(config) if field.name in own}
-    assert {name: ast.literal_eval(default) for name, default in documented.items()} == defaults
+    tables = page.split("| field | default |")[1:3]
+    for config, table in zip((LoReftConfig(), LoReftRuntimeConfig()), tables, strict=True):
+        rows = table.partition("\n\n")[0]
+        documented = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", rows, re.MULTILINE))
+        assert documented.pop("runtime_config", None) == ("LoReftRuntimeConfig()" if len(documented) > 3 else None)
+        own = {*inspect.get_annotations(type(config))} - {"runtime_config"}  # without those of PEFT's base class
+        defaults = {field.name: getattr(config, field.name) for field in fields(config) if field.name in own}
+        assert {name: ast.literal_eval(default) for name, default in documented.items()} == defaults
 
 
 def test_the_pages_have_every_formula():

@@ -77,10 +77,11 @@ class FindMarksAndLogFirstRow(TrainerCallback):
         attachment.first_batch = self.first_forwards
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """If no document had a mark, say so in the config (`[]`): each document is one prompt and one answer."""
+        """Drop what training kept of shared beginnings. If no document had a mark, say so in the config (`[]`)."""
         attachment = attachment_of(model)
         if attachment is not None:
             attachment.first_batch = None
+            attachment.beginnings.clear()
         if self.first_forwards is not None and (names := self.first_forwards.adapters_without_marks()):
             set_marks(model, [], [], names)
         self.first_forwards = None

@@ -62,6 +62,11 @@ class Beginnings:
         """Bytes of all that is kept."""
         return sum(beginning.bytes for beginning in self._kept.values())
 
+    def clear(self) -> None:
+        """Drop all that is kept."""
+        self._kept.clear()
+        self.last_row = []
+
     def find(self, key: Hashable, ids: tuple[int, ...]) -> tuple[Beginning, int] | None:
         """The beginning that has most tokens in common with `ids`, and their number; None if there is none."""
         best: tuple[Beginning, int] | None = None

@@ -155,7 +155,7 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         source = read(attachment, given, positions, training, past, memory)
         known: dict[Wanted, Tensor | None] = {}
         cut, may_cut_backbone = None, False
-        if training:
+        if training and not torch.compiler.is_compiling():
             cut, may_cut_backbone = cut_forward(attachment, model, given, source, known, is_model=True)
         if cut is not None:
             args, kwargs = (), cut.inputs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
@@ -250,7 +251,7 @@ class TwoParts:
             mask = F.pad(part.real, (past, 0), value=True)  # (batch, past + width)
         inputs = self._inputs(part, mask, way, without=_OF_SECOND_ALONE)
         needs_no_logits = bool(self.given.get("fused_lm_head"))
-        if needs_no_logits:
+        if needs_no_logits and "logits_to_keep" in inspect.signature(type(self.module).forward).parameters:
             inputs["logits_to_keep"] = 1
         source = Untouched((len(part.first), part.width))
         with torch.no_grad(), not_recomputing(self.module):

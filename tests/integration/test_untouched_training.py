@@ -25,6 +25,8 @@ from trl import (
 
 from peft_reft import DataCollatorForLoReft, LoReftConfig, LoReftRuntimeConfig
 from peft_reft.tuner import two_parts
+from peft_reft.tuner.beginnings import Beginnings
+from peft_reft.tuner.forward import ATTRIBUTE
 
 from .conftest import PAIRS
 from .training import WARNINGS, arguments, checkpoints, trainable
@@ -130,6 +132,30 @@ def test_a_trainer_of_trl(which, tokenizer, tmp_path, cuts):
         assert bool(cuts) is (mode == "on")
         results[mode] = logged(trainer), trainable(trainer.model)
     assert_alike(results["on"], results["off"])
+
+
+def test_what_was_kept_is_dropped_when_training_ends(tokenizer, tmp_path, monkeypatch):
+    sizes = []
+    keep = Beginnings.keep
+
+    def spied(beginnings, beginning):
+        keep(beginnings, beginning)
+        sizes.append(len(beginnings))
+
+    monkeypatch.setattr(Beginnings, "keep", spied)
+    system = " ".join("abcdefghij" * 2)
+    data = Dataset.from_list([{"prompt": f"{system} {p}", "completion": f" {c}"} for p, c in PAIRS])
+    runtime = LoReftRuntimeConfig(untouched_prompt="on")
+    trainer = SFTTrainer(
+        build("llama"),
+        args=arguments(SFTConfig, tmp_path),
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=LoReftConfig(task_type="CAUSAL_LM", r=4, positions="l2", runtime_config=runtime),
+    )
+    trainer.train()
+    assert sizes and sizes[-1] == 1
+    assert len(getattr(trainer.model.get_base_model(), ATTRIBUTE).beginnings) == 0
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
