@@ -218,7 +218,11 @@ WITH_CODE = [page for page in PAGES if re.search("```(python|bash)", page.read_t
 
 
 @pytest.mark.filterwarnings("ignore")  # the reader's warnings are third parties' and not what is tested here
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page",
+    # Of what stands in deploying.md, test_deploying.py and integration/ have quick tests.
+    [pytest.param(page, marks=[pytest.mark.slow] * (page.name == "deploying.md"), id=page.name) for page in WITH_CODE],
+)
 def test_pages(page, model_id, tmp_path, monkeypatch, capsys):
     """The code runs, and prints what comments below a `print` say."""
     monkeypatch.chdir(tmp_path)
