@@ -4,12 +4,10 @@ The reader does what the card says: puts names of their own in place of the plac
 """
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
+import forked
 import pytest
 import torch
 from conftest import DIMENSIONS, VOCAB, build, make_tokenizer, randomise
@@ -92,11 +90,7 @@ def run(author, reader, *folders):
 
 
 def run_code(codes, cwd):
-    script = "".join(f"exec({code!r}, {{}})\nprint('<end>')\n" for code in codes)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
-    )
+    done = forked.run("".join(f"exec({code!r}, {{}})\nprint('<end>')\n" for code in codes), cwd=cwd)
     assert done.returncode == 0, done.stderr[-3000:]
     return [each.strip("\n") for each in done.stdout.split("<end>\n")[:-1]]
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from conftest import build
@@ -57,12 +58,8 @@ def train_arguments(tmp_path, model_id, **more):
     return ["train", *(word for name, value in given.items() if value is not None for word in (f"--{name}", value))]
 
 
-def in_a_process(arguments, **kwargs):
-    """Run the installed script as a shell does."""
-    script = Path(sys.executable).parent / "peft-reft"
-    return subprocess.Popen(
-        [str(script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
-    )
+SCRIPT = Path(sys.executable).parent / "peft-reft"
+"""What pip installed."""
 
 
 def entry_point():
@@ -129,24 +126,18 @@ def test_train_a_module_named_by_a_word(tmp_path, model_id):
 
 def test_interrupted_training_goes_on_where_it_stopped(tmp_path, model_id):
     arguments = train_arguments(tmp_path, model_id, max_steps="200", logging_steps="1")
-    process = in_a_process(arguments)
-    read = []
-    for line in process.stdout:
-        read.append(line)
-        if "'loss'" in line:
-            process.send_signal(signal.SIGINT)
-            break
-    out, err = process.communicate()
-    assert process.returncode == 130, err[-3000:]
-    step = int(re.search(r"Stopped after step (\d+)", out)[1])
-    assert 1 <= step < 200 and "Traceback" not in err
+    running = forked.start(SCRIPT, *arguments)
+    running.wait_for("'loss'")
+    os.kill(running.process.pid, signal.SIGINT)
+    running.wait()
+    assert running.returncode == 130, running.stderr[-3000:]
+    step = int(re.search(r"Stopped after step (\d+)", running.stdout)[1])
+    assert 1 <= step < 200 and "Traceback" not in running.stderr
     state = json.loads((tmp_path / "out" / f"checkpoint-{step}" / "trainer_state.json").read_text())
     assert state["global_step"] == step
-    again = in_a_process(
-        [*train_arguments(tmp_path, model_id, max_steps=str(step + 1)), "--resume_from_checkpoint", "true"]
-    )
-    out, err = again.communicate()
-    assert again.returncode == 0, err[-3000:]
+    arguments = train_arguments(tmp_path, model_id, max_steps=str(step + 1))
+    again = forked.run(SCRIPT, *arguments, "--resume_from_checkpoint", "true")
+    assert again.returncode == 0, again.stderr[-3000:]
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
@@ -580,21 +571,19 @@ def test_inspect_orders_layers_by_number(tmp_path, tokenizer, capsys):
 
 
 def test_inspect_survives_a_reader_that_goes(adapter):
-    reads, writes = os.pipe()
-    os.close(reads)  # as `| head` does, once it has its lines
-    command = [sys.executable, "-W", "ignore", "-c", entry_point(), "inspect", adapter]
-    done = subprocess.run(command, cwd=ROOT, stdout=writes, stderr=subprocess.PIPE, text=True, timeout=120)
-    os.close(writes)
+    # Its reader goes as `| head` does, once it has its lines.
+    gone = "import os; reads, writes = os.pipe(); os.close(reads); os.dup2(writes, 1)\n"
+    done = forked.run(gone + entry_point(), "inspect", adapter)
     assert done.returncode == 141
     assert "Broken" not in done.stderr and "Traceback" not in done.stderr and "peft-reft:" not in done.stderr
 
 
 def test_the_installed_script():
-    process = in_a_process(["inspect", "/no/such/folder"], env={**os.environ, "COLUMNS": "100"})
-    out, err = process.communicate()
-    assert process.returncode == 1 and "no folder" in err and out == ""
+    done = forked.run(SCRIPT, "inspect", "/no/such/folder", COLUMNS="100")
+    assert done.returncode == 1 and "no folder" in done.stderr and done.stdout == ""
 
 
+@pytest.mark.slow
 def test_train_under_accelerate_launch(tmp_path, model_id):
     """Two processes on the CPU save one adapter and print each line once."""
     launch = [

@@ -158,8 +158,13 @@ def assert_same(got, inputs, model):
 QUIET = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 
 
+QUICK = ["classifier", "writer, all", "writer, positions given"]
+
+
 @QUIET
-@pytest.mark.parametrize("what", EXPORTS)
+@pytest.mark.parametrize(
+    "what", [each if each in QUICK else pytest.param(each, marks=pytest.mark.slow) for each in EXPORTS]
+)
 def test_torch_export(what):
     model, inputs, shapes = case(what)
     with torch.no_grad():
@@ -224,13 +229,9 @@ def onnx_session(tmp_path, model, inputs, shapes):
     return run
 
 
-QUICK = "classifier"
-
-
 @QUIET
-@pytest.mark.parametrize(
-    "what", [each if each == QUICK else pytest.param(each, marks=pytest.mark.slow) for each in EXPORTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("what", EXPORTS)
 def test_onnx(what, tmp_path):
     model, inputs, shapes = case(what)
     run = onnx_session(tmp_path, model, inputs(3, 9), shapes)

@@ -14,6 +14,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import forked
 import pytest
 from conftest import build, randomise
 from datasets import Dataset
@@ -223,7 +224,11 @@ WITH_CODE = [page for page in PAGES if re.search("```(python|bash)", page.read_t
 
 
 @pytest.mark.filterwarnings("ignore")  # the reader's warnings are third parties' and not what is tested here
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page",
+    # Of what stands in deploying.md, test_deploying.py and integration/ have quick tests.
+    [pytest.param(page, marks=[pytest.mark.slow] * (page.name == "deploying.md"), id=page.name) for page in WITH_CODE],
+)
 def test_pages(page, model_id, tmp_path, monkeypatch, capsys):
     """The code runs, and prints what comments below a `print` say."""
     monkeypatch.chdir(tmp_path)
@@ -267,13 +272,11 @@ def test_examples_are_short_and_stand_alone(path):
     assert imported.isdisjoint({"examples", "experiments", "tests", "benchmarks"})
 
 
-def run_example(*command):
-    """Run a script as a reader would; its standard output and standard error."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, *map(str, command)]
-    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+def run_example(script, *arguments):
+    """Run a script as a reader would; its standard output."""
+    done = forked.run(ROOT / script, *arguments)
     assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
+    return done.stdout
 
 
 def write_lines(path, rows):
@@ -286,36 +289,38 @@ def as_chat(prompt, completion):
 
 
 def test_quickstart(model_id, tmp_path):
-    """On a tiny model, for two steps: train, save, reload in a new process, same answers."""
+    """On a tiny model, for two steps: train, save, reload in a new process, same answers.
+
+    Neither of its two processes prints a warning, a log or a progress bar of another library, not while it imports
+    them either: so it gets a new process.
+    """
+    # The tokenizer's: if they differ, transformers logs it.
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((Path(model_id) / name).read_text())
+        write_lines(Path(model_id) / name, [{**settings, "eos_token_id": 2}])
     lines = write_lines(
         tmp_path / "train.jsonl", [{"prompt": "a b", "completion": "1 2"}, {"prompt": "c", "completion": "3"}]
     )
     command = ["examples/quickstart.py", "--model", model_id, "--train-file", lines, "--output", tmp_path / "out"]
-    out, _ = run_example(*command, "--steps", 2, "--ask", "a b c", "d")
+    command += ["--steps", 2, "--ask", "a b c", "d"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, *map(str, command)]
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    out, err = done.stdout, done.stderr
     for words in ("trainable params: 780", "KiB of weights", "the same answers", "about ", "5/5", "step 2 of 2"):
         assert words in out, out
     first, second = out.split("\n\n")[-2:]  # it ends with question, answer before, answer after
     for question, block in {"a b c": first, "d": second}.items():
         assert re.fullmatch(rf"{question}\n    before .*\n    after .*\n?", block), out
-
-
-def test_quickstart_prints_its_own_lines_alone(model_id, tmp_path):
-    """Neither of its two processes prints a warning, a log or a progress bar of another library."""
-    # The tokenizer's: if they differ, transformers logs it.
-    for name in ("config.json", "generation_config.json"):
-        settings = json.loads((Path(model_id) / name).read_text())
-        write_lines(Path(model_id) / name, [{**settings, "eos_token_id": 2}])
-    lines = write_lines(tmp_path / "train.jsonl", [{"prompt": "a b", "completion": "1 2"}])
-    command = ["examples/quickstart.py", "--model", model_id, "--train-file", lines, "--output", tmp_path / "out"]
-    out, err = run_example(*command, "--steps", 1, "--ask", "a b c")
     assert err.startswith("LoReFT edits the tokens in brackets."), err
     assert len(err.splitlines()) == 3, err
-    own = r"Teaching|[1-5]/5 |trainable params|    (step|It gives|before|after)|a b c$|$"
+    own = r"Teaching|[1-5]/5 |trainable params|    (step|It gives|before|after)|a b c$|d$|$"
     assert [line for line in out.splitlines() if not re.match(own, line)] == []
 
 
 def test_ask(tmp_path, adapter):
-    out, _ = run_example("examples/ask.py", adapter, "a b", "c")
+    out = run_example("examples/ask.py", adapter, "a b", "c")
     assert len(out.splitlines()) == 2
 
 
@@ -331,7 +336,7 @@ def adapter(model_id, tmp_path):
 
 def test_sft_chat(model_id, tmp_path):
     data = write_lines(tmp_path / "chats.jsonl", [{"messages": as_chat(*pair) * 2} for pair in PAIRS])
-    out, _ = run_example("examples/sft_chat.py", model_id, data, tmp_path / "out", "--steps", 2)
+    out = run_example("examples/sft_chat.py", model_id, data, tmp_path / "out", "--steps", 2)
     assert "before: " in out and "after: " in out
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["response_template"], "the headers of the chat template are saved"
@@ -341,14 +346,14 @@ def test_classifier(tmp_path, tokenizer):
     build("bert").base_model.save_pretrained(tmp_path / "encoder")  # without a head, which has the task's labels
     tokenizer.save_pretrained(tmp_path / "encoder")
     data = write_lines(tmp_path / "texts.jsonl", [{"text": p, "label": n % 2} for n, (p, _) in enumerate(PAIRS)])
-    out, _ = run_example("examples/classifier.py", tmp_path / "encoder", data, tmp_path / "out", "--steps", 2)
+    out = run_example("examples/classifier.py", tmp_path / "encoder", data, tmp_path / "out", "--steps", 2)
     assert "accuracy on 2 held-out texts" in out and "It gives class" in out
 
 
 def test_dpo(model_id, tmp_path):
     rows = [{"prompt": p, "chosen": f" {c}", "rejected": " z"} for p, c in PAIRS]
     data = write_lines(tmp_path / "pairs.jsonl", rows)
-    out, _ = run_example("examples/dpo.py", model_id, data, tmp_path / "out", "--steps", 2)
+    out = run_example("examples/dpo.py", model_id, data, tmp_path / "out", "--steps", 2)
     assert "margin of rewards: 0.000 at the first step" in out
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
@@ -359,26 +364,26 @@ def test_qlora(tmp_path, tokenizer):
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     data = write_lines(tmp_path / "rows.jsonl", [{"prompt": p, "completion": f" {c}"} for p, c in PAIRS])
-    out, _ = run_example("examples/qlora.py", tmp_path / "model", data, tmp_path / "out", "--steps", 2)
+    out = run_example("examples/qlora.py", tmp_path / "model", data, tmp_path / "out", "--steps", 2)
     assert "The base takes" in out
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
 def test_many_adapters(adapter):
     """The same adapter twice answers twice the same, beside the base in the same batch."""
-    out, _ = run_example("examples/many_adapters.py", "a b c", adapter, adapter, "--tokens", 4)
+    out = run_example("examples/many_adapters.py", "a b c", adapter, adapter, "--tokens", 4)
     base, first, second = [line.partition(": ")[2] for line in out.splitlines()]
     assert first == second != base
 
 
 def test_das_equality():
-    out, _ = run_example("examples/das_equality.py", "--steps", 3, "--align-steps", 3, "--layers", 0)
+    out = run_example("examples/das_equality.py", "--steps", 3, "--align-steps", 3, "--layers", 0)
     assert "trained   layer 0:" in out and "random    layer 0:" in out
 
 
 @pytest.mark.slow
 def test_das_finds_the_variables_where_they_are_and_nowhere_else():
-    out, _ = run_example("examples/das_equality.py", "--layers", 0)
+    out = run_example("examples/das_equality.py", "--layers", 0)
     network, trained, random = [float(number) for number in re.findall(r"([\d.]+)%", out)]
     assert network > 98
     assert trained > 95
@@ -395,5 +400,5 @@ def test_metamathqa(tmp_path):
         "print(config.peft_type.value, config.r, config.positions)\n"
         "print(json.load(open(sys.argv[-1] + '/training_params.json')))\n"
     )
-    out, _ = run_example("examples/metamathqa.py", "--peft", tmp_path / "peft", "--r", 3)
+    out = run_example("examples/metamathqa.py", "--peft", tmp_path / "peft", "--r", 3)
     assert "LOREFT 3 all\n{'optimizer_kwargs': {'lr': 0.0009}}" in out

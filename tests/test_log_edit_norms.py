@@ -46,7 +46,7 @@ def trained(folder, *callbacks, **settings):
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True], ids=["stored", "recomputed", "recomputed, reentrant"])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_weights_are_bit_equal_with_and_without_it(tmp_path, accumulate, reentrant):
     settings = dict(gradient_accumulation_steps=accumulate, logging_steps=2, learning_rate=1e-2)
     if reentrant is not None:

@@ -1,11 +1,9 @@
 """The paper's experiments in experiments/, each for a few steps on tiny models and made-up data."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from conftest import build
@@ -16,9 +14,7 @@ SENTENCES = ["a b c d", "e f g", "h i j k l", "m n", "o p q r", "s t u"]
 
 
 def recipe(name, *arguments, succeeds=True):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, f"experiments/{name}.py", "--preset", "cpu", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    done = forked.run(ROOT / "experiments" / f"{name}.py", "--preset", "cpu", *arguments)
     assert (done.returncode == 0) is succeeds, done.stderr[-3000:]
     return done.stdout if succeeds else done.stderr
 
@@ -85,6 +81,7 @@ def test_memorisation(model, data, tmp_path):
     assert (tmp_path / "out" / "memorisation.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_qlora_style(data, tmp_path, tokenizer):
     # Without gradients bitsandbytes' CPU kernel wants widths that its blocks of 64 divide.
     sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=64)
@@ -109,6 +106,7 @@ def test_preference(model, data, tmp_path):
     assert (tmp_path / "out" / "preference.png").is_file()
 
 
+@pytest.mark.slow
 def test_sweep(encoder, data, tmp_path):
     arguments = ["--data", data, "--model", encoder, "--output", tmp_path / "out", "--steps", 1, "--batch", 4]
     out = recipe("sweep", *arguments, "--tasks", "trec", "--learning-rates", "1e-3", "3e-3", "--seeds", 1)
@@ -123,6 +121,7 @@ def test_sweep(encoder, data, tmp_path):
     assert f"{table[-1]['test'][0]:.3f}" in out and (tmp_path / "out" / "sweep_trec.png").is_file()
 
 
+@pytest.mark.slow
 def test_sweep_over_a_language_model(model, data, tmp_path):
     arguments = ["--data", data, "--model", model, "--output", tmp_path / "out", "--steps", 1, "--held", 4]
     recipe("sweep", "--recipe", "commonsense", *arguments, "--learning-rates", "1e-3", "--seeds", 1)
@@ -130,6 +129,7 @@ def test_sweep_over_a_language_model(model, data, tmp_path):
     assert all(row["dev"][row["values"].index(row["chosen"])] == min(row["dev"]) for row in table[:-2])
 
 
+@pytest.mark.slow
 def test_arithmetic(model, data, tmp_path):
     (data / "gsm8k").mkdir()
     row = {"question": "a b c d e f g", "answer": "h i 1\n#### 1"}

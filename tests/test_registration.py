@@ -1,6 +1,7 @@
 """`import peft_reft` makes PEFT know the method, however often and in whatever order. Runs without TRL."""
 
 import copy
+import functools
 import importlib
 import json
 import pickle
@@ -77,18 +78,26 @@ def test_public_names():
     assert all(hasattr(peft_reft, name) for name in peft_reft.__all__)
 
 
-def run(code):
+@functools.cache
+def import_in_a_new_process():
+    """What a new process prints that imports this package, without jaxtyping: whether each trainer came along."""
+    # Warnings are errors for what this package runs; peft is imported before, and what it says is its own.
+    code = (
+        "import sys; sys.modules['jaxtyping'] = None; import peft, warnings; warnings.simplefilter('error');"
+        "import peft_reft, peft_reft.edits.apply, peft_reft.integrations.trainer_checks;"
+        "names = ['trl', 'matplotlib', 'datasets', 'transformers.trainer'];"
+        "print([name for name in names if name in sys.modules])"
+    )
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
 
-def test_import_is_silent_and_needs_no_trainer():
-    # Warnings are errors for what this package runs; peft is imported before, and what it says is its own (torchao; on
-    # some processors bitsandbytes).
-    own = re.compile(r"Failed to load (.*torchao|CPU gemm_4bit_forward).*|W\d+ .*torch/utils/_pytree.py.*")
-    done = run(
-        "import peft, sys, warnings; warnings.simplefilter('error'); import peft_reft;"
-        "print([name for name in ('trl', 'matplotlib', 'datasets') if name in sys.modules])"
-    )
+def test_import_needs_no_trainer_and_no_jaxtyping():
+    done = import_in_a_new_process()
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
-    assert [line for line in done.stderr.splitlines() if not own.match(line)] == []
+
+
+def test_import_is_silent():
+    # peft's own: torchao's, and on some processors bitsandbytes'.
+    own = re.compile(r"Failed to load (.*torchao|CPU gemm_4bit_forward).*|W\d+ .*torch/utils/_pytree.py.*")
+    assert [line for line in import_in_a_new_process().stderr.splitlines() if not own.match(line)] == []

@@ -2,17 +2,15 @@
 
 import importlib.util
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import uvicorn
@@ -199,27 +197,19 @@ def test_the_commands_of_the_page(folders):
     assert curl[curl.index("-H") + 1] == "Content-Type: application/json"
     address = next(word for word in curl if word.startswith("localhost:8000/"))
     assert address == "localhost:8000/generate"
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    env["ADAPTERS"] = " ".join(f"{name}={folder}" for name, folder in folders.items())
-    server = subprocess.Popen(
-        [sys.executable, "-m", "uvicorn", *words[1:], "--port", "0"],
-        cwd=ROOT,
-        env=env,
-        stderr=subprocess.PIPE,
-        text=True,
+    server = forked.start(
+        "import runpy; runpy.run_module('uvicorn', run_name='__main__')",
+        *words[1:],
+        *("--port", "0"),
+        ADAPTERS=" ".join(f"{name}={folder}" for name, folder in folders.items()),
     )
     try:
-        lines = []
-        for line in server.stderr:
-            lines.append(line)
-            if "Uvicorn running on" in line:
-                break
-        found = re.search(r"http://127.0.0.1:(\d+)", lines[-1])
-        assert found, "".join(lines)
+        server.wait_for("Press CTRL+C")  # the line's end
+        found = re.search(r"Uvicorn running on http://127.0.0.1:(\d+)", server.stderr)
+        assert found, server.stderr
         status, text = post(int(found[1]), json.loads(curl[curl.index("-d") + 1]))
         assert status == 200, text
         assert json.loads(text)["text"]
     finally:
-        server.terminate()
+        server.process.terminate()
         server.wait(timeout=60)
-        server.stderr.close()

@@ -2,12 +2,11 @@
 
 import ast
 import importlib
-import os
-import subprocess
 import sys
 import types
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from jaxtyping import TypeCheckError, install_import_hook
@@ -22,11 +21,13 @@ RUN = [
     "test_shapes.py::test_the_plugin_checks_every_module",
     "test_edit.py",
     "test_collator.py::test_slots",
-    "test_collator.py::test_marks_need_no_labels",
+    "test_collator.py::test_marks_need_no_labels[f2+l2]",
+    "test_collator.py::test_marks_need_no_labels[p+g1]",
     "test_generate.py::test_every_formula_equals_teacher_forcing",
-    "test_generate.py::test_untied_weights",
     "test_generate.py::test_ways_of_decoding",
-    "test_subspaces.py",
+    "test_subspaces.py::test_the_edit_is_the_sum_of_those_of_disjoint_subspaces",
+    "test_subspaces.py::test_each_row_has_its_own_subspaces",
+    "test_subspaces.py::test_the_collator_takes_them_from_the_examples",
 ]
 
 MODULE_NAMES = [
@@ -124,15 +125,10 @@ def test_the_plugin_checks_every_module(request):
                 assert hasattr(each, "__wrapped__"), f"{name}.{each.__name__}"
 
 
-def test_the_package_needs_no_jaxtyping():
-    code = "import sys; sys.modules['jaxtyping'] = None; import peft_reft, peft_reft.edits.apply"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
-
-
 def test_shapes_hold_at_every_call():
-    # torch.compile cannot trace the checks.
-    options = ["-n", "0", "-p", "shape_checks", "-k", "not compile and not graph"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
-    command = [sys.executable, "-m", "pytest", *options, *RUN]
-    done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
+    # torch.compile cannot trace the checks. Other families have the same shapes.
+    options = ["-n", "0", "-p", "shape_checks", "-k", "not compile and not graph and not gemma3 and not gpt2"]
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of a plugin that a library has imported
+    code = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    done = forked.run(code, *options, *RUN, cwd=TESTS)
     assert done.returncode == 0, done.stdout[-5000:]

@@ -24,7 +24,7 @@ def test_torchscript_and_the_exporter_that_uses_it(tmp_path):
             torch.jit.trace(model, (IDS,), strict=False)
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 def test_torch_export_is_right(strict):
     model = adapted().get_base_model()

@@ -461,7 +461,9 @@ def compiled(asked):
 TWO = [*CHAT, *USER, *STABLE, 4, 5]
 
 
-@pytest.mark.parametrize("spec", ["l1", "g1", "f1+l1+g"])
+@pytest.mark.parametrize(
+    "spec", [pytest.param("l1", marks=pytest.mark.slow), pytest.param("g1", marks=pytest.mark.slow), "f1+l1+g"]
+)
 def test_a_graph_cannot_learn_how_many_answers_there_are(spec):
     """For one a row it is right; of more it says so when it runs."""
     graph = compiled(wanted(spec, CHATML))
@@ -470,7 +472,9 @@ def test_a_graph_cannot_learn_how_many_answers_there_are(spec):
         graph(torch.tensor([TWO]))
 
 
-@pytest.mark.parametrize("spec", ["p", "g", "all"])
+@pytest.mark.parametrize(
+    "spec", [pytest.param("p", marks=pytest.mark.slow), "g", pytest.param("all", marks=pytest.mark.slow)]
+)
 def test_a_graph_that_need_not_know_how_many_answers_there_are(spec):
     graph = compiled(wanted(spec, CHATML))
     assert graph(torch.tensor([TWO])).tolist() == slots_of(spec, CHATML, input_ids=[TWO])

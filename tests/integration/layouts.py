@@ -196,7 +196,7 @@ def join(rank, port, **environment):
 
 
 def run(rank, folder, port, scenarios):
-    join(rank, port)
+    join(rank, port, TP_FOLDER=f"{folder}/base")
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     for name in scenarios:
         torch.manual_seed(0)

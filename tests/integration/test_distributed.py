@@ -1,5 +1,6 @@
 """Two processes on one CPU (gloo) get the gradients and the adapter of one process."""
 
+import forked
 import pytest
 import torch
 from conftest import build
@@ -33,12 +34,14 @@ def results(tmp_path_factory):
     """Return a function from a scenario to what each rank returned. A rank's error fails the test that asks."""
     folder = tmp_path_factory.mktemp("ranks")
     build("llama").save_pretrained(folder / "base")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TP_FOLDER", str(folder / "base"))
-        processes = torch.multiprocessing.spawn(
-            layouts.run, args=(str(folder), layouts.free_port(), SCENARIOS), nprocs=layouts.WORLD, join=False
-        )
-        done = layouts.finish(processes, 300)
+    processes = torch.multiprocessing.start_processes(
+        layouts.run,
+        args=(str(folder), layouts.free_port(), SCENARIOS),
+        nprocs=layouts.WORLD,
+        join=False,
+        start_method=forked.METHOD,
+    )
+    done = layouts.finish(processes, 300)
 
     def results(name):
         files = [folder / f"{name}-{rank}.pt" for rank in range(layouts.WORLD)]

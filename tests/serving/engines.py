@@ -158,6 +158,11 @@ def make(family: str, folder: str) -> Served:
     return Served(family, path)
 
 
+def quick_alone(quick, cases):
+    """Parameters of a test of which `quick` alone are not marked slow."""
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
 @contextmanager
 def engine(served: Served, named: list[str] | None = None, loreft: dict | None = None, **settings: object):
     """An `LLM` that serves the adapters `named` (None: all). A process can have only one at a time."""

@@ -4,12 +4,12 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from vllm.lora.request import LoRARequest
 
-from serving.engines import FAMILIES, answer, ask, check, engine, fields, make, params, prompt_of, steps
+from serving.engines import FAMILIES, answer, ask, check, engine, fields, make, params, prompt_of, quick_alone, steps
 
 COMMON = ["f7+l7", "f+l+g", "all", "by position", "per layer", "red"]
 
 
-@pytest.mark.parametrize("budget", [4, 7, 13])
+@pytest.mark.parametrize("budget", quick_alone([7], [4, 7, 13]))
 def test_chunked_prefill(llama, budget):
     """Budgets cut inside the prefix, inside the suffix and between them, at another token in each request."""
     names = [None, "f7+l7", "by position", "l~", "f+l+g", "per layer", "p", "all", "mlp", "one for all layers"]
@@ -54,7 +54,7 @@ def test_preemption(llama):
         assert preempted, "no request was preempted, so this tests nothing"
 
 
-@pytest.mark.parametrize("fixed", [False, True], ids=["dynamic", "captured"])
+@pytest.mark.parametrize("fixed", quick_alone([True], [False, True]), ids=["dynamic", "captured"])
 def test_compiled(llama, fixed, monkeypatch):
     """Without `enforce_eager`: the edit is an operation of the compiled graph.
 
@@ -105,6 +105,7 @@ def test_beside_lora(llama, tmp_path):
     assert len({tuple(tokens) for tokens, _ in wanted}) == 4
 
 
+@pytest.mark.slow
 def test_compiled_graphs_on_disk_are_told_apart(tmp_path):
     """vLLM keeps compiled graphs on disk. It does not take one that edits nothing, or other modules."""
     served = make("qwen2", str(tmp_path))
@@ -117,7 +118,7 @@ def test_compiled_graphs_on_disk_are_told_apart(tmp_path):
             check(served, [(prompt, "same name")], ask(llm, [(prompt, "same name")], 4), 4)
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
+@pytest.mark.parametrize("family", quick_alone(["gpt2", "gemma3"], [name for name in FAMILIES if name != "llama"]))
 def test_families(family, tmp_path):
     """Blocks that return hidden states and a residual, and blocks that return one tensor."""
     served = make(family, str(tmp_path))

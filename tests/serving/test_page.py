@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from serving.engines import make
 
 PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
 
 
+@pytest.mark.slow
 def test_page(tmp_path, small_tokenizer):
     served = make("llama", str(tmp_path))
     small_tokenizer.save_pretrained(served.folder)

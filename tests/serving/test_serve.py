@@ -176,6 +176,7 @@ def test_beams_are_refused_with_an_adapter(client):
         ask(vllm_xargs={"loreft": "emoji"})
 
 
+@pytest.mark.slow
 def test_an_engine_in_another_process(served, tmp_path):
     """`LLM` as users have it: its engine runs in a process of its own."""
     script = tmp_path / "script.py"

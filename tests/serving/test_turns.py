@@ -3,7 +3,7 @@
 import pytest
 
 from peft_reft.positions.turns import answers_of
-from serving.engines import answer, ask, check, engine, make, prompt_of
+from serving.engines import answer, ask, check, engine, make, prompt_of, quick_alone
 
 USER, TOOL, ASSISTANT = [90, 92], [90, 93], [90, 91, 95]
 MARKS = {"response_template": [ASSISTANT], "instruction_template": [USER, TOOL]}
@@ -41,7 +41,11 @@ def words(length, seed):
     return [token % 80 + 3 for token in prompt_of(length, seed)]
 
 
-@pytest.mark.parametrize("name", [*SPECS, *(f"{name}, no marks" for name in SPECS)])
+NO_MARKS = [f"{name}, no marks" for name in SPECS]
+QUICK = [*SPECS, "f7+l7, no marks", "all, no marks"]
+
+
+@pytest.mark.parametrize("name", quick_alone(QUICK, [*SPECS, *NO_MARKS]))
 def test_a_chat_turn_by_turn(chats, llm, name):
     """Each turn is sent with its history, most of which is cached. The last one has a tool's result."""
     marked = not name.endswith("no marks")
@@ -68,7 +72,7 @@ def test_words_put_in_the_assistants_mouth(chats, llm, name):
         check(chats, [request], ask(llm, [request], 6), 6)
 
 
-@pytest.mark.parametrize("budget", [16, 40])
+@pytest.mark.parametrize("budget", quick_alone([16], [16, 40]))
 def test_chunks_that_cut_anywhere(chats, budget):
     prompt = words(20, 8)
     for turn in range(3):
