@@ -11,7 +11,7 @@ pytest.importorskip("trl")
 from peft import PeftConfig
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
-from peft_reft import LoReftConfig
+from peft_reft import LoReftConfig, LoReftRuntimeConfig
 from peft_reft.cli import train
 from peft_reft.cli.arguments import check_path
 from peft_reft.cli.rows import check_columns
@@ -86,8 +86,10 @@ def test_every_argument_of_trl_is_used_or_refused():
     assert {field.name for field in dataclasses.fields(DatasetMixtureConfig)} <= taken
     assert {field.name for field in dataclasses.fields(LoReftConfig)} - taken == {
         "target_parameters",
+        "runtime_config",
         *(field.name for field in dataclasses.fields(PeftConfig)),
     }
+    assert {field.name for field in dataclasses.fields(LoReftRuntimeConfig)} <= taken
 
 
 @pytest.mark.parametrize(

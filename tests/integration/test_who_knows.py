@@ -20,7 +20,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import DynamicCache
 
-from peft_reft import DataCollatorForLoReft, LoReftConfig, chat_marks, prompt_lengths
+from peft_reft import DataCollatorForLoReft, LoReftConfig, LoReftRuntimeConfig, chat_marks, prompt_lengths
 
 from .conftest import PAIRS
 from .spy import Documents, expected_offsets
@@ -73,7 +73,8 @@ def case(name, *, supported=False):
 
 
 def config(positions="f2+l2", **kwargs):
-    return LoReftConfig(task_type="CAUSAL_LM", r=4, positions=positions, **kwargs)
+    whole_rows = LoReftRuntimeConfig(untouched_prompt="off")  # what the spy reads
+    return LoReftConfig(task_type="CAUSAL_LM", r=4, positions=positions, runtime_config=whole_rows, **kwargs)
 
 
 def messages(*pairs):
