@@ -1,8 +1,6 @@
-"""Serve adapters of one model over HTTP. Requests that wait together share a batch, an adapter for each row.
+"""Serve adapters of one model over HTTP, in batches with an adapter for each row. Its page is docs/server.md.
 
-    ADAPTERS="emoji=outputs/quickstart/adapter mine=outputs/mine" uvicorn --app-dir examples server:app
-
-It needs `pip install fastapi uvicorn`. How to ask it, and what it leaves to you: docs/server.md.
+ADAPTERS="emoji=outputs/quickstart/adapter mine=outputs/mine" uvicorn --app-dir examples server:app
 """
 
 import asyncio
@@ -45,9 +43,11 @@ async def answer_batch():
 async def ask(adapter: str = Body(), prompt: str | list[dict] = Body(), max_new_tokens: int = Body(ge=1, le=ANSWER)):
     if adapter not in [*ADAPTERS, "__base__"]:
         raise HTTPException(404, f"adapter={adapter!r}: unknown. There are: {', '.join(ADAPTERS)}, __base__.")
-    chat = dict(add_generation_prompt=True, return_dict=True)
-    encoded = tokenizer(prompt) if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt, **chat)
-    ids = encoded["input_ids"]
+    chat = dict(add_generation_prompt=True, return_dict=False)
+    try:
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt, **chat)
+    except Exception as error:  # no message, or one without a role: the chat template refuses it
+        raise HTTPException(400, f"prompt: {error}") from error
     if not 1 <= len(ids) <= PROMPT:
         raise HTTPException(400, f"prompt: it has {len(ids)} tokens; 1 to {PROMPT} are allowed (PROMPT).")
     answer = asyncio.get_running_loop().create_future()

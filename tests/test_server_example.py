@@ -144,6 +144,7 @@ def test_sixteen_clients_at_once(folders, model_id, tokenizer, request, monkeypa
         (dict(adapter="nobody"), 404, "adapter='nobody': unknown. There are: emoji, mine, all, __base__."),
         (dict(prompt="a " * 769), 400, "prompt: it has 769 tokens; 1 to 768 are allowed (PROMPT)."),
         (dict(prompt=""), 400, "prompt: it has 0 tokens; 1 to 768 are allowed (PROMPT)."),
+        (dict(prompt=[]), 400, "prompt: Cannot apply chat template to an empty conversation."),
         (dict(max_new_tokens=0), 422, "greater than or equal to 1"),
         (dict(max_new_tokens=257), 422, "less than or equal to 256"),
         (dict(prompt=[1, 2]), 422, "valid dictionary"),
@@ -188,8 +189,10 @@ def test_a_failure_is_that_batchs_alone(module, port, monkeypatch):
 
 
 def test_the_commands_of_the_page(folders):
-    """The page's server starts, and answers the page's curl line."""
+    """The page's server starts, and answers the page's curl line. What the page says about its length holds."""
     page = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
+    assert "fewer than 60 lines" in page
+    assert len((ROOT / "examples" / "server.py").read_text(encoding="utf-8").splitlines()) < 60
     command = re.search(r"^ADAPTERS=.*? \\\n +(.*uvicorn .*)$", page, re.MULTILINE)[1]
     words = shlex.split(command)
     assert words[0] == ".venv/bin/uvicorn"

@@ -210,8 +210,12 @@ def test_a_mixture(tmp_path, trained_on, capsys):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ('{"prompt": "a", "completion": "b"}\n\n{"prompt": "a", \n', "line 3: "),
-        ('[\n{"prompt": "a", "completion": "b"},\n{"prompt": "a"; "completion": "b"}\n]', "line 3: "),
+        (
+            '{"prompt": "a", "completion": "b"}\n\n{"prompt": a, \n',
+            "line 3, column 12: Expecting value. The line begins",
+        ),
+        ('{"prompt": "a", "comp', "line 1, column 17: Unterminated string starting here. The line begins: {"),
+        ('[\n{"prompt": "a", "completion": "b"},\n{"prompt": "a"; "completion": "b"}\n]', "line 3, column 15: Expect"),
         ("", "has no rows"),
         ("7\n8\n", "line 1 is 7"),
         ('{"question": "a", "answer": "b"}', "['answer', 'question']"),

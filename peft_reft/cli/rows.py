@@ -88,14 +88,14 @@ def naming(name: str, load: Callable[[], Mapping[str, Rows]]) -> Mapping[str, Ro
 
 
 def _broken_line(path: str) -> str | None:
-    """The line at which a JSON file is broken, and why; None if each line can be read."""
+    """Where a JSON file is broken, by line and column, and why; None if each line can be read."""
     with open(path, encoding="utf-8", errors="replace") as file:
         text = file.read()
     if text.lstrip().startswith("["):  # one list of rows
         try:
             json.loads(text)
         except json.JSONDecodeError as error:
-            return f"line {error.lineno}: {error.msg}."
+            return f"line {error.lineno}, {_reason(error)}."
         return None
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -103,10 +103,16 @@ def _broken_line(path: str) -> str | None:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            return f"line {number}: {error.msg}. The line is {line:.60}"
+            return f"line {number}, {_reason(error)}. The line begins: {line:.60}"
         if not isinstance(row, dict):
             return f'line {number} is {line:.60}, and no row such as {{"prompt": "...", "completion": "..."}}.'
     return None
+
+
+def _reason(error: json.JSONDecodeError) -> str:
+    """The column of the error, and its message, two of which end in "at" and expect a place behind it."""
+    message = f"{error.msg.removesuffix(' at')} here" if error.msg.endswith(" at") else error.msg
+    return f"column {error.colno}: {message}"
 
 
 def columns(rows: Rows, name: str) -> list[str]:
