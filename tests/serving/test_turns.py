@@ -59,8 +59,10 @@ def test_a_chat_turn_by_turn(chats, llm, name):
         ids = ids + answer(output.outputs[0])[0]
         # If this fails, the model said a header by chance, and the next turn counts it (docs/serving.md).
         assert answers_of(ids, [ASSISTANT], [USER, TOOL])[-1] == (before, len(ids))
-    shares = marked or name.split(",")[0] in ("all", "f")
-    assert cached[0] == 0 and all((found > 0) == shares for found in cached[1:])
+    # Without marks the end of the last turn's prompt was edited otherwise, so blocks from there on are not found.
+    assert cached[0] == 0 and min(cached[1:]) > 0
+    if marked:
+        assert cached[-1] >= (before - 20) // BLOCK * BLOCK - BLOCK
 
 
 @pytest.mark.parametrize("name", ["f7+l7", "by position", "p+g by group"])
