@@ -12,6 +12,9 @@ attribute                                                 used for              
 `vllm.v1.worker.gpu_worker.Worker`                        wrapped class                                        0.32
 `vllm.v1.engine.core.EngineCore`                          wrapped class                                        0.32
 `vllm.v1.engine.input_processor.InputProcessor`           wrapped class                                        0.32
+`vllm.v1.core.kv_cache_utils`                             module of the function below                         0.32
+`vllm.v1.core.block_pool`                                 module that imports it                               0.32
+`...kv_cache_utils.generate_block_hash_extra_keys`        wrapped: what is in a block's key but its tokens     0.32
 `...chat_completion.protocol.ChatCompletionRequest`       wrapped class (`vllm.entrypoints.openai`)            0.32
 `...completion.protocol.CompletionRequest`                wrapped class (`vllm.entrypoints.openai`)            0.32
 `vllm.exceptions.VLLMValidationError`                     refuses one request, with status 400 over HTTP       0.32
@@ -62,8 +65,6 @@ attribute                                                 used for              
 `EngineCoreRequest.prompt_token_ids`                      finds prompts and answers; CachedRequestState too    0.32
 `EngineCoreRequest.prompt_embeds`                         the same, for requests without token ids             0.32
 `EngineCoreRequest.resumable`                             requests that go on with more input are refused      0.32
-`...kv_cache_utils.generate_block_hash_extra_keys`        wrapped: keys of blocks (`vllm.v1.core`)             0.32
-`...block_pool.generate_block_hash_extra_keys`            the same function, where it is imported              0.32
 `InputProcessor.__init__`                                 wrapped: the front end learns the adapters' names    0.32
 `InputProcessor.process_inputs`                           wrapped: refuses unknown names, adds block keys      0.32
 `LLM.llm_engine`                                          reaches the two below                                0.32
