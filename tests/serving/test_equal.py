@@ -92,7 +92,7 @@ def test_a_request_cannot_set_the_keys_of_its_blocks(everything):
 @pytest.mark.parametrize(("seed", "name"), enumerate(["f7+l7", "l", "p", "g", "all", "f+l+g"]))
 def test_two_questions_to_one_document(llama, everything, seed, name):
     """Their prompts differ in length and end. Blocks are shared up to the block in which edits begin to differ."""
-    document = prompt_of(150, 40 + seed)  # adapters share blocks without edits
+    document = prompt_of(150, 300 + seed)  # adapters share blocks without edits
     cached = []
     for number, length in enumerate((9, 30, 17)):
         prompt = document + prompt_of(length, 20 + number)

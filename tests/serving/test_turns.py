@@ -76,16 +76,6 @@ def test_words_put_in_the_assistants_mouth(chats, llm, name):
         check(chats, [request], ask(llm, [request], 6), 6)
 
 
-@pytest.mark.parametrize("budget", quick_alone([16], [16, 40]))
-def test_chunks_that_cut_anywhere(chats, budget):
-    prompt = words(20, 8)
-    for turn in range(3):
-        prompt = prompt + USER + words(5, turn) + ASSISTANT + words(17, 10 + turn)
-    requests = [(prompt + USER + words(n, 20) + ASSISTANT, name) for n, name in enumerate(SPECS)]
-    with engine(chats, named=[*SPECS], max_num_batched_tokens=budget, max_num_seqs=8, block_size=BLOCK) as llm:
-        check(chats, requests, ask(llm, requests, 6), 6)
-
-
 @pytest.mark.parametrize("seed", quick_alone([0], [0, 1, 2]))
 def test_chains_of_requests_under_mixed_adapters(chats, llm, seed):
     """Requests that go on from each other, or branch off, each with another adapter or none, all in one cache."""
@@ -105,3 +95,13 @@ def test_chains_of_requests_under_mixed_adapters(chats, llm, seed):
         if len(text) < 300:
             texts.append(text + answer(output.outputs[0])[0])
     assert cached > 0
+
+
+@pytest.mark.parametrize("budget", quick_alone([16], [16, 40]))
+def test_chunks_that_cut_anywhere(chats, budget):
+    prompt = words(20, 8)
+    for turn in range(3):
+        prompt = prompt + USER + words(5, turn) + ASSISTANT + words(17, 10 + turn)
+    requests = [(prompt + USER + words(n, 20) + ASSISTANT, name) for n, name in enumerate(SPECS)]
+    with engine(chats, named=[*SPECS], max_num_batched_tokens=budget, max_num_seqs=8, block_size=BLOCK) as llm:
+        check(chats, requests, ask(llm, requests, 6), 6)
