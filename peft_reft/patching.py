@@ -84,7 +84,10 @@ PATCHES: dict[str, Patch] = {
     ),
     "InputProcessor.__init__": Patch("vllm", "0.32", "The front end learns the adapters' names.", _WITH_THE_ENGINE),
     "InputProcessor.process_inputs": Patch(
-        "vllm", "0.32", "Unknown adapters are refused; cached blocks of adapters are kept apart.", _WITH_THE_ENGINE
+        "vllm", "0.32", "Unknown adapters are refused; requests are given the keys of their blocks.", _WITH_THE_ENGINE
+    ),
+    "module.generate_block_hash_extra_keys": Patch(
+        "vllm", "0.32", "A cached block with edited tokens has a key of its own (`serving.blocks`).", _WITH_THE_ENGINE
     ),
     "EngineCore.add_request": Patch("vllm", "0.32", "Requests of a dropped adapter are refused.", _WITH_THE_ENGINE),
     "EngineCore.loreft_add": Patch("vllm", "0.32", "Added: `add_adapter` calls it.", _WITH_THE_ENGINE),

@@ -4,7 +4,7 @@ import asyncio
 import importlib.util
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import hypothesis
@@ -25,8 +25,9 @@ from peft_reft.positions.resolve import find_answers, resolve
 from peft_reft.positions.spec import Positions
 from peft_reft.serving import list_adapters, remove_adapter_async
 from peft_reft.serving.adapters import facts, fingerprint, read_adapter
-from peft_reft.serving.frontend import Known
-from peft_reft.serving.options import Options
+from peft_reft.serving.blocks import BlockKeys
+from peft_reft.serving.core import block_keys
+from peft_reft.serving.options import BLOCKS, Options
 from peft_reft.serving.schedule import NONE, Pieces, ServedPlan, edited, group_by_weights
 from peft_reft.serving.server import Server
 from peft_reft.serving.tables import LINEAR, Table, formula_key
@@ -212,75 +213,104 @@ def test_every_turn_of_a_chat_is_edited_by_the_rule(data, chat, by, spec):
     assert cut(data, ServedPlan(groups, by), of_request, ids, given) == sets_of_chat(groups, by, ids, given)
 
 
+def keys_of(spec, by, marks=True, name="adapter"):
+    return BlockKeys(name, [spec], by, reading(spec, by, marks))
+
+
+def elements(keys, ids, given, block):
+    """The extra element of each whole block of a request that was given `given` of these tokens."""
+    edited_map = keys.map_of(ids[:given], given)
+    return [edited_map.element(start, start + block) for start in range(0, len(ids) - block + 1, block)]
+
+
+def sets_of_block(groups, by, ids, given, marks, start, stop):
+    """By the plain rule: the set of weights of each token of a block."""
+    if marks:
+        return sets_of_chat(groups, by, ids, given)[start:stop]
+    step = Pieces(*(np.array([value]) for value in (0, len(ids), 0, given, 0)), [[(given, given)]])
+    rows, sets, _ = edited(step.by_turn(), [ServedPlan(groups, by)], 8)
+    by_row = dict(zip(rows.tolist(), sets.tolist()))
+    return [by_row.get(n, NONE) for n in range(start, stop)]
+
+
 @given(
     chat=chats(),
     marks=st.booleans(),
     by=st.sampled_from(["all", "group"]),
     spec=st.sampled_from(SPECS),
+    block=st.integers(1, 6),
     more=st.data(),
 )
 @settings(deadline=None, max_examples=300)
-def test_what_shares_cached_blocks_is_edited_alike(chat, marks, by, spec, more):
-    """One request begins with the other. If their salts are equal, their common tokens are edited alike."""
+def test_blocks_share_a_key_if_and_only_if_their_edits_are_the_same(chat, marks, by, spec, block, more):
+    """Two requests with the same tokens, of which one was given more: a block's element says what is edited in it."""
     (ids, _), groups = chat, Positions.parse(spec).groups
-    first = more.draw(st.integers(1, len(ids)))
-    second = more.draw(st.integers(first, len(ids)))
-    read = reading(spec, by, marks)
-    alone = [read.depends_on_length(ids[:n], n) for n in (first, second)]
-    # A header in what the model says counts only when the text is given back in a next turn (docs/positions.md).
-    says_a_header = any(header_at(ids, n, RESPONSE + INSTRUCTION) for n in range(first, second))
-    if alone == [False, False] and not says_a_header:
-        plan = ServedPlan(groups, by)
-        both = []
-        for n in (first, second):
-            step = Pieces(*(np.array([value]) for value in (0, second, 0, n, 0)), [read.answers(ids[:n], n)])
-            rows, sets, _ = edited(step.by_turn(), [plan], 8)
-            both.append(dict(zip(rows.tolist(), sets.tolist())))
-        assert both[0] == both[1]
+    both = []
+    for _ in range(2):
+        given = more.draw(st.integers(1, len(ids)))
+        hypothesis.assume(not (marks and splits_a_header(ids, given)))
+        of_blocks = [
+            sets_of_block(groups, by, ids, given, marks, start, start + block)
+            for start in range(0, len(ids) - block + 1, block)
+        ]
+        both.append(list(zip(of_blocks, elements(keys_of(spec, by, marks), ids, given, block))))
+    for (sets, element), (other_sets, other_element) in zip(*both):
+        assert (element is None) == (set(sets) == {NONE})  # a block without edits has the base's key
+        assert (element == other_element) == (sets == other_sets)
 
 
-@pytest.mark.parametrize(
-    ("spec", "by", "ids", "depends"),
-    [
-        ("f7+l7", "all", [1, 2, 3], True),  # no mark
-        ("f7+l7", "all", [90, 92, 1, 90, 91, 95], False),
-        ("f7+l7", "all", [90, 92, 1, 90, 91, 95, 4, 5], False),  # words put in the assistant's mouth
-        ("f7+l7", "all", [90, 92, 1, 90, 91, 95, 4, 90, 92, 5], True),  # the last prompt has no header behind it
-        ("l1", "all", [90, 92, 1, 90, 91], True),  # the header may go on
-        ("g", "all", [90, 92, 1], True),
-        ("all", "all", [1, 2, 3], False),  # all tokens are edited alike, wherever the prompt ends
-        ("all", "group", [1, 2, 3], True),
-        ("f3", "all", [1, 2, 3], False),
-        ("f3", "all", [1, 2], True),  # a short prompt has half of its tokens in `f`
-        ("f3", "all", None, False),  # embeddings, 40 of them
-        ("l3", "all", None, True),
-    ],
-)
-def test_when_blocks_belong_to_prompts_of_one_length(spec, by, ids, depends):
-    assert reading(spec, by).depends_on_length(ids, 40 if ids is None else len(ids)) is depends
+def test_adapters_share_the_blocks_before_their_first_edit_and_no_others():
+    ids = [*range(3, 43)]
+    one, other = (elements(keys_of("l4", "all", marks=False, name=name), ids, 40, 8) for name in ("a", "b"))
+    assert one[:4] == other[:4] == [None] * 4
+    assert None not in (one[4], other[4]) and one[4] != other[4]
+    assert None not in elements(keys_of("f2+l4", "all", marks=False), ids, 40, 8)[:1]
 
 
-def test_a_salt_has_the_length_where_it_matters():
-    known = Known("abc", reading("l2", "all"))
-    request = SimpleNamespace(prompt_token_ids=[90, 92, 1, 90, 91, 95], prompt_embeds=None)
-    assert known.salt(request) == "loreft:abc"
-    request.prompt_token_ids = [1, 2, 3]
-    assert known.salt(request) == "loreft:abc:3"
-    request.prompt_embeds = torch.zeros(5, 8)
-    assert known.salt(SimpleNamespace(prompt_token_ids=None, prompt_embeds=torch.zeros(5, 8))) == "loreft:abc:5"
+def test_layers_with_specs_of_their_own_make_one_element():
+    keys = BlockKeys("a", ["f2", "l2"], "all", reading("f2", "all", marks=False))
+    ids = [*range(3, 19)]
+    first, second = elements(keys, ids, 16, 8)
+    assert first != second and None not in (first, second)
+    assert elements(BlockKeys("a", ["f2"], "all", keys.reading), ids, 16, 8)[1] is None
+
+
+def test_generated_tokens_are_in_the_keys():
+    """An answer is edited under `g`, and the same tokens given back as a prompt are not."""
+    ids = [*range(3, 23)]
+    said = elements(keys_of("g", "all", marks=False), ids, 10, 5)
+    given_back = elements(keys_of("g", "all", marks=False), ids, 20, 5)
+    assert said[:2] == [None, None] and None not in said[2:]
+    assert given_back == [None] * 4
+
+
+def test_the_core_adds_one_element_to_a_blocks_key():
+    request = SimpleNamespace(
+        sampling_params=SimpleNamespace(extra_args={BLOCKS: json.loads(json.dumps(asdict(keys_of("l4", "all"))))}),
+        prompt_token_ids=[*range(3, 19)],
+        prompt_embeds=None,
+    )
+
+    def inner(request, start, stop, number):
+        return ((("cache_salt", "mine"),) if start == 0 else None), number + 1
+
+    assert block_keys(inner, request, 0, 8, 0) == ((("cache_salt", "mine"),), 1)
+    keys, number = block_keys(inner, request, 8, 16, 1)
+    assert number == 2 and [name for name, _ in keys] == ["loreft"]
+    request.sampling_params = None  # of a pooling model
+    assert block_keys(inner, request, 8, 16, 1) == (None, 2)
 
 
 def test_marks_come_with_the_adapter(llama, empty, tmp_path):
     path = adapter_for(llama, tmp_path, positions="f2+l2", tie="group")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     plain = read_adapter(path, empty)
-    assert plain.reading == Reading(response=[], instruction=[], needs_end_below=None)
-    if "response_template" in config:
-        marked = {**config, "response_template": RESPONSE, "instruction_template": INSTRUCTION}
-        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(marked))
-        assert read_adapter(path, empty).reading == reading("f2+l2", "group")
-    known = Known.of(json.loads(json.dumps(facts(path))))
-    assert known.reading == read_adapter(path, empty).reading and known.fingerprint == fingerprint(path)
+    assert plain.keys.reading == Reading(response=[], instruction=[])
+    marked = {**config, "response_template": RESPONSE, "instruction_template": INSTRUCTION}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(marked))
+    keys = read_adapter(path, empty).keys
+    assert keys.reading == reading("f2+l2", "group") and keys.fingerprint == fingerprint(path)
+    assert keys == facts(path) == BlockKeys.read(json.loads(json.dumps(asdict(keys))))
 
 
 def test_a_group_that_does_not_say_its_span_cannot_be_made():

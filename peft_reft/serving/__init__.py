@@ -5,23 +5,24 @@ named at the start (`--additional-config '{"loreft": {"adapters": {"emoji": "PAT
 (`add_adapter`, `remove_adapter`). A request chooses one by name (`SamplingParams(extra_args={"loreft": "emoji"})`;
 over HTTP, `"vllm_xargs": {"loreft": "emoji"}`). See docs/serving.md.
 
-============== ============================================================= ==========
+============== ============================================================= ===============
 module         its one job                                                   runs in
-============== ============================================================= ==========
+============== ============================================================= ===============
 `engine`       all that is read, called or replaced of vLLM, with a table    everywhere
 `plugin`       puts the functions of the next three into vLLM                everywhere
-`frontend`     adds and drops adapters; checks names; salts the cache        front end
-`core`         knows all requests: which adapters may be dropped             core
+`frontend`     adds and drops adapters; checks names                         front end
+`core`         knows all requests: which adapters may be dropped; block keys core
 `worker`       hooks the loaded model; prepares each step                    worker
 `endpoints`    adapters over HTTP                                            API server
 `options`      `additional_config["loreft"]` and its checks                  everywhere
 `adapters`     reads an adapter for serving                                  everywhere
-`turns`        where prompts and answers are; who shares cached blocks       everywhere
+`turns`        where prompts and answers are                                 everywhere
+`blocks`       the keys of cached blocks: what is edited in them             front end, core
 `schedule`     which tokens of a step are edited, with which weights (NumPy) worker
 `tables`       the weights of all adapters of one module, stacked (torch)    worker
 `edits`        the hook of a module, and its operation in compiled graphs    worker
 `server`       the places of adapters; what each step edits                  worker
-============== ============================================================= ==========
+============== ============================================================= ===============
 """
 
 from __future__ import annotations

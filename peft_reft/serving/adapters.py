@@ -6,7 +6,7 @@ import copy
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from ..config import LoReftConfig
 from ..convert.ours import local_folder
 from ..edits.factors import Factors
 from ..tuner.layer import LoReftLayer
+from .blocks import BlockKeys
 from .schedule import ServedPlan
-from .turns import Reading
 
 _NAME = "served"
 
@@ -33,14 +33,12 @@ class ServedAdapter:
         plans: from the name of an edited module to which tokens are edited there and how they share weights.
         factors: from the name of an edited module to the tensors of the formula, float32, with a leading dimension if
             there are several sets of weights.
-        fingerprint: a digest of the adapter's files, see `fingerprint`.
-        reading: how the adapter finds prompts and answers in a request.
+        keys: the keys of the blocks that are computed with it; they hold its fingerprint.
     """
 
     plans: dict[str, ServedPlan]
     factors: dict[str, Factors]
-    fingerprint: str
-    reading: Reading
+    keys: BlockKeys
 
     @property
     def rank(self) -> int:
@@ -87,7 +85,7 @@ def read_adapter(path_or_name: str, empty: nn.Module) -> ServedAdapter:
             plans[name] = ServedPlan(plan.groups, plan.sharing)
             intervention = layer.weights(_NAME).eval().requires_grad_(False)
             factors[name] = intervention.current_factors()
-    return ServedAdapter(plans, factors, fingerprint(folder), Reading.of(config))
+    return ServedAdapter(plans, factors, BlockKeys.of(config, fingerprint(folder)))
 
 
 def _config(folder: str, named: str) -> LoReftConfig:
@@ -98,18 +96,14 @@ def _config(folder: str, named: str) -> LoReftConfig:
     return config
 
 
-def facts(path_or_name: str) -> dict[str, Any]:
-    """What the front end must know of an adapter, as plain data that processes can exchange.
-
-    Returns:
-        The `fingerprint`, and the fields of its `Reading` as `reading`.
+def facts(path_or_name: str) -> BlockKeys:
+    """What the front end must know of an adapter.
 
     Raises:
         ValueError: this is no LoReFT adapter.
     """
     folder = fetch(path_or_name)
-    reading = Reading.of(_config(folder, named=path_or_name))
-    return {"fingerprint": fingerprint(folder), "reading": asdict(reading)}
+    return BlockKeys.of(_config(folder, named=path_or_name), fingerprint(folder))
 
 
 def fetch(path_or_name: str) -> str:

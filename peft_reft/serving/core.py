@@ -5,8 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .engine import adapter_of, call_worker, fail_request, keep, kept, requests_of_core
-from .options import KEY
+from .blocks import BlockKeys, EditedMap
+from .engine import (
+    adapter_of,
+    call_worker,
+    extra_args,
+    fail_request,
+    given_length,
+    keep,
+    kept,
+    params_of,
+    requests_of_core,
+    token_ids,
+)
+from .options import BLOCKS, KEY
 
 
 def add(core: object, name: str, path_or_name: str) -> dict[str, Any]:
@@ -44,6 +56,27 @@ def add_request(inner: Callable[..., None], core: object, request: object, *args
     # An exception would end a core that runs in a process of its own.
     if not fail_request(core, request):
         raise ValueError(f"{KEY}={name!r}: the adapter was dropped.")
+
+
+def block_keys(
+    inner: Callable[..., tuple[tuple[Any, ...] | None, int]],
+    request: object,
+    start: int,
+    stop: int,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[tuple[Any, ...] | None, int]:
+    """Add what is edited in a block to the extra elements of its key (`generate_block_hash_extra_keys`)."""
+    keys, number = inner(request, start, stop, *args, **kwargs)
+    data = extra_args(params_of(request)).get(BLOCKS)
+    if data is None:
+        return keys, number
+    edited: EditedMap | None = kept(request, "loreft_map")
+    if edited is None:
+        edited = BlockKeys.read(data).map_of(token_ids(request), given_length(request))
+        keep(request, "loreft_map", edited)
+    element = edited.element(start, stop)
+    return keys if element is None else (*(keys or ()), (KEY, element)), number
 
 
 def _dropped(core: object) -> set[str]:

@@ -12,6 +12,9 @@ attribute                                                 used for              
 `vllm.v1.worker.gpu_worker.Worker`                        wrapped class                                        0.32
 `vllm.v1.engine.core.EngineCore`                          wrapped class                                        0.32
 `vllm.v1.engine.input_processor.InputProcessor`           wrapped class                                        0.32
+`vllm.v1.core.kv_cache_utils`                             module of the function below                         0.32
+`vllm.v1.core.block_pool`                                 module that imports it                               0.32
+`...kv_cache_utils.generate_block_hash_extra_keys`        wrapped: what is in a block's key but its tokens     0.32
 `...chat_completion.protocol.ChatCompletionRequest`       wrapped class (`vllm.entrypoints.openai`)            0.32
 `...completion.protocol.CompletionRequest`                wrapped class (`vllm.entrypoints.openai`)            0.32
 `vllm.exceptions.VLLMValidationError`                     refuses one request, with status 400 over HTTP       0.32
@@ -61,9 +64,9 @@ attribute                                                 used for              
 `SamplingParams.extra_args`                               names the adapter                                    0.32
 `EngineCoreRequest.prompt_token_ids`                      finds prompts and answers; CachedRequestState too    0.32
 `EngineCoreRequest.prompt_embeds`                         the same, for requests without token ids             0.32
-`EngineCoreRequest.cache_salt`                            keeps cached blocks of adapters apart                0.32
+`EngineCoreRequest.resumable`                             requests that go on with more input are refused      0.32
 `InputProcessor.__init__`                                 wrapped: the front end learns the adapters' names    0.32
-`InputProcessor.process_inputs`                           wrapped: refuses unknown names, salts the cache      0.32
+`InputProcessor.process_inputs`                           wrapped: refuses unknown names, adds block keys      0.32
 `LLM.llm_engine`                                          reaches the two below                                0.32
 `LLMEngine.input_processor`                               knows the adapters' names; also of AsyncLLM          0.32
 `LLMEngine.engine_core`                                   client of the core; also of AsyncLLM                 0.32
@@ -88,7 +91,8 @@ attribute                                                 what it is
 `EngineCore.loreft_add`                                   method: have the worker load an adapter
 `EngineCore.loreft_remove`                                method: have the worker drop an adapter
 `EngineCore.loreft_dropped`                               names of the adapters that were dropped
-`InputProcessor.loreft_adapters`                          from an adapter's name to `frontend.Known`
+`InputProcessor.loreft_adapters`                          from an adapter's name to its `BlockKeys`
+`Request.loreft_map`                                      which of a request's tokens are edited
 `Module.loreft_edits`                                     the `Edits` of an edited module of the model
 ========================================================= ====================================================
 """
@@ -275,10 +279,21 @@ def requests_of_step(runner: Any) -> Step:
 # The core (`EngineCore`), between front end and worker.
 
 
-def extend_core(add_request: Callable[..., Any], add: Callable[..., Any], remove: Callable[..., Any]) -> None:
-    """Wrap `EngineCore.add_request` and give `EngineCore` the methods `loreft_add` and `loreft_remove`."""
+def extend_core(
+    add_request: Callable[..., Any],
+    add: Callable[..., Any],
+    remove: Callable[..., Any],
+    block_keys: Callable[..., Any],
+) -> None:
+    """Wrap `EngineCore.add_request` and what makes the keys of blocks; give `EngineCore` two methods.
+
+    The methods are `loreft_add` and `loreft_remove`.
+    """
+    from vllm.v1.core import block_pool, kv_cache_utils
     from vllm.v1.engine.core import EngineCore
 
+    for module in (kv_cache_utils, block_pool):
+        wrap(module, "generate_block_hash_extra_keys", block_keys)
     wrap(EngineCore, "add_request", add_request)
     add_method(EngineCore, "loreft_add", add)
     add_method(EngineCore, "loreft_remove", remove)
@@ -330,9 +345,21 @@ def given_length(request: Any) -> int:
     return len(request.prompt_embeds if ids is None else ids)
 
 
-def salt_cache(request: Any, salt: str) -> None:
-    """Have a request share cached blocks only with requests of the same salt. A salt of its own stays part of it."""
-    request.cache_salt = salt if request.cache_salt is None else f"{salt}:{request.cache_salt}"
+def params_of(request: Any) -> object:
+    """The sampling parameters of a request; None for a pooling model's."""
+    params: object = request.sampling_params
+    return params
+
+
+def add_extra_args(request: Any, more: Mapping[str, object]) -> None:
+    """Give a request further `extra_args`. Its parameters are a copy of the user's."""
+    request.sampling_params.extra_args = {**extra_args(request.sampling_params), **more}
+
+
+def is_session(request: Any) -> bool:
+    """Whether more input may be added to a request while it runs."""
+    resumable: bool = request.resumable
+    return resumable
 
 
 # The front end (`LLM`, `LLMEngine`, `AsyncLLM`), the OpenAI server.

@@ -1,59 +1,32 @@
-"""The plugin in the front end: adapters are added and dropped, unknown names are refused, cached blocks kept apart."""
+"""The plugin in the front end: adapters are added and dropped, unknown names refused, requests given their keys."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any
 
 from .adapters import facts
+from .blocks import BlockKeys
 from .engine import (
+    add_extra_args,
     additional_config,
     call_core,
     call_core_async,
     extra_args,
-    given_length,
     http_args,
     invalid_request,
+    is_session,
     keep,
     kept,
     processor_of,
-    salt_cache,
-    token_ids,
     wrap_beam_search,
 )
-from .options import KEY, Options, check_name
-from .turns import Reading
+from .options import BLOCKS, KEY, Options, check_name
 
 _POLL_SECONDS = 0.05
 _HOW_TO_START = f"Start it with additional_config={{'{KEY}': {{'adapters': {{NAME: FOLDER}}}}}}."
-
-
-@dataclass(frozen=True)
-class Known:
-    """What the front end knows of an adapter."""
-
-    fingerprint: str
-    reading: Reading
-
-    @staticmethod
-    def of(answer: dict[str, Any]) -> Known:
-        """Build it from `adapters.facts`."""
-        return Known(answer["fingerprint"], Reading(**answer["reading"]))
-
-    def salt(self, request: object) -> str:
-        """The salt of a request that uses this adapter: requests of one salt share cached blocks.
-
-        Edits change keys and values, so cached blocks belong to the adapter that they were computed with. If the edits
-        depend on where the prompt ends, and no mark in the prompt says where that is, the salt contains the length,
-        too: the next turn of a chat begins with the same tokens, but other tokens of it are edited.
-        """
-        length = given_length(request)
-        salt = f"{KEY}:{self.fingerprint}"
-        if self.reading.depends_on_length(token_ids(request), length):
-            return f"{salt}:{length}"
-        return salt
 
 
 def init(inner: Callable[..., None], processor: object, config: object, *args: Any, **kwargs: Any) -> None:
@@ -61,7 +34,7 @@ def init(inner: Callable[..., None], processor: object, config: object, *args: A
     inner(processor, config, *args, **kwargs)
     options = Options.read(additional_config(config))
     if options is not None:
-        known = {name: Known.of(facts(path_or_name)) for name, path_or_name in options.adapters.items()}
+        known = {name: facts(path_or_name) for name, path_or_name in options.adapters.items()}
         keep(processor, "loreft_adapters", known)
         wrap_beam_search(_refuse_beam_search)
 
@@ -85,16 +58,20 @@ def process_inputs(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Check the adapter that a request names, and salt its cached blocks (`InputProcessor.process_inputs`).
+    """Check the adapter that a request names, and give the request the keys of its blocks.
+
+    It wraps `InputProcessor.process_inputs`.
 
     Raises:
         VLLMValidationError: there is no adapter of that name. Only this request fails; over HTTP with status 400.
     """
     chosen = extra_args(params)
+    if BLOCKS in chosen:
+        raise invalid_request(f"{BLOCKS} is set by the server (allowed: leave it out).", parameter=BLOCKS)
     if KEY not in chosen:
         return inner(processor, request_id, prompt, params, *args, **kwargs)
     name = chosen[KEY]
-    known: dict[str, Known] | None = kept(processor, "loreft_adapters")
+    known: dict[str, BlockKeys] | None = kept(processor, "loreft_adapters")
     if known is None:
         raise invalid_request(
             f"{KEY}={name!r}: this engine serves no LoReFT adapters. {_HOW_TO_START}", parameter=KEY, value=name
@@ -104,7 +81,14 @@ def process_inputs(
             f"{KEY}={name!r}: there is no adapter of that name. There are: {_names(known)}.", parameter=KEY, value=name
         )
     request = inner(processor, request_id, prompt, params, *args, **kwargs)
-    salt_cache(request, known[name].salt(request))
+    if is_session(request):
+        raise invalid_request(
+            f"{KEY}={name!r}: a request that goes on with more input is served without an adapter (send the whole "
+            "text as a new request).",
+            parameter=KEY,
+            value=name,
+        )
+    add_extra_args(request, {BLOCKS: asdict(known[name])})
     return request
 
 
@@ -170,34 +154,34 @@ async def remove_adapter_async(engine: object, adapter_name: str) -> None:
         raise
 
 
-def _known(engine: object) -> dict[str, Known]:
+def _known(engine: object) -> dict[str, BlockKeys]:
     """The adapters of an `LLM`, `LLMEngine` or `AsyncLLM`, by name."""
-    known: dict[str, Known] | None = kept(processor_of(engine), "loreft_adapters")
+    known: dict[str, BlockKeys] | None = kept(processor_of(engine), "loreft_adapters")
     if known is None:
         raise ValueError(f"This engine serves no LoReFT adapters. {_HOW_TO_START}")
     return known
 
 
-def _check_new(engine: object, name: str) -> dict[str, Known]:
+def _check_new(engine: object, name: str) -> dict[str, BlockKeys]:
     known = _known(engine)
     if check_name(name) in known:
         raise ValueError(f"There is an adapter {name!r} already. Remove it first, or give another name.")
     return known
 
 
-def _check_known(engine: object, name: str) -> dict[str, Known]:
+def _check_known(engine: object, name: str) -> dict[str, BlockKeys]:
     known = _known(engine)
     if name not in known:
         raise ValueError(f"There is no adapter {name!r}. There are: {_names(known)}.")
     return known
 
 
-def _note_added(known: dict[str, Known], name: str, answer: dict[str, Any]) -> None:
+def _note_added(known: dict[str, BlockKeys], name: str, answer: dict[str, Any]) -> None:
     """Let requests choose an adapter that the worker has loaded; ValueError if the worker could not load it."""
     if "error" in answer:
         raise ValueError(answer["error"])
-    known[name] = Known.of(answer)
+    known[name] = BlockKeys.read(answer)
 
 
-def _names(known: dict[str, Known]) -> str:
+def _names(known: dict[str, BlockKeys]) -> str:
     return ", ".join(sorted(known)) or "none"

@@ -9,6 +9,9 @@ from typing import Any
 KEY = "loreft"
 """The key of the options in `additional_config`, and of the adapter's name in a request's `extra_args`."""
 
+BLOCKS = "loreft_blocks"
+"""The key in a request's `extra_args` of what the front end tells the core: the fields of `blocks.BlockKeys`."""
+
 
 @dataclass(frozen=True)
 class Options:

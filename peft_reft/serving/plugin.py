@@ -12,5 +12,5 @@ def register() -> None:
     from .engine import extend_core, extend_front_end, extend_worker
 
     extend_worker(load_model=worker.load_model, add=worker.add, remove=worker.remove)
-    extend_core(add_request=core.add_request, add=core.add, remove=core.remove)
+    extend_core(add_request=core.add_request, add=core.add, remove=core.remove, block_keys=core.block_keys)
     extend_front_end(init=frontend.init, process_inputs=frontend.process_inputs)

@@ -129,7 +129,7 @@ class Server:
         for module, factors in adapter.factors.items():
             self.edits[module].table.write(place * self.max_positions, factors)
         self.places[name] = place
-        self.readings[place] = adapter.reading
+        self.readings[place] = adapter.keys.reading
         self._set(place, adapter.plans, key)
 
     def _check(self, name: str, adapter: ServedAdapter, key: FormulaKey, new_modules: list[str]) -> None:

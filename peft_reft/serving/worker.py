@@ -121,7 +121,7 @@ def add(worker: object, name: str, path_or_name: str) -> dict[str, Any]:
     """Load an adapter (`Worker.loreft_add`).
 
     Returns:
-        Its `adapters.facts`; or, as `error`, what is wrong. An exception would count as a failure of the worker.
+        The fields of its `BlockKeys`; or, as `error`, what is wrong. An exception would count as the worker's failure.
     """
     server: Server = kept(worker, "loreft")
     try:
@@ -129,7 +129,7 @@ def add(worker: object, name: str, path_or_name: str) -> dict[str, Any]:
         server.add(name, adapter)
     except Exception as error:
         return {"error": str(error)}
-    return {"fingerprint": adapter.fingerprint, "reading": asdict(adapter.reading)}
+    return asdict(adapter.keys)
 
 
 def remove(worker: object, name: str) -> None:

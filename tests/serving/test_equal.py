@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from vllm.exceptions import VLLMValidationError
 
 from serving.engines import ADAPTERS, answer, ask, check, engine, params, prompt_of, steps
 
@@ -57,15 +58,48 @@ def test_continuous_arrival(llama, everything):
 
 
 def test_a_callers_own_salt_is_kept(llama, everything):
-    prompt = prompt_of(70, 9)
-    processor = everything.llm_engine.input_processor
-    salts = []
-    for adapter, salt in ((None, "mine"), ("all", None), ("all", "mine"), ("g", "mine")):
-        given = {"prompt_token_ids": prompt, **({"cache_salt": salt} if salt else {})}
-        engine_input = everything.llm_engine.renderer.render_cmpl([given])[0]
-        request = processor.process_inputs("0", engine_input, params(adapter, 1), ("generate",))
-        salts.append(request.cache_salt)
-    assert salts[0] == "mine" and salts[2].endswith(":mine") and len({*salts}) == 4
+    """Requests of another salt find no block, whatever the adapter."""
+    prompt = prompt_of(140, 9)
+    for adapter in (None, "l"):
+        for salt, finds in (("mine", False), ("yours", False), ("mine", True)):
+            if adapter is not None and salt == "mine":
+                finds = True  # of the base's
+            given = {"prompt_token_ids": prompt, "cache_salt": f"{salt} {adapter if salt == 'yours' else ''}"}
+            output = everything.generate([given], params(adapter, 4), use_tqdm=False)[0]
+            check(llama, [(prompt, adapter)], [output], 4)
+            assert (output.num_cached_tokens > 0) is finds
+
+
+def test_blocks_without_edits_are_the_bases(llama, everything):
+    """The base, then adapters that edit the prompt's end, on one document: each finds all blocks before its edits."""
+    prompt = prompt_of(200, 11)
+    names = [None, "l", "l~", "some layers", "by name", "by position, answers", "g", None, "l"]
+    cached = []
+    for name in names:
+        output = ask(everything, [(prompt, name)], 6)[0]
+        check(llama, [(prompt, name)], [output], 6)
+        cached.append(output.num_cached_tokens)
+    assert cached[0] == 0 and min(cached[1:]) >= 128
+
+
+def test_a_request_cannot_set_the_keys_of_its_blocks(everything):
+    forged = params("l", 1)
+    forged.extra_args = {**forged.extra_args, "loreft_blocks": {"fingerprint": "another"}}
+    with pytest.raises(VLLMValidationError, match="loreft_blocks is set by the server"):
+        everything.generate([{"prompt_token_ids": prompt_of(5, 1)}], forged, use_tqdm=False)
+
+
+@pytest.mark.parametrize(("seed", "name"), enumerate(["f7+l7", "l", "p", "g", "all", "f+l+g"]))
+def test_two_questions_to_one_document(llama, everything, seed, name):
+    """Their prompts differ in length and end. Blocks are shared up to the block in which edits begin to differ."""
+    document = prompt_of(150, 300 + seed)  # adapters share blocks without edits
+    cached = []
+    for number, length in enumerate((9, 30, 17)):
+        prompt = document + prompt_of(length, 20 + number)
+        output = ask(everything, [(prompt, name)], 5)[0]
+        check(llama, [(prompt, name)], [output], 5)
+        cached.append(output.num_cached_tokens)
+    assert cached[0] == 0 and min(cached[1:]) >= 128
 
 
 def test_several_answers_to_a_request(llama, everything):
