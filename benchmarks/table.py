@@ -1,4 +1,4 @@
-"""Write docs/performance.md from the results of bench.py, others.py and curves.py.
+"""Write docs/performance.md, and the figures of docs/untouched.md, from the results of bench.py, others.py, curves.py.
 
 python benchmarks/table.py docs/performance.json docs/performance.md
 """
@@ -58,6 +58,10 @@ would hardly pay under CUDA graphs or `torch.compile`, which captures the forwar
 """.strip()
 
 
+BEGIN, END = "<!-- figures: written by benchmarks/table.py -->", "<!-- end of the figures -->"
+"""What stands around the figures in docs/untouched.md."""
+
+
 def timed(results: dict, name: str) -> list[str]:
     """The lines of a table of ratios; a pair of columns for each number of threads."""
     runs = {key: value for key, value in results.items() if key.startswith(f"{name}, ")}
@@ -95,6 +99,24 @@ def plain(title: str, about: str, rows: dict[str, dict[str, float]]) -> list[str
     return lines
 
 
+def untouched(results: dict) -> list[str]:
+    """The figures of docs/untouched.md."""
+    time = plain(
+        "A training step of `l7`, in CPU time",
+        "Four rows of prompt + answer tokens, SmolLM2-135M's shape, one thread; median of "
+        f"{results['rounds of untouched']} rounds. The floor is the full forward and the backward of activations "
+        "with the same head. Goals over the floor: 0.58, 0.53, 0.30; over LoRA: 0.55, 0.50, 0.28; for 64 + 64: not above "
+        "one part.",
+        results["untouched"],
+    )
+    memory = plain(
+        "What autograd keeps of one row, in MiB",
+        "Counted with `saved_tensors_hooks`. Goal for 448 + 64: a share of 0.2.",
+        results["saved of untouched"],
+    )
+    return [f"**{line[3:]}**" if line.startswith("## ") else line for line in [*time, *memory, ""]]
+
+
 def main() -> None:
     results = json.loads(Path(sys.argv[1]).read_text())
     lines = HEAD.format(**results).splitlines()
@@ -102,20 +124,6 @@ def main() -> None:
         lines += ["", results["note"]]
     for name in TITLES:
         lines += timed(results, name)
-    if "untouched" in results:
-        lines += plain(
-            "The untouched prompt: a training step of `l7` in two parts",
-            "Four rows of prompt + answer tokens; CPU time, one thread, median of "
-            f"{results['rounds of untouched']} rounds. With the model's own head and with TRL's fused head, each over "
-            'the floor with that head ([how](untouched.md)). `make bench ARGS="--only untouched"`. Goals over the '
-            "floor: 0.58, 0.53, 0.30, and for 64 + 64 not above one part; over LoRA: 0.55, 0.50, 0.28.",
-            results["untouched"],
-        )
-        lines += plain(
-            "The untouched prompt: saved for backward",
-            "MiB that autograd keeps of one row (`saved_tensors_hooks`). Goal for 448 + 64: a share of 0.2.",
-            results["saved of untouched"],
-        )
     if "inside" in results:
         lines += plain(
             "CPU time in LoReFT's own code",
@@ -161,6 +169,11 @@ def main() -> None:
     if Path(sys.argv[2]).with_name("performance.png").exists():
         lines += ["", "## Curves", "", "`make bench-curves`; a model of 4 blocks.", "", "![overhead](performance.png)"]
     Path(sys.argv[2]).write_text("\n".join(lines) + "\n")
+    if "untouched" in results:
+        page = Path(sys.argv[2]).with_name("untouched.md")
+        before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+        _, end, after = rest.partition(END)
+        page.write_text(before + begin + "\n".join(["", *untouched(results)]) + end + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -342,6 +342,20 @@ def test_where_it_cannot_apply_on_raises_and_auto_takes_the_ordinary_path(name):
     assert torch.equal(*loss)
 
 
+@pytest.mark.parametrize("mode", ["auto", "on"])
+def test_a_classifier_has_no_untouched_prompt(mode):
+    """The whole sequence is its prompt, and every token reads all others."""
+    runtime = LoReftRuntimeConfig(untouched_prompt=mode)
+    config = LoReftConfig(task_type="SEQ_CLS", r=4, positions="l3", runtime_config=runtime)
+    model = get_peft_model(build("roberta"), config).train()
+    inputs = {"input_ids": torch.randint(3, 60, (2, 20)), "labels": torch.tensor([0, 2])}
+    if mode == "auto":
+        model(**inputs).loss.backward()
+    else:
+        with pytest.raises(ValueError, match="the model is no causal language model"):
+            model(**inputs)
+
+
 def test_a_family_that_cannot_go_on_from_keys_and_values():
     """A state-space layer reads its own state. The ordinary path is taken, and `on` says why."""
     from integration.causal_families import build as of_family

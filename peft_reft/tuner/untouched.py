@@ -197,7 +197,9 @@ def _cut(attachment: Attachment, parts: TwoParts, whole: dict[Wanted, Tensor | N
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
     if together and not must:
         return None
-    (start, stop, cut), ids = _read(parts, whole)
+    (start, stop, cut), edited, ids = _read(parts, whole)
+    if bool((cut < edited - 1).any()) and not together:
+        raise NotHere  # supervised tokens stand before the first edited one; the backbone can be cut behind them
     rows, seq = len(cut), parts.tokens.shape[1]
     split = Split.at(start, cut, stop, seq, least=1 if together else 0)
     if not split.untouched.width:
@@ -215,12 +217,15 @@ def _cut(attachment: Attachment, parts: TwoParts, whole: dict[Wanted, Tensor | N
 
 def _read(
     parts: TwoParts, whole: Mapping[Wanted, Tensor | None]
-) -> tuple[Int[Tensor, "3 batch"], list[list[int]] | None]:
-    """Read from the device where each row starts, stops and is to be cut, and its token ids: one host read.
+) -> tuple[Int[Tensor, "3 batch"], Int[Tensor, " batch"], list[list[int]] | None]:
+    """Read the rows from the device: one host read.
+
+    Returns:
+        Columns at which each row starts, stops and is to be cut; the column of its first edited token; the token ids of
+        its untouched part, None if the batch has only embeddings.
 
     Raises:
         Impossible: a row has padding between its tokens, or positions on padding.
-        NotHere: supervised tokens stand before the first edited one. The backbone can be cut behind them.
     """
     given, tokens = parts.given, parts.tokens
     batch, seq = tokens.shape[:2]
@@ -241,17 +246,15 @@ def _read(
     facts = [start, stop, cut, edited, real.sum(1)]
     has_ids = parts.tokens_name == "input_ids"
     table = torch.cat([torch.stack(facts), tokens.T] if has_ids else [torch.stack(facts)]).cpu()  # (5 [+ seq], batch)
-    bounds, (edited, tokens_of_row) = table[:3], table[3:5]
+    bounds, edited, tokens_of_row = table[:3], table[3], table[4]
     if bool((tokens_of_row != bounds[1] - bounds[0]).any()):
         raise Impossible("a row has padding between its tokens")
     if bool((edited < bounds[0]).any()):
         raise Impossible("positions name padding")
-    if bool((bounds[2] < edited - 1).any()):
-        raise NotHere
     if not has_ids:
-        return bounds, None
+        return bounds, edited, None
     rows = table[5:].T.tolist()
-    return bounds, [row[int(first) : int(last)] for row, first, last in zip(rows, bounds[0], bounds[2])]
+    return bounds, edited, [row[int(first) : int(last)] for row, first, last in zip(rows, bounds[0], bounds[2])]
 
 
 @dataclass

@@ -155,6 +155,19 @@ def fsdp_untouched_nothing(rank):
     return train(model, batch(rank) | ({"intervention_positions": first} if rank == 1 else {}))
 
 
+def fsdp_untouched_supervised(rank):
+    """The second rank is trained on every token, also on those before the first edited one."""
+    model = adapted(**TWO_PARTS)
+    base = model.get_base_model()
+    for block in base.model.layers:
+        fully_shard(block)
+    fully_shard(base)
+    inputs = batch(rank) | {"intervention_positions": torch.tensor([[5, 6], [2, 3]])}
+    if rank == 1:
+        inputs["labels"] = inputs["input_ids"].clone()
+    return train(model, inputs)
+
+
 def tensor_parallel(rank):
     """Run the base model's own plan on two ranks. Between blocks each rank has the whole hidden states."""
     from transformers import AutoModelForCausalLM

@@ -26,6 +26,7 @@ SCENARIOS = [
     "fsdp_untouched_checkpointing",
     "fsdp_untouched_torch_checkpointing",
     "fsdp_untouched_nothing",
+    "fsdp_untouched_supervised",
 ]
 
 
@@ -118,6 +119,13 @@ def test_a_rank_without_an_untouched_token_holds_up_no_other(results, monkeypatc
     for found in results("fsdp_untouched_nothing"):
         assert_close(found[0], gradients)
         assert_close(found[1], adapter, atol=1e-4)
+
+
+def test_ranks_run_as_many_forwards_whatever_is_supervised(results):
+    """One process alone would cut its backbone instead, which another rank would wait for."""
+    first, second = results("fsdp_untouched_supervised")
+    assert_close(second[0], first[0])
+    assert_close(second[1], first[1])
 
 
 @pytest.mark.cell("Device layouts", "DDP and FSDP2, a rank whose batch edits nothing")
