@@ -82,13 +82,13 @@ UNTOUCHED = {  # tokens of prompt and answer, and how many tokens of the prompt 
 }
 
 
-def untouched(base: nn.Module, rounds: int, rows: int = 4) -> dict[str, dict[str, float]]:
+def untouched(base: nn.Module, rounds: int, rows: int = 4) -> dict[str, dict[str, float | None]]:
     """A training step of `l7` that runs the untouched prompt without gradient; CPU time, one thread.
 
     Both with the model's own head and with TRL's fused head, each over the floor with that head.
     """
     torch.set_num_threads(1)
-    found = {}
+    found: dict[str, dict[str, float | None]] = {}
     for head in ("", ", TRL's fused head"):
         for title, (prompt, answer, shared) in UNTOUCHED.items():
             inputs: dict[str, Any] = batch(rows, prompt + answer, prompt)
@@ -104,9 +104,12 @@ def untouched(base: nn.Module, rounds: int, rows: int = 4) -> dict[str, dict[str
                     add_fused_lm_head(model.get_base_model() if isinstance(model, PeftModel) else model)
             steps = {name: training_step(model, inputs) for name, model in models.items()}
             ratios = interleave(steps, "floor", rounds)
-            row = {"over the floor": ratios["auto"].cpu, "over LoRA r=8": ratios["auto"].cpu / ratios["LoRA"].cpu}
-            row["over one part"] = ratios["auto"].cpu / ratios["off"].cpu if "off" in ratios else float("nan")
-            found[title + head] = row
+            two_parts = ratios["auto"].cpu
+            found[title + head] = {
+                "over the floor": two_parts,
+                "over LoRA r=8": two_parts / ratios["LoRA"].cpu,
+                "over one part": two_parts / ratios["off"].cpu if "off" in ratios else None,
+            }
     return found
 
 

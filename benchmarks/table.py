@@ -82,14 +82,14 @@ def timed(results: dict, name: str) -> list[str]:
     return lines
 
 
-def number(value: float) -> str:
-    """A number as a table shows it; NaN stands for what was not measured."""
-    if value != value:
+def number(value: float | None) -> str:
+    """A number as a table shows it; None stands for what was not measured."""
+    if value is None:
         return ""
     return f"{value:.4g}" if value % 1 else f"{value:,.0f}"
 
 
-def plain(title: str, about: str, rows: dict[str, dict[str, float]]) -> list[str]:
+def plain(title: str, about: str, rows: dict[str, dict[str, float | None]]) -> list[str]:
     """The lines of a table of numbers."""
     columns = list(next(iter(rows.values())))
     lines = ["", f"## {title}", "", about, "", "| | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
