@@ -105,8 +105,8 @@ def untouched(results: dict) -> list[str]:
         "A training step of `l7`, in CPU time",
         "Four rows of prompt + answer tokens, SmolLM2-135M's shape, one thread; median of "
         f"{results['rounds of untouched']} rounds. The floor is the full forward and the backward of activations "
-        "with the same head. Goals over the floor: 0.58, 0.53, 0.30; over LoRA: 0.55, 0.50, 0.28; for 64 + 64: not above "
-        "one part.",
+        "with the same head. Goals over the floor: 0.58, 0.53, 0.30; over LoRA: 0.55, 0.50, 0.28; for 64 + 64: not "
+        "above one part.",
         results["untouched"],
     )
     memory = plain(

@@ -221,8 +221,8 @@ def _read(
     """Read the rows from the device: one host read.
 
     Returns:
-        Columns at which each row starts, stops and is to be cut; the column of its first edited token; the token ids of
-        its untouched part, None if the batch has only embeddings.
+        Columns at which each row starts, stops and is to be cut; the column of its first edited token; the token ids
+        of its untouched part, None if the batch has only embeddings.
 
     Raises:
         Impossible: a row has padding between its tokens, or positions on padding.
