@@ -14,7 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from peft_reft import LoReftConfig, LoReftRuntimeConfig, Positions
+from peft_reft import LoReftConfig, LoReftRuntimeConfig, Positions, prompt_lengths
 from peft_reft.positions.split import Split, common_beginning, first_edited, leaves_a_beginning
 from peft_reft.tuner.beginnings import Beginning, Beginnings
 from peft_reft.tuner.forward import ATTRIBUTE
@@ -377,6 +377,17 @@ def test_auto_needs_something_to_gain():
         with watched(model) as seen:
             model(**inputs)
         assert (seen[True] == [(2, 3 + 4)]) is cut
+
+
+def test_auto_leaves_the_cache_to_a_loop_of_ones_own():
+    """A model in training mode, whose caller goes on from the cache that the first forward returns."""
+    model = adapted("auto")
+    prompt = torch.randint(3, 60, (1, 20))
+    with prompt_lengths([20]):
+        outputs = model(input_ids=prompt)
+        without = model(input_ids=prompt, use_cache=False)
+    assert outputs.past_key_values.get_seq_length() == 20 and without.past_key_values is None
+    torch.testing.assert_close(without.logits, outputs.logits, rtol=1e-4, atol=1e-5)
 
 
 def test_evaluation_and_generation_are_not_cut():

@@ -79,7 +79,7 @@ def cut_forward(
         return None, False
     must = "on" in modes
     try:
-        if not must and not _was_measured(given):
+        if not must and (not _was_measured(given) or (is_model and _may_want_cache(module, given))):
             return None, False
         wanted = {each for of_adapter in plans.values() for each in of_adapter}
         _check_inputs(attachment, given, wanted)
@@ -121,6 +121,16 @@ def _was_measured(given: Mapping[str, Any]) -> bool:
     """Whether two parts were measured to be faster on this kind of device (docs/untouched.md)."""
     tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
     return isinstance(tokens, Tensor) and tokens.device.type == "cpu"
+
+
+def _may_want_cache(model: nn.Module, given: Mapping[str, Any]) -> bool:
+    """Whether the caller may go on from the cache that the ordinary path would return.
+
+    With labels the forward is one of training. Without, it may be the first of a loop.
+    """
+    if given.get("labels") is not None or given.get("shift_labels") is not None or given.get("use_cache") is False:
+        return False
+    return getattr(getattr(model, "config", None), "use_cache", None) is not False
 
 
 def _check_inputs(attachment: Attachment, given: Mapping[str, Any], wanted: set[Wanted]) -> None:
