@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..config import LoReftConfig
+from ..positions.index import Sharing
 from ..positions.spec import Positions
 from .schedule import NONE, Ints, Pieces, ServedPlan, Spans, edited
 from .turns import Reading
@@ -35,7 +36,7 @@ class BlockKeys:
 
     fingerprint: str
     specs: list[str]
-    sharing: str
+    sharing: Sharing
     reading: Reading
 
     @staticmethod
@@ -56,7 +57,7 @@ class BlockKeys:
             ids: token ids that the request was given; None if it was given embeddings.
             given: how many tokens or embeddings it was given.
         """
-        plans = [ServedPlan(Positions.parse(spec).groups, self.sharing) for spec in self.specs]  # type: ignore[arg-type]
+        plans = [ServedPlan(Positions.parse(spec).groups, self.sharing) for spec in self.specs]
         spans = self.reading.answers(ids, given)
         return EditedMap(self.fingerprint, plans, spans, [_sets(plan, spans, 0, given) for plan in plans], given)
 

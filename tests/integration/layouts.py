@@ -85,6 +85,12 @@ def ddp_checkpointing(rank):
     return train(model, batch(rank), DistributedDataParallel(model))
 
 
+def shard(base):
+    for block in base.model.layers:
+        fully_shard(block)
+    fully_shard(base)
+
+
 def fsdp(rank, checkpointing=None, **kwargs):
     model = adapted(**kwargs)
     base = model.get_base_model()
@@ -94,9 +100,7 @@ def fsdp(rank, checkpointing=None, **kwargs):
         blocks = {id(block) for block in base.model.layers}
         apply_activation_checkpointing(base, check_fn=lambda module: id(module) in blocks)
         assert any(isinstance(module, CheckpointWrapper) for module in base.modules())
-    for block in base.model.layers:
-        fully_shard(block)
-    fully_shard(base)
+    shard(base)
     gradients, adapter = train(model, batch(rank))
     model.eval()
     with torch.no_grad():
@@ -117,10 +121,7 @@ def fsdp_torch_checkpointing(rank):
 
 def fsdp_nothing(rank):
     model = adapted()
-    base = model.get_base_model()
-    for block in base.model.layers:
-        fully_shard(block)
-    fully_shard(base)
+    shard(model.get_base_model())
     return train(model, batch(rank) | ({"intervention_positions": NOTHING} if rank == 1 else {}))
 
 
@@ -147,10 +148,7 @@ def fsdp_untouched_torch_checkpointing(rank):
 def fsdp_untouched_nothing(rank):
     """The second rank has no untouched token, and runs as many forwards all the same."""
     model = adapted(**TWO_PARTS)
-    base = model.get_base_model()
-    for block in base.model.layers:
-        fully_shard(block)
-    fully_shard(base)
+    shard(model.get_base_model())
     first = torch.tensor([[0, 1]] * 2)
     return train(model, batch(rank) | ({"intervention_positions": first} if rank == 1 else {}))
 
@@ -158,10 +156,7 @@ def fsdp_untouched_nothing(rank):
 def fsdp_untouched_supervised(rank):
     """The second rank is trained on every token, also on those before the first edited one."""
     model = adapted(**TWO_PARTS)
-    base = model.get_base_model()
-    for block in base.model.layers:
-        fully_shard(block)
-    fully_shard(base)
+    shard(model.get_base_model())
     inputs = batch(rank) | {"intervention_positions": torch.tensor([[5, 6], [2, 3]])}
     if rank == 1:
         inputs["labels"] = inputs["input_ids"].clone()
