@@ -16,7 +16,8 @@ class LoReftRuntimeConfig:
         untouched_prompt: Whether a training step runs the part of each row before its first edited token without
             gradient, because it is the base model's. `"auto"`: if the positions leave such a part (`"l7"`, `"l7+g"`;
             not `"f7+l7"`), if it is long enough, and on devices where that was measured to be faster (CPUs).
-            `"on"`: always; what makes it impossible raises. `"off"`: never.
+            `"on"`: if any row has such a part; what makes it impossible raises. `"off"`: never. Of several active
+            adapters one that says `"off"` decides, else one that says `"on"`.
         kept_mb: How many MiB may be kept from step to step of beginnings that rows share, such as a system prompt.
             0: none.
         kept_device: Where they are kept, such as `"cpu"`. None: where the model runs.
