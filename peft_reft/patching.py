@@ -75,7 +75,7 @@ PATCHES: dict[str, Patch] = {
     "Module.checkpoint_fn": Patch(
         "torch", "2.6", "The same, for torch's CheckpointWrapper (FSDP).", _WITH_THE_ADAPTER
     ),
-    # When vLLM loads its plugins (`serving.engine`, whose table lists all that is touched of vLLM).
+    # When vLLM loads its plugins (`serving.engine`, whose tables list all that is touched of vLLM).
     "Worker.load_model": Patch("vllm", "0.32", "Hooks are added to the model that it loads.", _WITH_THE_ENGINE),
     "Worker.loreft_add": Patch("vllm", "0.32", "Added: the core calls it to load an adapter.", _WITH_THE_ENGINE),
     "Worker.loreft_remove": Patch("vllm", "0.32", "Added: the core calls it to drop an adapter.", _WITH_THE_ENGINE),

@@ -1,4 +1,4 @@
-"""`serving/engine.py` is the only module that touches vLLM, and its tables list all that it touches. Needs no vLLM."""
+"""`serving/engine` alone touches vLLM, and the tables of its modules list all that they touch. Needs no vLLM."""
 
 import ast
 import re
@@ -6,9 +6,9 @@ import re
 import pytest
 from test_house import MODULES
 
-TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items() if name.startswith("serving")}
-ENGINE = TREES.pop("serving.engine")
-# Attributes of Python's and NumPy's own values that engine.py reads.
+SERVING = {name: ast.parse(path.read_text()) for name, path in MODULES.items() if name.startswith("serving")}
+ENGINE = "serving.engine."
+# Attributes of Python's and NumPy's own values that the modules of the engine read.
 PLAIN = {"astype", "get", "items", "join", "name", "split", "values"}
 # Attributes of the same name as vLLM's that other modules read of something else: a tensor, `engine.Step`.
 NAMESAKES = {"device", "requests"}
@@ -52,42 +52,47 @@ def from_vllm(tree):
             yield from (alias.name for alias in node.names)
 
 
-def rows(docstring):
-    """The last part of each name in the table of vLLM's attributes, and in the table of those that are added."""
-    theirs, added = docstring.split("What is added to vLLM's objects:")
+def rows(tree):
+    """The last part of each name in a module's table of vLLM's attributes, and in that of those that are added."""
+    theirs, _, added = ast.get_docstring(tree).partition("What is added to vLLM's objects:")
     names = [re.findall(r"^`[\w.]*?(\w+)` ", table, re.MULTILINE) for table in (theirs, added)]
     return set(names[0]), set(names[1])
 
 
-def check(engine, others):
-    """Fail unless `engine` touches what its tables list, and the `others` nothing of vLLM."""
-    theirs, added = rows(ast.get_docstring(engine))
-    touched = {*attributes(engine), *from_vllm(engine)} - PLAIN - {"vllm"}
-    assert touched - theirs - added == set(), "engine.py touches these, and no table lists them"
-    assert theirs - touched == set(), "the table lists these, and engine.py does not touch them"
-    ours = {name for tree in (engine, *others.values()) for name in second_arguments(tree, OURS)}
+def check(trees):
+    """Fail unless each module of the engine touches what its tables list, and the others nothing of vLLM."""
+    engine = {name: tree for name, tree in trees.items() if name.startswith(ENGINE)}
+    others = {name: tree for name, tree in trees.items() if name not in engine}
+    added = set().union(*(rows(tree)[1] for tree in engine.values()))
+    for name, tree in engine.items():
+        theirs, own = rows(tree)
+        touched = {*attributes(tree), *from_vllm(tree)} - PLAIN - {"vllm"}
+        assert touched - theirs - own == set(), f"{name} touches these, and its tables do not list them"
+        assert theirs - touched == set(), f"the table of {name} lists these, and it does not touch them"
+    ours = {name for tree in trees.values() for name in second_arguments(tree, OURS)}
     assert ours - added == set(), "these are added to vLLM's objects, and no table lists them"
-    strings = {node.value for tree in (engine, *others.values()) for node in ast.walk(tree) if is_string(node)}
-    assert added - strings == set(), "the table lists these, and nothing adds them"
+    strings = {node.value for tree in trees.values() for node in ast.walk(tree) if is_string(node)}
+    assert added - strings == set(), "a table lists these, and nothing adds them"
+    listed = added.union(*(rows(tree)[0] for tree in engine.values()))
     for name, tree in others.items():
-        assert {*from_vllm(tree)} == set(), f"{name} imports vLLM: only engine.py may"
-        assert {*attributes(tree)} & (theirs | added) - NAMESAKES == set(), f"{name} touches vLLM's attributes"
+        assert {*from_vllm(tree)} == set(), f"{name} imports vLLM: only the modules of the engine may"
+        assert {*attributes(tree)} & listed - NAMESAKES == set(), f"{name} touches vLLM's attributes"
 
 
 def is_string(node):
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
-def test_the_table_is_complete():
-    check(ENGINE, TREES)
+def test_the_tables_are_complete():
+    check(SERVING)
 
 
 @pytest.mark.parametrize(
     ("module", "planted", "message"),
     [
-        ("engine", "def planted(runner): return runner.lora_config", "no table lists them"),
-        ("engine", "def planted(runner): return getattr(runner, 'lora_config')", "no table lists them"),
-        ("engine", "from vllm.v1.core.sched.scheduler import Scheduler", "no table lists them"),
+        ("engine.worker", "def planted(runner): return runner.lora_config", "do not list them"),
+        ("engine.worker", "def planted(runner): return getattr(runner, 'lora_config')", "do not list them"),
+        ("engine.core", "from vllm.v1.core.sched.scheduler import Scheduler", "do not list them"),
         ("worker", "def planted(worker): return worker.model_runner", "touches vLLM's attributes"),
         ("worker", "def planted(worker): return getattr(worker, 'model_runner')", "touches vLLM's attributes"),
         ("worker", "def planted(worker): keep(worker, 'loreft_planted', 1)", "no table lists them"),
@@ -96,16 +101,16 @@ def test_the_table_is_complete():
     ],
 )
 def test_what_is_planted_is_found(module, planted, message):
-    trees = {"serving.engine": ENGINE, **TREES}
     name = f"serving.{module}"
-    trees[name] = ast.Module([*trees[name].body, *ast.parse(planted).body], type_ignores=[])
+    planted = ast.Module([*SERVING[name].body, *ast.parse(planted).body], type_ignores=[])
     with pytest.raises(AssertionError, match=message):
-        check(trees.pop("serving.engine"), trees)
+        check({**SERVING, name: planted})
 
 
 def test_a_row_too_many_is_found():
+    name = "serving.engine.worker"
     row = "`Worker.vllm_config` "
-    docstring = ast.get_docstring(ENGINE).replace(row, f"`Worker.gone` \n{row}")
-    changed = ast.Module([ast.Expr(ast.Constant(docstring)), *ENGINE.body[1:]], type_ignores=[])
+    docstring = ast.get_docstring(SERVING[name]).replace(row, f"`Worker.gone` \n{row}")
+    changed = ast.Module([ast.Expr(ast.Constant(docstring)), *SERVING[name].body[1:]], type_ignores=[])
     with pytest.raises(AssertionError, match="does not touch them"):
-        check(changed, TREES)
+        check({**SERVING, name: changed})

@@ -8,7 +8,7 @@ over HTTP, `"vllm_xargs": {"loreft": "emoji"}`). See docs/serving.md.
 ============== ============================================================= ===============
 module         its one job                                                   runs in
 ============== ============================================================= ===============
-`engine`       all that is read, called or replaced of vLLM, with a table    everywhere
+`engine`       all that is read, called or replaced of vLLM, with tables     everywhere
 `plugin`       puts the functions of the next three into vLLM                everywhere
 `frontend`     adds and drops adapters; checks names                         front end
 `core`         knows all requests: which adapters may be dropped; block keys core

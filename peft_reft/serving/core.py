@@ -6,18 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from .blocks import BlockKeys, EditedMap
-from .engine import (
-    adapter_of,
-    call_worker,
-    extra_args,
-    fail_request,
-    given_length,
-    keep,
-    kept,
-    params_of,
-    requests_of_core,
-    token_ids,
-)
+from .engine.core import call_worker, fail_request, requests_of_core
+from .engine.request import adapter_of, extra_args, given_length, keep, kept, params_of, token_ids
 from .options import BLOCKS, KEY
 
 

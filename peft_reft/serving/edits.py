@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .engine import find_named
+from .engine.config import find_named
 from .schedule import Ints
 from .tables import DeviceWork, FormulaKey, Table
 

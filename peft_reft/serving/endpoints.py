@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from .engine import count_api_servers
+from .engine.front import count_api_servers
 from .frontend import add_adapter_async, list_adapters, remove_adapter_async
 
 

@@ -9,20 +9,9 @@ from typing import Any
 
 from .adapters import facts
 from .blocks import BlockKeys
-from .engine import (
-    add_extra_args,
-    additional_config,
-    call_core,
-    call_core_async,
-    extra_args,
-    http_args,
-    invalid_request,
-    is_session,
-    keep,
-    kept,
-    processor_of,
-    wrap_beam_search,
-)
+from .engine.config import additional_config
+from .engine.front import call_core, call_core_async, http_args, invalid_request, processor_of, wrap_beam_search
+from .engine.request import add_extra_args, extra_args, is_session, keep, kept
 from .options import BLOCKS, KEY, Options, check_name
 
 _POLL_SECONDS = 0.05

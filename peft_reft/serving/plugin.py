@@ -9,7 +9,9 @@ def register() -> None:
     The methods that are wrapped here call the original if `additional_config` has no "loreft".
     """
     from . import core, frontend, worker
-    from .engine import extend_core, extend_front_end, extend_worker
+    from .engine.core import extend_core
+    from .engine.front import extend_front_end
+    from .engine.worker import extend_worker
 
     extend_worker(load_model=worker.load_model, add=worker.add, remove=worker.remove)
     extend_core(add_request=core.add_request, add=core.add, remove=core.remove, block_keys=core.block_keys)

@@ -13,28 +13,18 @@ from torch import nn
 from .. import __version__
 from ..tuner.architectures import skeleton
 from .adapters import read_adapter
-from .engine import (
-    adapter_of,
+from .engine.config import (
     add_to_graph_key,
     additional_config,
     captures_graphs,
     check_engine,
     check_version,
     compiles,
-    config_of,
-    device_of,
-    given_length,
-    keep,
-    kept,
-    model_of,
-    most_tokens,
     named_in_graphs,
-    requests_of_step,
-    runner_of,
-    token_ids,
     transformers_config,
-    wrap_forward,
 )
+from .engine.request import adapter_of, given_length, keep, kept, token_ids
+from .engine.worker import config_of, device_of, model_of, most_tokens, requests_of_step, runner_of, wrap_forward
 from .options import Options
 from .schedule import NONE, Pieces, Spans
 from .server import Server

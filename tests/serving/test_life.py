@@ -11,7 +11,7 @@ from vllm.exceptions import VLLMValidationError
 from peft_reft.serving import add_adapter, list_adapters, remove_adapter
 from peft_reft.serving.core import add, add_request, remove
 from peft_reft.serving.endpoints import Endpoints
-from peft_reft.serving.engine import check_engine
+from peft_reft.serving.engine.config import check_engine
 from serving.engines import answer, ask, check, engine, make, params, prompt_of
 
 PROMPT = prompt_of(14, 3)
@@ -182,7 +182,7 @@ def test_routes_want_one_api_server():
 def test_other_versions_are_refused(monkeypatch):
     import vllm
 
-    from peft_reft.serving.engine import TESTED, check_version
+    from peft_reft.serving.engine.config import TESTED, check_version
 
     check_version()
     monkeypatch.setattr(vllm, "__version__", "0.99.0")
