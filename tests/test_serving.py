@@ -1,6 +1,5 @@
 """The parts of `peft_reft.serving` that need no vLLM: options, schedule, tables, reading adapters."""
 
-import asyncio
 import importlib.util
 import json
 import shutil
@@ -23,11 +22,12 @@ from peft_reft.positions.groups import Group
 from peft_reft.positions.index import make_index
 from peft_reft.positions.resolve import find_answers, resolve
 from peft_reft.positions.spec import Positions
-from peft_reft.serving import list_adapters, remove_adapter_async
-from peft_reft.serving.adapters import facts, fingerprint, read_adapter
-from peft_reft.serving.blocks import BlockKeys
+from peft_reft.serving import core
+from peft_reft.serving.adapters import fingerprint, read_adapter, read_facts
+from peft_reft.serving.blocks import map_of
+from peft_reft.serving.chosen import Choice, Facts
 from peft_reft.serving.core import block_keys
-from peft_reft.serving.options import BLOCKS, Options
+from peft_reft.serving.options import CHOICE, Options, check_request
 from peft_reft.serving.schedule import NONE, Pieces, ServedPlan, edited, group_by_weights
 from peft_reft.serving.server import Server
 from peft_reft.serving.tables import LINEAR, Table, formula_key
@@ -89,9 +89,10 @@ def test_pieces_add_up_to_the_whole(data):
         start = np.cumsum([0, *counts])[:-1]
         values = (start, counts, done, [prompt for prompt, _ in prompts], places)
         answers = [[(prompt, prompt)] for prompt, _ in prompts]
-        step = Pieces(*(np.array(v, dtype=np.int64) for v in values), answers)
-        rows, sets, of = edited(step.by_turn(), plans, 4)
-        for row, number, place in zip(rows, sets, of):
+        step = Pieces(*(np.array(v, dtype=np.int64) for v in values), np.ones(len(places)), answers)
+        turns = step.by_turn()
+        rows, sets, piece = edited(turns, plans, 4)
+        for row, number, place in zip(rows, sets, turns.place[piece]):
             request = int(np.searchsorted(start, row, side="right")) - 1
             while not counts[request]:
                 request -= 1
@@ -182,6 +183,11 @@ def reading(spec, by, marks=True):
     return Reading.of(LoReftConfig(positions=spec, tie="layer" if by == "all" else by, **fields))
 
 
+def one_piece(count, computed, given, spans):
+    """A step with one request."""
+    return Pieces(*(np.array([value]) for value in (0, count, computed, given, 0, 1.0)), [spans])
+
+
 def cut(data, plan, of_request, ids, given):
     """The set of weights of each token, found in steps of random size."""
     found, done = [], 0
@@ -189,7 +195,7 @@ def cut(data, plan, of_request, ids, given):
         # A step that generates has one token, because the next ones do not exist yet.
         most = given - done if done < given else 1
         count = data.draw(st.integers(1, most))
-        step = Pieces(*(np.array([value]) for value in (0, count, done, given, 0)), [of_request])
+        step = one_piece(count, done, given, of_request)
         rows, sets, _ = edited(step.by_turn(), [plan], 8)
         by_row = dict(zip(rows.tolist(), sets.tolist()))
         found += [by_row.get(n, NONE) for n in range(count)]
@@ -213,13 +219,13 @@ def test_every_turn_of_a_chat_is_edited_by_the_rule(data, chat, by, spec):
     assert cut(data, ServedPlan(groups, by), of_request, ids, given) == sets_of_chat(groups, by, ids, given)
 
 
-def keys_of(spec, by, marks=True, name="adapter"):
-    return BlockKeys(name, [spec], by, reading(spec, by, marks))
+def chosen(spec, by, marks=True, name="adapter", **more):
+    return Choice(Facts(name, [spec], by, reading(spec, by, marks)), **more)
 
 
-def elements(keys, ids, given, block):
+def elements(choice, ids, given, block):
     """The extra element of each whole block of a request that was given `given` of these tokens."""
-    edited_map = keys.map_of(ids[:given], given)
+    edited_map = map_of(choice, ids[:given], given)
     return [edited_map.element(start, start + block) for start in range(0, len(ids) - block + 1, block)]
 
 
@@ -227,7 +233,7 @@ def sets_of_block(groups, by, ids, given, marks, start, stop):
     """By the plain rule: the set of weights of each token of a block."""
     if marks:
         return sets_of_chat(groups, by, ids, given)[start:stop]
-    step = Pieces(*(np.array([value]) for value in (0, len(ids), 0, given, 0)), [[(given, given)]])
+    step = one_piece(len(ids), 0, given, [(given, given)])
     rows, sets, _ = edited(step.by_turn(), [ServedPlan(groups, by)], 8)
     by_row = dict(zip(rows.tolist(), sets.tolist()))
     return [by_row.get(n, NONE) for n in range(start, stop)]
@@ -253,7 +259,7 @@ def test_blocks_share_a_key_if_and_only_if_their_edits_are_the_same(chat, marks,
             sets_of_block(groups, by, ids, given, marks, start, start + block)
             for start in range(0, len(ids) - block + 1, block)
         ]
-        both.append(list(zip(of_blocks, elements(keys_of(spec, by, marks), ids, given, block))))
+        both.append(list(zip(of_blocks, elements(chosen(spec, by, marks), ids, given, block))))
     for (sets, element), (other_sets, other_element) in zip(*both):
         assert (element is None) == (set(sets) == {NONE})  # a block without edits has the base's key
         assert (element == other_element) == (sets == other_sets)
@@ -261,32 +267,32 @@ def test_blocks_share_a_key_if_and_only_if_their_edits_are_the_same(chat, marks,
 
 def test_adapters_share_the_blocks_before_their_first_edit_and_no_others():
     ids = [*range(3, 43)]
-    one, other = (elements(keys_of("l4", "all", marks=False, name=name), ids, 40, 8) for name in ("a", "b"))
+    one, other = (elements(chosen("l4", "all", marks=False, name=name), ids, 40, 8) for name in ("a", "b"))
     assert one[:4] == other[:4] == [None] * 4
     assert None not in (one[4], other[4]) and one[4] != other[4]
-    assert None not in elements(keys_of("f2+l4", "all", marks=False), ids, 40, 8)[:1]
+    assert None not in elements(chosen("f2+l4", "all", marks=False), ids, 40, 8)[:1]
 
 
 def test_layers_with_specs_of_their_own_make_one_element():
-    keys = BlockKeys("a", ["f2", "l2"], "all", reading("f2", "all", marks=False))
+    facts = Facts("a", ["f2", "l2"], "all", reading("f2", "all", marks=False))
     ids = [*range(3, 19)]
-    first, second = elements(keys, ids, 16, 8)
+    first, second = elements(Choice(facts), ids, 16, 8)
     assert first != second and None not in (first, second)
-    assert elements(BlockKeys("a", ["f2"], "all", keys.reading), ids, 16, 8)[1] is None
+    assert elements(Choice(replace(facts, specs=["f2"])), ids, 16, 8)[1] is None
 
 
 def test_generated_tokens_are_in_the_keys():
     """An answer is edited under `g`, and the same tokens given back as a prompt are not."""
     ids = [*range(3, 23)]
-    said = elements(keys_of("g", "all", marks=False), ids, 10, 5)
-    given_back = elements(keys_of("g", "all", marks=False), ids, 20, 5)
+    said = elements(chosen("g", "all", marks=False), ids, 10, 5)
+    given_back = elements(chosen("g", "all", marks=False), ids, 20, 5)
     assert said[:2] == [None, None] and None not in said[2:]
     assert given_back == [None] * 4
 
 
 def test_the_core_adds_one_element_to_a_blocks_key():
     request = SimpleNamespace(
-        sampling_params=SimpleNamespace(extra_args={BLOCKS: json.loads(json.dumps(asdict(keys_of("l4", "all"))))}),
+        sampling_params=SimpleNamespace(extra_args={CHOICE: json.loads(json.dumps(asdict(chosen("l4", "all"))))}),
         prompt_token_ids=[*range(3, 19)],
         prompt_embeds=None,
     )
@@ -305,12 +311,12 @@ def test_marks_come_with_the_adapter(llama, empty, tmp_path):
     path = adapter_for(llama, tmp_path, positions="f2+l2", tie="group")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     plain = read_adapter(path, empty)
-    assert plain.keys.reading == Reading(response=[], instruction=[])
+    assert plain.facts.reading == Reading(response=[], instruction=[])
     marked = {**config, "response_template": RESPONSE, "instruction_template": INSTRUCTION}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(marked))
-    keys = read_adapter(path, empty).keys
-    assert keys.reading == reading("f2+l2", "group") and keys.fingerprint == fingerprint(path)
-    assert keys == facts(path) == BlockKeys.read(json.loads(json.dumps(asdict(keys))))
+    facts = read_adapter(path, empty).facts
+    assert facts.reading == reading("f2+l2", "group") and facts.fingerprint == fingerprint(path)
+    assert facts == read_facts(path) == Facts.read(json.loads(json.dumps(asdict(facts))))
 
 
 def test_a_group_that_does_not_say_its_span_cannot_be_made():
@@ -330,8 +336,8 @@ def test_a_broken_adapter_edits_its_own_tokens_alone(llama, empty, tmp_path, bro
     loreft, model = server(llama, empty, adapters={"good": good})
     adapter = read_adapter(good, empty)
     factors = {name: each.map(lambda t: torch.full_like(t, broken)) for name, each in adapter.factors.items()}
-    loreft.add("broken", replace(adapter, factors=factors))
-    ours, theirs = loreft.places["good"], loreft.places["broken"]
+    loreft.add("broken", replace(adapter, factors=factors, facts=replace(adapter.facts, fingerprint="broken")))
+    ours, theirs = loreft.places[fingerprint(good)], loreft.places["broken"]
     h, block = torch.randn(13, 32), model.model.layers[1]
     loreft.prepare(pieces((4, 0, 4, NONE), (6, 0, 6, ours)))
     wanted = block(h[:10].clone())
@@ -344,11 +350,12 @@ def test_a_broken_adapter_edits_its_own_tokens_alone(llama, empty, tmp_path, bro
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=60))
 def test_group_by_weights_wastes_at_most_half(sets):
-    work = group_by_weights(np.arange(len(sets)) + 3, np.array(sets))
+    work = group_by_weights(np.arange(len(sets)) + 3, np.array(sets), scale=np.arange(len(sets)) + 2.0)
     valid = work.valid[..., 0]
     lines = zip(work.sets, work.rows, valid)
     by_row = {int(row): int(number) for number, rows, is_valid in lines for row in rows[is_valid]}
     assert by_row == {n + 3: number for n, number in enumerate(sets)}
+    assert {*(work.rows - 1 - work.scale[..., 0])[valid]} == {0}
     assert valid.sum() == len(sets) and work.rows.size <= 2 * len(sets) + len({*sets})
 
 
@@ -385,10 +392,11 @@ def server(llama, empty, graph_tokens=0, compiles=False, **options):
     return Server(model, empty, Options(**options), {}, torch.device("cpu"), compiles, graph_tokens), model
 
 
-def pieces(*requests):
+def pieces(*requests, scale=1.0):
     """The pieces of a step, from (count, computed, given, place) of each request."""
     count, computed, given, place = (np.array(values, dtype=np.int64) for values in zip(*requests))
-    return Pieces(np.cumsum(count) - count, count, computed, given, place, [[(n, n)] for n in given.tolist()])
+    start, scales = np.cumsum(count) - count, np.full(len(count), scale)
+    return Pieces(start, count, computed, given, place, scales, [[(n, n)] for n in given.tolist()])
 
 
 @pytest.mark.parametrize("formula", [name for name in INTERVENTIONS if name != "interchange"])
@@ -410,7 +418,8 @@ def test_a_step_edits_by_the_formula(llama, empty, tmp_path):
     }
     loreft, model = server(llama, empty, adapters=paths)
     h, residual = torch.randn(9, 32), torch.randn(9, 32)
-    loreft.prepare(pieces((6, 0, 6, loreft.places["a"]), (1, 4, 3, loreft.places["b"]), (2, 0, 5, NONE)))
+    of_a, of_b = (loreft.places[fingerprint(paths[name])] for name in "ab")
+    loreft.prepare(pieces((6, 0, 6, of_a), (1, 4, 3, of_b), (2, 0, 5, NONE)))
     found, _ = model.model.layers[1]((h.clone(), residual))
     a, b = (read_adapter(paths[name], empty).factors["model.layers.1"] for name in "ab")
     wanted, full = h.clone(), h + residual
@@ -419,7 +428,7 @@ def test_a_step_edits_by_the_formula(llama, empty, tmp_path):
     wanted[6] += b.scale * full[6] + b.shift
     torch.testing.assert_close(found, wanted)
     assert torch.equal(found[[2, 3, 4, 7, 8]], h[[2, 3, 4, 7, 8]])
-    loreft.prepare(pieces((1, 6, 6, loreft.places["a"])))  # a decode step edits nothing
+    loreft.prepare(pieces((1, 6, 6, of_a)))  # a decode step edits nothing
     assert all(not edits.work for edits in loreft.edits.values())
 
 
@@ -461,7 +470,7 @@ def test_places_are_used_again(llama, empty, tmp_path):
     small = adapter_for(llama, tmp_path, "small", r=2, positions="f1")
     loreft, model = server(llama, empty, max_adapters=1, max_positions=4)
     loreft.add("big", read_adapter(big, empty))
-    loreft.remove("big")
+    loreft.keep([])
     loreft.add("small", read_adapter(small, empty))
     alone, other = server(llama, empty, adapters={"small": small})
     h = torch.randn(4, 32)
@@ -491,13 +500,13 @@ def test_what_does_not_fit_changes_nothing(llama, empty, tmp_path):
         with pytest.raises(ValueError, match=message):
             loreft.add("new", adapter)
     good = read_adapter(plain, empty)
-    with pytest.raises(ValueError, match="'plain' already"):
-        loreft.add("plain", good)
-    loreft.add("second", good)
-    with pytest.raises(ValueError, match="2 adapters already"):
-        loreft.add("third", good)
-    loreft.remove("second")
-    assert [*loreft.places] == ["plain"] and {*loreft.edits} == {f"model.layers.{n}" for n in range(3)}
+    for name in ("second", "third"):
+        loreft.add(name, replace(good, facts=replace(good.facts, fingerprint=name)))
+    loreft.add("the same as the first", good)  # takes no place
+    with pytest.raises(ValueError, match="'fourth' finds no place: requests still use"):
+        loreft.add("fourth", replace(good, facts=replace(good.facts, fingerprint="fourth")))
+    loreft.keep([good.facts.fingerprint])
+    assert [*loreft.places] == [good.facts.fingerprint] and {*loreft.edits} == {f"model.layers.{n}" for n in range(3)}
     for name, edits in loreft.edits.items():
         assert torch.equal(edits.table.stacks[LINEAR].basis[0], before[name][0])
 
@@ -561,22 +570,136 @@ def test_every_formula_fits_its_table():
             h = torch.randn(5, 16)
             wanted = h + factors.edit(h)
             found = h.clone()
-            table.edit_all(formula_key(factors), torch.ones(5, dtype=torch.long), found, None)
+            one = torch.ones(5, 1)
+            table.edit_all(formula_key(factors), torch.ones(5, dtype=torch.long), one, found, None)
             torch.testing.assert_close(found, wanted)
-            table.edit_all(formula_key(factors), torch.full((5,), 3), found, None)
+            table.edit_all(formula_key(factors), torch.full((5,), 3), one, found, None)
             torch.testing.assert_close(found, wanted)  # the set that edits nothing
 
 
-def test_who_gives_up_waiting_leaves_the_adapter_there():
-    class Core:
-        async def call_utility_async(self, method, name):
-            return 1  # one request uses it for ever
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_request_scales_its_edits(llama, empty, tmp_path, captured, monkeypatch):
+    monkeypatch.setattr("peft_reft.serving.edits.is_capturing", lambda hidden: captured)
+    path = adapter_for(llama, tmp_path, positions="f2", tie="group")
+    loreft, model = server(llama, empty, graph_tokens=8 * captured, adapters={"a": path})
+    h = torch.randn(4, 32)
+    outputs = {}
+    for scale in (1.0, 0.25, -2.0, 0.0, 1.0):
+        loreft.prepare(pieces((4, 0, 4, 0), scale=scale))
+        outputs[scale] = model.model.layers[0](h.clone())
+    assert not torch.allclose(outputs[1.0][:2], h[:2]) and torch.equal(outputs[0.0], h)
+    for scale, found in outputs.items():
+        torch.testing.assert_close(found, h + scale * (outputs[1.0] - h))
 
-    known = {"a": "fingerprint"}
-    engine = SimpleNamespace(engine_core=Core(), input_processor=SimpleNamespace(loreft_adapters=known))
-    with pytest.raises(asyncio.TimeoutError):
-        asyncio.run(asyncio.wait_for(remove_adapter_async(engine, "a"), 0.2))
-    assert list_adapters(engine) == ["a"]
+
+def test_scale_and_prompt_length_are_in_the_keys():
+    ids = [*range(3, 23)]
+    plain, scaled = (elements(chosen("l4", "all", marks=False, **more), ids, 20, 5) for more in ({}, {"scale": 0.5}))
+    assert plain[:3] == scaled[:3] == [None] * 3 and None not in (plain[3], scaled[3]) and plain[3] != scaled[3]
+    scored = elements(chosen("l4", "all", marks=False, prompt_length=10), ids, 20, 5)
+    assert scored[1] is not None and scored[0] is scored[2] is scored[3] is None
+    asked = elements(chosen("l4", "all", marks=False), ids[:10], 10, 5)
+    assert scored[:2] == asked
+
+
+@pytest.mark.parametrize(
+    ("args", "key"),
+    [
+        ({}, None),
+        ({"loreft": "a", "loreft_scale": 2, "loreft_prompt_length": 5, "other": object()}, None),
+        ({"loreft": "a", "loreft_scale": True}, "loreft_scale"),
+        ({"loreft": "a", "loreft_scale": "1"}, "loreft_scale"),
+        ({"loreft": "a", "loreft_scale": float("nan")}, "loreft_scale"),
+        ({"loreft": "a", "loreft_prompt_length": 0}, "loreft_prompt_length"),
+        ({"loreft": "a", "loreft_prompt_length": 3.0}, "loreft_prompt_length"),
+        ({"loreft_scale": 2}, "loreft_scale"),
+        ({"loreft_prompt_length": 2}, "loreft_prompt_length"),
+        ({"loreft": "a", "loreft_strength": 2}, "loreft_strength"),
+        ({"loreft": "a", "loreft_choice": {}}, "loreft_choice"),
+    ],
+)
+def test_what_a_request_may_say(args, key):
+    wrong = check_request(args)
+    assert (wrong and wrong[0]) == key
+
+
+class Engine:
+    """Stands for an engine's core with two workers, in which `places` hold what is loaded."""
+
+    def __init__(self, most=2):
+        self.workers, self.requests, self.failed, self.folders = [set(), set()], {}, [], {}
+        self.scheduler, self.model_executor = SimpleNamespace(requests=self.requests), self
+        self.loreft = core.Adapters(most, {})
+
+    def collective_rpc(self, method, args):
+        return [getattr(self, method)(worker, number, *args) for number, worker in enumerate(self.workers)]
+
+    def loreft_add(self, worker, number, name, path):
+        fingerprint = self.folders.get(path, [path, path])[number]
+        if fingerprint == "bad":
+            return {"error": f"{path} is bad"}
+        worker.add(fingerprint)
+        return asdict(Facts(fingerprint, ["l1"], "all", Reading([], [])))
+
+    def loreft_keep(self, worker, number, fingerprints):
+        worker &= {*fingerprints}
+
+    def _send_error_outputs_to_client(self, requests, client):
+        self.failed += requests
+
+    def request(self, id, name):
+        return SimpleNamespace(
+            request_id=id, client_index=0, sampling_params=SimpleNamespace(extra_args={"loreft": name})
+        )
+
+    def read(self, request):
+        core.preprocess(lambda engine, request: None, self, request)
+
+    def take(self, request):
+        core.add_request(lambda engine, request: self.requests.update({request.request_id: request}), self, request)
+
+    def chosen(self, request):
+        return request.sampling_params.extra_args["loreft_choice"]["facts"]["fingerprint"]
+
+
+def test_weights_stay_until_no_request_uses_them():
+    engine = Engine()
+    assert core.add(engine, "a", "v1", replace=False)["fingerprint"] == "v1"
+    running, coming = engine.request("1", "a"), engine.request("2", "a")
+    engine.read(running)
+    engine.take(running)
+    engine.read(coming)  # and another thread replaces the adapter before the scheduler has the request
+    core.add(engine, "a", "v2", replace=True)
+    assert engine.workers == [{"v1", "v2"}] * 2
+    engine.take(coming)
+    later = engine.request("3", "a")
+    engine.read(later)
+    engine.take(later)
+    assert [engine.chosen(each) for each in (running, coming, later)] == ["v1", "v1", "v2"]
+    del engine.requests["1"], engine.requests["2"]
+    assert core.remove(engine, "a") is None
+    assert engine.workers == [{"v2"}] * 2 and engine.failed == []
+    late = engine.request("4", "a")
+    engine.read(late)
+    engine.take(late)
+    assert engine.failed == ["4"] and "4" not in engine.requests
+    engine.requests.clear()
+    core.add(engine, "b", "v1", replace=True)
+    assert engine.workers == [{"v1"}] * 2 and [*core.known(engine)] == ["b"]
+    assert "no adapter 'a'. There are: b" in core.remove(engine, "a")
+
+
+def test_an_adapter_that_not_all_workers_can_load_is_in_none():
+    engine = Engine()
+    core.add(engine, "a", "v1", replace=False)
+    engine.folders = {"half": ["new", "bad"], "changed": ["one", "other"]}
+    assert core.add(engine, "b", "half", replace=False) == {"error": "half is bad"}
+    assert "changed while it was read" in core.add(engine, "b", "changed", replace=False)["error"]
+    assert "'a' already" in core.add(engine, "a", "v2", replace=False)["error"]
+    core.add(engine, "b", "v1", replace=False)  # the same weights under another name
+    assert "2 adapters already" in core.add(engine, "c", "v3", replace=False)["error"]
+    assert "1 to 200 printable characters" in core.add(engine, "a" * 201, "v3", replace=True)["error"]
+    assert engine.workers == [{"v1"}] * 2 and [*core.known(engine)] == ["a", "b"]
 
 
 def test_serving_needs_no_vllm_until_vllm_calls_it():

@@ -10,13 +10,14 @@ module         its one job                                                   run
 ============== ============================================================= ===============
 `engine`       all that is read, called or replaced of vLLM, with tables     everywhere
 `plugin`       puts the functions of the next three into vLLM                everywhere
-`frontend`     adds and drops adapters; checks names                         front end
-`core`         knows all requests: which adapters may be dropped; block keys core
+`frontend`     adds and drops adapters; checks requests                      front end
+`core`         says which adapter a name means; block keys                   core
 `worker`       hooks the loaded model; prepares each step                    worker
 `endpoints`    adapters over HTTP                                            API server
 `options`      `additional_config["loreft"]` and its checks                  everywhere
 `adapters`     reads an adapter for serving                                  everywhere
 `turns`        where prompts and answers are                                 everywhere
+`chosen`       what is known of an adapter; what a request has chosen        everywhere
 `blocks`       the keys of cached blocks: what is edited in them             front end, core
 `schedule`     which tokens of a step are edited, with which weights (NumPy) worker
 `tables`       the weights of all adapters of one module, stacked (torch)    worker

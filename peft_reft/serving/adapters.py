@@ -19,7 +19,7 @@ from ..config import LoReftConfig
 from ..convert.ours import local_folder
 from ..edits.factors import Factors
 from ..tuner.layer import LoReftLayer
-from .blocks import BlockKeys
+from .chosen import Facts
 from .schedule import ServedPlan
 
 _NAME = "served"
@@ -33,12 +33,12 @@ class ServedAdapter:
         plans: from the name of an edited module to which tokens are edited there and how they share weights.
         factors: from the name of an edited module to the tensors of the formula, float32, with a leading dimension if
             there are several sets of weights.
-        keys: the keys of the blocks that are computed with it; they hold its fingerprint.
+        facts: what else must be known of it, its fingerprint among them.
     """
 
     plans: dict[str, ServedPlan]
     factors: dict[str, Factors]
-    keys: BlockKeys
+    facts: Facts
 
     @property
     def rank(self) -> int:
@@ -63,6 +63,7 @@ def read_adapter(path_or_name: str, empty: nn.Module) -> ServedAdapter:
             message says which.
     """
     folder = fetch(path_or_name)
+    before = fingerprint(folder)
     config = _config(folder, named=path_or_name)
     for field in ("modules_to_save", "trainable_token_indices"):
         value = getattr(config, field)
@@ -85,7 +86,9 @@ def read_adapter(path_or_name: str, empty: nn.Module) -> ServedAdapter:
             plans[name] = ServedPlan(plan.groups, plan.sharing)
             intervention = layer.weights(_NAME).eval().requires_grad_(False)
             factors[name] = intervention.current_factors()
-    return ServedAdapter(plans, factors, BlockKeys.of(config, fingerprint(folder)))
+    if fingerprint(folder) != before:
+        raise ValueError(f"{path_or_name} changed while it was read. Load it again when it is complete.")
+    return ServedAdapter(plans, factors, Facts.of(config, before))
 
 
 def _config(folder: str, named: str) -> LoReftConfig:
@@ -96,14 +99,14 @@ def _config(folder: str, named: str) -> LoReftConfig:
     return config
 
 
-def facts(path_or_name: str) -> BlockKeys:
-    """What the front end must know of an adapter.
+def read_facts(path_or_name: str) -> Facts:
+    """What must be known of an adapter without its weights.
 
     Raises:
         ValueError: this is no LoReFT adapter.
     """
     folder = fetch(path_or_name)
-    return BlockKeys.of(_config(folder, named=path_or_name), fingerprint(folder))
+    return Facts.of(_config(folder, named=path_or_name), fingerprint(folder))
 
 
 def fetch(path_or_name: str) -> str:

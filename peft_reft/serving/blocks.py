@@ -12,61 +12,39 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from ..config import LoReftConfig
-from ..positions.index import Sharing
 from ..positions.spec import Positions
+from .chosen import Choice
 from .schedule import NONE, Ints, Pieces, ServedPlan, Spans, edited
-from .turns import Reading
 
 
-@dataclass(frozen=True)
-class BlockKeys:
-    """Makes the keys of one adapter. It has only strings, ints and lists, so that a request can carry it.
+def map_of(choice: Choice, ids: Sequence[int] | None, given: int) -> EditedMap:
+    """Which tokens of a request are edited.
 
     Args:
-        fingerprint: a digest of the adapter's files.
-        specs: the distinct specs of its `positions`.
-        sharing: which positions of a layer share weights.
-        reading: how it finds prompts and answers in a request.
+        choice: the request's adapter.
+        ids: token ids that the request was given; None if it was given embeddings.
+        given: how many tokens or embeddings it was given.
     """
-
-    fingerprint: str
-    specs: list[str]
-    sharing: Sharing
-    reading: Reading
-
-    @staticmethod
-    def of(config: LoReftConfig, fingerprint: str) -> BlockKeys:
-        """The keys of an adapter with this config."""
-        specs = [str(spec.groups) for spec in config.specs]
-        return BlockKeys(fingerprint, specs, config.sharing, Reading.of(config))
-
-    @staticmethod
-    def read(data: dict[str, Any]) -> BlockKeys:
-        """Read what `dataclasses.asdict` has written."""
-        return BlockKeys(**{**data, "reading": Reading(**data["reading"])})
-
-    def map_of(self, ids: Sequence[int] | None, given: int) -> EditedMap:
-        """Which tokens of a request are edited.
-
-        Args:
-            ids: token ids that the request was given; None if it was given embeddings.
-            given: how many tokens or embeddings it was given.
-        """
-        plans = [ServedPlan(Positions.parse(spec).groups, self.sharing) for spec in self.specs]
-        spans = self.reading.answers(ids, given)
-        return EditedMap(self.fingerprint, plans, spans, [_sets(plan, spans, 0, given) for plan in plans], given)
+    plans = [ServedPlan(Positions.parse(spec).groups, choice.facts.sharing) for spec in choice.facts.specs]
+    spans = choice.answers(ids, given)
+    return EditedMap(
+        weights=f"{choice.facts.fingerprint} {choice.scale!r}",
+        plans=plans,
+        spans=spans,
+        sets=[_sets(plan, spans, 0, given) for plan in plans],
+        given=given,
+    )
 
 
 @dataclass(frozen=True)
 class EditedMap:
     """Which tokens of one request are edited, and by which set of weights."""
 
-    fingerprint: str
+    weights: str
+    """Says with what they are edited: the adapter's fingerprint, and the scale."""
     plans: list[ServedPlan]
     """What the adapter does, in each way that its layers do it."""
     spans: Spans
@@ -86,7 +64,7 @@ class EditedMap:
             of_block.append(inside)
         if all((sets == NONE).all() for sets in of_block):
             return None
-        digest = hashlib.sha256(self.fingerprint.encode())
+        digest = hashlib.sha256(self.weights.encode())
         for sets in of_block:
             # Tokens that were not given and are not edited may be missing at the end.
             filled = np.full(stop - start, NONE, dtype=np.int64)
@@ -100,7 +78,13 @@ def _sets(plan: ServedPlan, spans: Spans, start: int, stop: int) -> Ints:
     found = np.full(stop - start, NONE, dtype=np.int64)
     zero = np.zeros(1, dtype=np.int64)  # (1 request,)
     pieces = Pieces(
-        start=zero, count=zero + stop - start, computed=zero + start, given=zero, place=zero, answers=[spans]
+        start=zero,
+        count=zero + stop - start,
+        computed=zero + start,
+        given=zero,
+        place=zero,
+        scale=np.ones(1),
+        answers=[spans],
     )
     rows, sets, _ = edited(pieces.by_turn(), [plan], sets_per_place=0)
     found[rows] = sets

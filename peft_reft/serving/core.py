@@ -1,51 +1,153 @@
-"""The plugin in the engine's core, between front end and worker. Only the core knows which requests exist."""
+"""The plugin in the engine's core, between front end and worker. Only the core knows which requests exist.
+
+So the core says which adapter a name means, and writes it into the request when it comes. If the adapter of that name
+is replaced or removed, the request goes on with what it chose: weights stay until no request uses them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .blocks import BlockKeys, EditedMap
-from .engine.core import call_worker, fail_request, requests_of_core
-from .engine.request import adapter_of, extra_args, given_length, keep, kept, params_of, token_ids
-from .options import BLOCKS, KEY
+from .blocks import EditedMap, map_of
+from .chosen import Choice, Facts
+from .engine.config import additional_config
+from .engine.core import call_workers, config_of_core, fail_request, id_of, requests_of_core
+from .engine.request import adapter_of, add_extra_args, extra_args, given_length, keep, kept, params_of, token_ids
+from .options import CHOICE, KEY, PROMPT_LENGTH, SCALE, Options, check_name
 
 
-def add(core: object, name: str, path_or_name: str) -> dict[str, Any]:
-    """Have the worker load an adapter (`EngineCore.loreft_add`). Returns what `worker.add` returns."""
-    answer: dict[str, Any] = call_worker(core, "loreft_add", name, path_or_name)
+@dataclass
+class Adapters:
+    """The adapters of an engine, as its core knows them."""
+
+    most: int
+    """How many names there may be."""
+    named: dict[str, Facts]
+    """From an adapter's name to its facts."""
+    coming: dict[str, str] = field(default_factory=dict)
+    """From the id of a request that has its adapter, and that the scheduler does not have yet, to the fingerprint. It
+    is filled by the thread that reads requests."""
+
+
+def init(inner: Callable[..., None], core: object, *args: Any, **kwargs: Any) -> None:
+    """Note which adapters the workers have loaded (`EngineCore.__init__`)."""
+    inner(core, *args, **kwargs)
+    options = Options.read(additional_config(config_of_core(core)))
+    if options is not None:
+        loaded: dict[str, dict[str, Any]] = call_workers(core, "loreft_at_start")[0]
+        named = {name: Facts.read(data) for name, data in loaded.items()}
+        keep(core, "loreft", Adapters(options.most_adapters, named))
+
+
+def add(core: object, name: str, path_or_name: str, replace: bool) -> dict[str, Any]:
+    """Have the workers load an adapter (`EngineCore.loreft_add`).
+
+    Args:
+        core: vLLM's `EngineCore`.
+        name: what requests will call it.
+        path_or_name: a folder, or a name on the Hub.
+        replace: whether it takes the place of the adapter that has its name.
+
+    Returns:
+        The fields of its `Facts`; or, as `error`, what is wrong. Then nothing has changed.
+    """
+    adapters: Adapters = kept(core, "loreft")
+    try:
+        _check_name(adapters, name, replace)
+    except ValueError as error:
+        return {"error": str(error)}
+    _drop_unused(core, adapters)
+    answers: list[dict[str, Any]] = call_workers(core, "loreft_add", name, path_or_name)
+    answer = next((each for each in answers if "error" in each), answers[0])
+    if any(each != answers[0] for each in answers) and "error" not in answer:
+        answer = {"error": f"{path_or_name} changed while it was read. Load it again when it is complete."}
     if "error" not in answer:
-        _dropped(core).discard(name)
+        adapters.named[name] = Facts.read(answer)
+    _drop_unused(core, adapters)  # what it replaces; or what only some of the workers could load
     return answer
 
 
-def remove(core: object, name: str) -> int:
-    """Drop an adapter if no request uses it (`EngineCore.loreft_remove`).
+def _check_name(adapters: Adapters, name: str, replace: bool) -> None:
+    """Raise ValueError if no adapter of this name can be added."""
+    check_name(name)
+    if name in adapters.named:
+        if not replace:
+            raise ValueError(f"There is an adapter {name!r} already. Replace it, remove it, or give another name.")
+    elif len(adapters.named) >= adapters.most:
+        raise ValueError(f"There are {adapters.most} adapters already (max_adapters). Remove one first.")
 
-    The core decides because requests wait here before a worker hears of them.
+
+def remove(core: object, name: str) -> str | None:
+    """Drop an adapter (`EngineCore.loreft_remove`). Requests that have chosen it go on with it.
 
     Returns:
-        How many requests use the adapter. It is dropped if there are none.
+        None; or what is wrong.
     """
-    users = sum(adapter_of(request) == name for request in requests_of_core(core))
-    if users == 0:
-        call_worker(core, "loreft_remove", name)
-        _dropped(core).add(name)
-    return users
+    adapters: Adapters = kept(core, "loreft")
+    if name not in adapters.named:
+        return f"There is no adapter {name!r}. There are: {', '.join(sorted(adapters.named)) or 'none'}."
+    del adapters.named[name]
+    _drop_unused(core, adapters)
+    return None
+
+
+def known(core: object) -> dict[str, dict[str, Any]]:
+    """From the name of each adapter to the fields of its `Facts` (`EngineCore.loreft_list`)."""
+    adapters: Adapters = kept(core, "loreft")
+    return {name: asdict(facts) for name, facts in adapters.named.items()}
+
+
+def _drop_unused(core: object, adapters: Adapters) -> None:
+    """Have the workers free the places of weights that no name means and no request uses."""
+    used = {facts.fingerprint for facts in adapters.named.values()}
+    used.update(list(adapters.coming.values()))
+    for request in requests_of_core(core):
+        data = extra_args(params_of(request)).get(CHOICE)
+        if data is not None:
+            used.add(data["facts"]["fingerprint"])
+    call_workers(core, "loreft_keep", sorted(used))
+
+
+def preprocess(inner: Callable[..., Any], core: object, request: object, *args: Any, **kwargs: Any) -> Any:
+    """Write into a request which adapter its name means (`EngineCore.preprocess_add_request`).
+
+    vLLM makes the keys of the request's blocks here. As a rule this runs in the thread that reads requests.
+    """
+    adapters: Adapters | None = kept(core, "loreft")
+    name = adapter_of(request)
+    if adapters is None or name is None:
+        return inner(core, request, *args, **kwargs)
+    facts = adapters.named.get(name)
+    if facts is None:  # `add_request` fails it
+        return inner(core, request, *args, **kwargs)
+    chosen = extra_args(params_of(request))
+    choice = Choice(facts, float(chosen.get(SCALE, 1.0)), chosen.get(PROMPT_LENGTH))
+    adapters.coming[id_of(request)] = facts.fingerprint
+    try:
+        add_extra_args(request, {CHOICE: asdict(choice)})
+        return inner(core, request, *args, **kwargs)
+    except BaseException:
+        del adapters.coming[id_of(request)]
+        raise
 
 
 def add_request(inner: Callable[..., None], core: object, request: object, *args: Any, **kwargs: Any) -> None:
-    """Add a request to the core (`EngineCore.add_request`) unless its adapter has been dropped.
+    """Add a request to the core (`EngineCore.add_request`) unless there was no adapter of the name that it gives.
 
-    The front end refuses unknown adapters, but it may let a request pass just before its adapter is dropped.
+    The front end refuses unknown names, but it may let a request pass just before an adapter is removed.
     """
+    adapters: Adapters | None = kept(core, "loreft")
     name = adapter_of(request)
-    if name is None or name not in _dropped(core):
+    if name is None or CHOICE in extra_args(params_of(request)):
         inner(core, request, *args, **kwargs)
+        if adapters is not None:
+            adapters.coming.pop(id_of(request), None)  # the scheduler has it now
         return
     # An exception would end a core that runs in a process of its own.
     if not fail_request(core, request):
-        raise ValueError(f"{KEY}={name!r}: the adapter was dropped.")
+        raise ValueError(f"{KEY}={name!r}: there is no adapter of that name.")
 
 
 def block_keys(
@@ -58,21 +160,12 @@ def block_keys(
 ) -> tuple[tuple[Any, ...] | None, int]:
     """Add what is edited in a block to the extra elements of its key (`generate_block_hash_extra_keys`)."""
     keys, number = inner(request, start, stop, *args, **kwargs)
-    data = extra_args(params_of(request)).get(BLOCKS)
+    data = extra_args(params_of(request)).get(CHOICE)
     if data is None:
         return keys, number
     edited: EditedMap | None = kept(request, "loreft_map")
     if edited is None:
-        edited = BlockKeys.read(data).map_of(token_ids(request), given_length(request))
+        edited = map_of(Choice.read(data), token_ids(request), given_length(request))
         keep(request, "loreft_map", edited)
     element = edited.element(start, stop)
     return keys if element is None else (*(keys or ()), (KEY, element)), number
-
-
-def _dropped(core: object) -> set[str]:
-    """The names of the adapters that were dropped and not added again."""
-    found: set[str] | None = kept(core, "loreft_dropped")
-    if found is None:
-        found = set()
-        keep(core, "loreft_dropped", found)
-    return found

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .engine.config import find_named
-from .schedule import Ints
+from .schedule import Floats, Ints
 from .tables import DeviceWork, FormulaKey, Table
 
 _ATTRIBUTE = "loreft_edits"
@@ -27,8 +27,9 @@ class Edits:
         self.table = table
         self.work: list[tuple[FormulaKey, DeviceWork]] = []
         """Empty in a step that edits nothing here. Modules in which the adapters do the same share one list."""
-        self.fixed: list[tuple[FormulaKey, Tensor]] = []
-        """If graphs are captured: for each formula the set of weights of each token, (tokens,) int64."""
+        self.fixed: list[tuple[FormulaKey, Tensor, Tensor]] = []
+        """If graphs are captured: for each formula the set of weights of each token, (tokens,) int64, and what
+        multiplies the edit, (tokens, 1) float32."""
 
     def apply(self, hidden: Tensor, residual: Tensor | None) -> None:
         """Edit the module's output in place.
@@ -42,8 +43,9 @@ class Edits:
             return  # every decode step, if the adapters edit prompts only
         hidden = hidden.view(-1, hidden.shape[-1])  # (tokens, d)
         if capturing:
-            for key, sets in self.fixed:
-                self.table.edit_all(key, sets[: len(hidden)], hidden=hidden, residual=residual)
+            for key, sets, scale in self.fixed:
+                n = len(hidden)
+                self.table.edit_all(key, sets[:n], scale[:n], hidden=hidden, residual=residual)
         else:
             for key, work in self.work:
                 self.table.edit(key, work, hidden=hidden, residual=residual)
@@ -99,6 +101,8 @@ class FixedSteps:
         formula 0, layer 0 2  2  8  8  5  8 …
         formula 0, layer 1 2  2  8  8  5  8 …
 
+    Another buffer says what multiplies the edit of each token.
+
     Args:
         edits: of all modules.
         keys: the formulas that adapters can have. A captured graph cannot compute others.
@@ -111,6 +115,8 @@ class FixedSteps:
         self.none = edits[0].table.sets  # the set that edits nothing
         self.staged = np.full((len(keys), len(edits), tokens), self.none, dtype=np.int64)
         self.on_device = send(self.staged, device).clone()  # (formulas, modules, tokens)
+        self.staged_scale = np.ones((tokens, 1), dtype=np.float32)
+        self.scale_on_device = send(self.staged_scale, device).clone()  # (tokens, 1)
         self.number = {each.name: number for number, each in enumerate(edits)}
         """From a module's name to its index in the buffers."""
         self.until = 0
@@ -121,7 +127,7 @@ class FixedSteps:
             for each in edits:
                 each.table.reserve(key)
         for number, each in enumerate(edits):
-            each.fixed = [(key, self.on_device[k, number]) for k, key in enumerate(keys)]
+            each.fixed = [(key, self.on_device[k, number], self.scale_on_device) for k, key in enumerate(keys)]
 
     def begin(self) -> None:
         """Forget the step before."""
@@ -129,7 +135,7 @@ class FixedSteps:
         self.stale = self.until
         self.until = 0
 
-    def note(self, key: FormulaKey, modules: list[Edits], rows: Ints, sets: Ints) -> None:
+    def note(self, key: FormulaKey, modules: list[Edits], rows: Ints, sets: Ints, scale: Floats) -> None:
         """Note edits of the coming step.
 
         Args:
@@ -137,10 +143,12 @@ class FixedSteps:
             modules: the modules that are edited alike.
             rows: (n,) the rows of the edited tokens in the step.
             sets: (n,) the set of weights of each.
+            scale: (n,) what multiplies its edit.
         """
         numbers = np.array([self.number[each.name] for each in modules])
         of_formula = self.staged[self.keys.index(key)]  # (modules, tokens), a view
         of_formula[numbers[:, None], rows] = sets
+        self.staged_scale[rows, 0] = scale
         self.until = max(self.until, int(rows.max()) + 1)
 
     def send(self) -> None:
@@ -149,6 +157,8 @@ class FixedSteps:
         if changed > 0:
             part = np.ascontiguousarray(self.staged[..., :changed])
             self.on_device[..., :changed].copy_(send(part, self.on_device.device))
+            scale = self.staged_scale[:changed].copy()  # the buffer may change before the device has read it
+            self.scale_on_device[:changed].copy_(send(scale, self.scale_on_device.device))
 
 
 def send(array: NDArray[Any], device: torch.device) -> Tensor:

@@ -1,20 +1,17 @@
-"""The plugin in the front end: adapters are added and dropped, unknown names refused, requests given their keys."""
+"""The plugin in the front end: adapters are added and dropped, requests for unknown ones refused."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
-from .adapters import facts
-from .blocks import BlockKeys
+from .adapters import read_facts
+from .chosen import Facts
 from .engine.config import additional_config
 from .engine.front import call_core, call_core_async, http_args, invalid_request, processor_of, wrap_beam_search
-from .engine.request import add_extra_args, extra_args, is_session, keep, kept
-from .options import BLOCKS, KEY, Options, check_name
+from .engine.request import extra_args, given_length, is_session, keep, kept
+from .options import KEY, PROMPT_LENGTH, Options, check_request, shorten
 
-_POLL_SECONDS = 0.05
 _HOW_TO_START = f"Start it with additional_config={{'{KEY}': {{'adapters': {{NAME: FOLDER}}}}}}."
 
 
@@ -23,7 +20,7 @@ def init(inner: Callable[..., None], processor: object, config: object, *args: A
     inner(processor, config, *args, **kwargs)
     options = Options.read(additional_config(config))
     if options is not None:
-        known = {name: facts(path_or_name) for name, path_or_name in options.adapters.items()}
+        known = {name: read_facts(path_or_name) for name, path_or_name in options.adapters.items()}
         keep(processor, "loreft_adapters", known)
         wrap_beam_search(_refuse_beam_search)
 
@@ -47,38 +44,48 @@ def process_inputs(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Check the adapter that a request names, and give the request the keys of its blocks.
-
-    It wraps `InputProcessor.process_inputs`.
+    """Check what a request says about adapters (`InputProcessor.process_inputs`).
 
     Raises:
-        VLLMValidationError: there is no adapter of that name. Only this request fails; over HTTP with status 400.
+        VLLMValidationError: something is wrong. Only this request fails; over HTTP with status 400.
     """
     chosen = extra_args(params)
-    if BLOCKS in chosen:
-        raise invalid_request(f"{BLOCKS} is set by the server (allowed: leave it out).", parameter=BLOCKS)
+    wrong = check_request(chosen)
+    if wrong is not None:
+        key, message, value = wrong
+        raise invalid_request(f"{key}={shorten(value)}: {message}.", parameter=key, value=value)
     if KEY not in chosen:
         return inner(processor, request_id, prompt, params, *args, **kwargs)
     name = chosen[KEY]
-    known: dict[str, BlockKeys] | None = kept(processor, "loreft_adapters")
+    known: dict[str, Facts] | None = kept(processor, "loreft_adapters")
     if known is None:
-        raise invalid_request(
-            f"{KEY}={name!r}: this engine serves no LoReFT adapters. {_HOW_TO_START}", parameter=KEY, value=name
-        )
+        raise _invalid(name, f"this engine serves no LoReFT adapters. {_HOW_TO_START}")
     if not isinstance(name, str) or name not in known:
-        raise invalid_request(
-            f"{KEY}={name!r}: there is no adapter of that name. There are: {_names(known)}.", parameter=KEY, value=name
-        )
+        raise _invalid(name, f"there is no adapter of that name. There are: {_names(known)}.")
     request = inner(processor, request_id, prompt, params, *args, **kwargs)
     if is_session(request):
-        raise invalid_request(
-            f"{KEY}={name!r}: a request that goes on with more input is served without an adapter (send the whole "
-            "text as a new request).",
-            parameter=KEY,
-            value=name,
+        raise _invalid(
+            name, "a request that goes on with more input is served without an adapter (send the whole text anew)."
         )
-    add_extra_args(request, {BLOCKS: asdict(known[name])})
+    if PROMPT_LENGTH in chosen:
+        _check_prompt_length(chosen[PROMPT_LENGTH], given_length(request), known[name])
     return request
+
+
+def _invalid(name: object, message: str) -> Exception:
+    """The exception that refuses a request for the adapter that it names."""
+    return invalid_request(f"{KEY}={shorten(name)}: {message}", parameter=KEY, value=name)
+
+
+def _check_prompt_length(length: int, given: int, facts: Facts) -> None:
+    """Refuse a request that says wrongly, or needlessly, where its prompt ends."""
+    if facts.reading.response:
+        message = "the adapter's response_template says where prompts end (leave it out)"
+    elif length > given:
+        message = f"the request has {given} tokens (allowed: 1 to {given})"
+    else:
+        return
+    raise invalid_request(f"{PROMPT_LENGTH}={length}: {message}.", parameter=PROMPT_LENGTH, value=length)
 
 
 def list_adapters(engine: object) -> list[str]:
@@ -90,87 +97,70 @@ def list_adapters(engine: object) -> list[str]:
     return sorted(_known(engine))
 
 
-def add_adapter(llm: object, adapter_name: str, path_or_name: str) -> None:
+def add_adapter(llm: object, adapter_name: str, path_or_name: str, replace: bool = False) -> None:
     """Load an adapter into a running engine.
 
     Args:
         llm: vLLM's `LLM`.
         adapter_name: the name by which requests choose it.
         path_or_name: the folder that `save_pretrained` wrote, or the adapter's name on the Hub.
+        replace: whether it takes the place of the adapter that has its name. Requests that run go on with the old one.
 
     Raises:
         ValueError: the name is taken, or the adapter is damaged, does not fit the model or exceeds the engine's
             limits. The engine goes on as before.
     """
-    known = _check_new(engine=llm, name=adapter_name)
-    answer: dict[str, Any] = call_core(llm, "loreft_add", adapter_name, path_or_name)
-    _note_added(known, adapter_name, answer)
+    known = _known(llm)
+    _note_added(known, adapter_name, call_core(llm, "loreft_add", adapter_name, path_or_name, replace))
 
 
 def remove_adapter(llm: object, adapter_name: str) -> None:
-    """Drop an adapter from a running engine.
+    """Drop an adapter from a running engine. Requests that run go on with it; new ones cannot choose it.
 
     Args:
         llm: vLLM's `LLM`.
         adapter_name: the adapter's name.
 
     Raises:
-        ValueError: there is no such adapter, or requests still use it; then it stays.
+        ValueError: there is no such adapter.
     """
-    known = _check_known(engine=llm, name=adapter_name)
-    users: int = call_core(llm, "loreft_remove", adapter_name)
-    if users > 0:
-        raise ValueError(f"{users} requests still use the adapter {adapter_name!r}. Remove it when they have ended.")
-    del known[adapter_name]
+    known = _known(llm)
+    _note_removed(known, adapter_name, call_core(llm, "loreft_remove", adapter_name))
 
 
-async def add_adapter_async(engine: object, adapter_name: str, path_or_name: str) -> None:
+async def add_adapter_async(engine: object, adapter_name: str, path_or_name: str, replace: bool = False) -> None:
     """Do what `add_adapter` does, for vLLM's `AsyncLLM`, on which the server runs."""
-    known = _check_new(engine, adapter_name)
-    answer: dict[str, Any] = await call_core_async(engine, "loreft_add", adapter_name, path_or_name)
-    _note_added(known, adapter_name, answer)
+    known = _known(engine)
+    _note_added(known, adapter_name, await call_core_async(engine, "loreft_add", adapter_name, path_or_name, replace))
 
 
 async def remove_adapter_async(engine: object, adapter_name: str) -> None:
-    """Drop an adapter from vLLM's `AsyncLLM`: refuse new requests at once, and wait for those that use it."""
-    known = _check_known(engine, adapter_name)
-    taken_out = known.pop(adapter_name)
-    try:
-        while await call_core_async(engine, "loreft_remove", adapter_name) > 0:
-            await asyncio.sleep(_POLL_SECONDS)
-    except BaseException:  # also if the caller gives up waiting: then the adapter stays, and requests can choose it
-        known[adapter_name] = taken_out
-        raise
+    """Do what `remove_adapter` does, for vLLM's `AsyncLLM`."""
+    known = _known(engine)
+    _note_removed(known, adapter_name, await call_core_async(engine, "loreft_remove", adapter_name))
 
 
-def _known(engine: object) -> dict[str, BlockKeys]:
+def _known(engine: object) -> dict[str, Facts]:
     """The adapters of an `LLM`, `LLMEngine` or `AsyncLLM`, by name."""
-    known: dict[str, BlockKeys] | None = kept(processor_of(engine), "loreft_adapters")
+    known: dict[str, Facts] | None = kept(processor_of(engine), "loreft_adapters")
     if known is None:
         raise ValueError(f"This engine serves no LoReFT adapters. {_HOW_TO_START}")
     return known
 
 
-def _check_new(engine: object, name: str) -> dict[str, BlockKeys]:
-    known = _known(engine)
-    if check_name(name) in known:
-        raise ValueError(f"There is an adapter {name!r} already. Remove it first, or give another name.")
-    return known
-
-
-def _check_known(engine: object, name: str) -> dict[str, BlockKeys]:
-    known = _known(engine)
-    if name not in known:
-        raise ValueError(f"There is no adapter {name!r}. There are: {_names(known)}.")
-    return known
-
-
-def _note_added(known: dict[str, BlockKeys], name: str, answer: dict[str, Any]) -> None:
-    """Let requests choose an adapter that the worker has loaded; ValueError if the worker could not load it."""
+def _note_added(known: dict[str, Facts], name: str, answer: dict[str, Any]) -> None:
+    """Let requests choose an adapter that the engine has loaded; ValueError if it could not load it."""
     if "error" in answer:
         raise ValueError(answer["error"])
-    known[name] = BlockKeys.read(answer)
+    known[name] = Facts.read(answer)
 
 
-def _names(known: dict[str, BlockKeys]) -> str:
+def _note_removed(known: dict[str, Facts], name: str, error: str | None) -> None:
+    """Refuse new requests for an adapter that the engine has dropped; ValueError if there was none."""
+    known.pop(name, None)
+    if error is not None:
+        raise ValueError(error)
+
+
+def _names(known: dict[str, Facts]) -> str:
     return ", ".join(sorted(known)) or "none"

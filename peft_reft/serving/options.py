@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -9,8 +10,17 @@ from typing import Any
 KEY = "loreft"
 """The key of the options in `additional_config`, and of the adapter's name in a request's `extra_args`."""
 
-BLOCKS = "loreft_blocks"
-"""The key in a request's `extra_args` of what the front end tells the core: the fields of `blocks.BlockKeys`."""
+SCALE = "loreft_scale"
+"""The key in a request's `extra_args` of what multiplies the adapter's edits; 1 if it is not there."""
+
+PROMPT_LENGTH = "loreft_prompt_length"
+"""The key in a request's `extra_args` of how many of its tokens are the prompt. The others are an answer: text that is
+scored. If it is not there, all of them are the prompt, or the marks of the chat template say where answers are."""
+
+CHOICE = "loreft_choice"
+"""The key in a request's `extra_args` of what the core tells the worker: the fields of `chosen.Choice`."""
+
+_LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -25,8 +35,8 @@ class Options:
             share one set (`tie` "layer" and "model"), else the number of its groups or positions. None: the largest
             number among `adapters`, at least 1.
 
-    Each edited module takes `max_adapters * max_positions * (2 * max_rank * d + max_rank) * 4` bytes for LoReFT.
-    Each further formula in use takes memory of its own.
+    Each edited module takes `(max_adapters + 1) * max_positions * (2 * max_rank * d + max_rank) * 4` bytes for LoReFT:
+    weights that are replaced stay until their last request ends. Each further formula in use takes memory of its own.
 
     Examples:
         >>> from peft_reft.serving.options import Options
@@ -38,6 +48,11 @@ class Options:
     max_adapters: int | None = None
     max_rank: int | None = None
     max_positions: int | None = None
+
+    @property
+    def most_adapters(self) -> int:
+        """`max_adapters`, or what it is if it is not given."""
+        return self.max_adapters or max(8, len(self.adapters))
 
     @staticmethod
     def read(additional_config: Any) -> Options | None:
@@ -76,6 +91,37 @@ class Options:
 
 def check_name(name: Any) -> str:
     """Return `name` if it can be an adapter's name, else raise ValueError."""
-    if not isinstance(name, str) or not name or "/" in name:
-        raise ValueError(f"loreft={name!r}: an adapter's name must be a string that is not empty and has no slash.")
+    if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME or "/" in name or not name.isprintable():
+        raise ValueError(
+            f"{KEY}={shorten(name)}: an adapter's name is a string of 1 to {_LONGEST_NAME} printable characters "
+            "without a slash."
+        )
     return name
+
+
+def check_request(args: Mapping[str, Any]) -> tuple[str, str, object] | None:
+    """Look at what a request's `extra_args` say about adapters, but for whether the adapter exists.
+
+    Returns:
+        None if nothing is wrong; else the key, what is wrong with it, and its value.
+    """
+    allowed = (KEY, SCALE, PROMPT_LENGTH)
+    for key in args:
+        if isinstance(key, str) and key.startswith(KEY) and key not in allowed:
+            return key, f"there is no such argument (allowed: {', '.join(allowed)})", args[key]
+    for key in (SCALE, PROMPT_LENGTH):
+        if key in args and KEY not in args:
+            return key, f"the request names no adapter ({KEY})", args[key]
+    scale = args.get(SCALE, 1.0)
+    if type(scale) not in (int, float) or not math.isfinite(scale):
+        return SCALE, "expected a finite number", scale
+    length = args.get(PROMPT_LENGTH, 1)
+    if type(length) is not int or length < 1:
+        return PROMPT_LENGTH, "expected an int of 1 or more", length
+    return None
+
+
+def shorten(value: object) -> str:
+    """The value for a message: at most 80 characters of it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

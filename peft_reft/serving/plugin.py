@@ -13,6 +13,15 @@ def register() -> None:
     from .engine.front import extend_front_end
     from .engine.worker import extend_worker
 
-    extend_worker(load_model=worker.load_model, add=worker.add, remove=worker.remove)
-    extend_core(add_request=core.add_request, add=core.add, remove=core.remove, block_keys=core.block_keys)
+    extend_worker(
+        load_model=worker.load_model,
+        methods={"loreft_add": worker.add, "loreft_keep": worker.keep_only, "loreft_at_start": worker.at_start},
+    )
+    extend_core(
+        init=core.init,
+        preprocess=core.preprocess,
+        add_request=core.add_request,
+        block_keys=core.block_keys,
+        methods={"loreft_add": core.add, "loreft_remove": core.remove, "loreft_list": core.known},
+    )
     extend_front_end(init=frontend.init, process_inputs=frontend.process_inputs)

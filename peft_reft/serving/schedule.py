@@ -20,6 +20,7 @@ from ..positions.index import Sharing, weight_sets
 from ..positions.layout import Layout
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 NONE = -1
 """Marks a token that is not edited, and a request without an adapter."""
@@ -94,9 +95,11 @@ class Work:
     """(e, t) the rows of the tokens; 0 if there is none."""
     valid: NDArray[np.bool_]
     """(e, t, 1) whether there is a token."""
+    scale: NDArray[np.float32] | None
+    """(e, t, 1) what multiplies the edit of each token; None if all are 1."""
 
 
-def group_by_weights(rows: Ints, sets: Ints) -> Work:
+def group_by_weights(rows: Ints, sets: Ints, scale: Floats) -> Work:
     """Group edited tokens by the set of weights that edits them.
 
     All lines of the grid have the same width: the average number of tokens in a set, rounded up. A set with more
@@ -110,6 +113,7 @@ def group_by_weights(rows: Ints, sets: Ints) -> Work:
     Args:
         rows: (n,) the rows of the tokens, n >= 1.
         sets: (n,) the set of weights of each.
+        scale: (n,) what multiplies its edit.
     """
     order = np.argsort(sets, kind="stable")  # (n,)
     distinct, counts = np.unique(sets, return_counts=True)  # (s,) each
@@ -123,7 +127,11 @@ def group_by_weights(rows: Ints, sets: Ints) -> Work:
     valid = np.zeros((*grid.shape, 1), dtype=np.bool_)
     grid[line, column] = rows[order]
     valid[line, column] = True
-    return Work(sets=np.repeat(distinct, heights), rows=grid, valid=valid)
+    scales: NDArray[np.float32] | None = None
+    if (scale != 1).any():
+        scales = np.ones(valid.shape, dtype=np.float32)
+        scales[line, column, 0] = scale[order]
+    return Work(sets=np.repeat(distinct, heights), rows=grid, valid=valid, scale=scales)
 
 
 def _count_up(counts: Ints) -> Ints:
@@ -137,7 +145,7 @@ def _count_up(counts: Ints) -> Ints:
 class Pieces:
     """The requests of a step. Each has a piece in it: `count` tokens from index `computed` on.
 
-    All arrays are (requests,) int64.
+    All arrays are (requests,), int64 but for `scale`, which is float64.
     """
 
     start: Ints
@@ -150,6 +158,8 @@ class Pieces:
     """How many tokens the request was given."""
     place: Ints
     """The place of the request's adapter, -1 for none."""
+    scale: Floats
+    """What multiplies the adapter's edits."""
     answers: Sequence[Spans]
     """The answers in what each request was given."""
 
@@ -161,6 +171,7 @@ class Pieces:
             computed=self.computed[which],
             given=self.given[which],
             place=self.place[which],
+            scale=self.scale[which],
             answers=[spans for spans, chosen in zip(self.answers, which) if chosen],
         )
 
@@ -174,9 +185,8 @@ class Pieces:
             piece        1  1  1  1  1  2  2  2
         """
         found: list[tuple[int, int, int, int, int, int]] = []
-        arrays = (self.start, self.count, self.computed, self.place)
-        lists = [array.tolist() for array in arrays]
-        for start, count, computed, place, spans in zip(*lists, self.answers):
+        lists = [array.tolist() for array in (self.start, self.count, self.computed)]
+        for request, (start, count, computed, spans) in enumerate(zip(*lists, self.answers)):
             piece_ends = computed + count
             begin = 0
             for number, (answer, end) in enumerate(spans):
@@ -184,7 +194,7 @@ class Pieces:
                 stop = piece_ends if is_last else min(end, piece_ends)
                 first = max(begin, computed)
                 if first < stop:
-                    found.append((start + first - computed, stop - first, first, begin, answer, place))
+                    found.append((start + first - computed, stop - first, first, begin, answer, request))
                 begin = end
         columns = np.array(found, dtype=np.int64).reshape(-1, 6).T
         return TurnPieces(
@@ -193,13 +203,14 @@ class Pieces:
             first=columns[2],
             begin=columns[3],
             answer=columns[4],
-            place=columns[5],
+            place=self.place[columns[5]],
+            scale=self.scale[columns[5]],
         )
 
 
 @dataclass(frozen=True)
 class TurnPieces:
-    """Pieces of a step that have tokens of one turn each. All arrays are (pieces,) int64."""
+    """Pieces of a step that have tokens of one turn each. All arrays are (pieces,), int64 but for `scale`."""
 
     start: Ints
     """The row of the piece's first token in the step."""
@@ -213,6 +224,8 @@ class TurnPieces:
     """The index at which the turn's answer begins."""
     place: Ints
     """The place of the request's adapter."""
+    scale: Floats
+    """What multiplies the adapter's edits."""
 
 
 def edited(turns: TurnPieces, plans: Sequence[ServedPlan | None], sets_per_place: int) -> tuple[Ints, Ints, Ints]:
@@ -224,14 +237,15 @@ def edited(turns: TurnPieces, plans: Sequence[ServedPlan | None], sets_per_place
         sets_per_place: the adapter at place n has the sets of weights from `n * sets_per_place` on.
 
     Returns:
-        The rows of the edited tokens in the step, the set of weights of each, and the place of its adapter; (n,) each.
+        The rows of the edited tokens in the step, the set of weights of each, and the index of its piece; (n,) each.
     """
     rank = _count_up(turns.count)  # (tokens,) of each token in its piece
     rows = np.repeat(turns.start, turns.count) + rank
     index = np.repeat(turns.first, turns.count) + rank
     begin = np.repeat(turns.begin, turns.count)
     answer = np.repeat(turns.answer, turns.count)
-    place = np.repeat(turns.place, turns.count)
+    piece = np.repeat(np.arange(len(turns.count)), turns.count)
+    place = turns.place[piece]
 
     # Adapters that do the same are looked at together.
     places_of: dict[ServedPlan, list[int]] = {}
@@ -247,7 +261,7 @@ def edited(turns: TurnPieces, plans: Sequence[ServedPlan | None], sets_per_place
         of_table = of_adapter + place[own] * sets_per_place
         sets[own] = np.where(of_adapter == NONE, NONE, of_table)
     is_edited = sets != NONE
-    return rows[is_edited], sets[is_edited], place[is_edited]
+    return rows[is_edited], sets[is_edited], piece[is_edited]
 
 
 def same_plans(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +12,11 @@ from torch import nn
 
 from ..tuner.architectures import find_targets
 from .adapters import ServedAdapter, read_adapter
+from .chosen import Facts
 from .edits import Edits, FixedSteps, hook, send
-from .options import Options, check_name
+from .options import Options
 from .schedule import NONE, Pieces, ServedPlan, TurnPieces, Work, edited, group_by_weights, same_plans
 from .tables import LINEAR, DeviceWork, FormulaKey, Table, formula_key
-from .turns import Reading
 
 _AT_START = "Name an adapter like it when the engine starts, or start it with enforce_eager."
 
@@ -34,8 +35,9 @@ class _Alike:
 class Server:
     """Adapters, and the modules that they edit.
 
-    Each adapter has a place: a number below `max_adapters`. The adapter at place n has the sets of weights from
-    `n * max_positions` on, in the table of every module.
+    Each adapter has a place: a number up to `max_adapters`. The adapter at place n has the sets of weights from
+    `n * max_positions` on, in the table of every module. There is one place more than adapters, because replaced
+    weights stay until their last request ends.
 
     Args:
         model: the model as vLLM built it, with its weights loaded.
@@ -68,18 +70,18 @@ class Server:
         at_start = {name: read_adapter(path_or_name, empty) for name, path_or_name in options.adapters.items()}
         ranks = [adapter.rank for adapter in at_start.values()]
         sets = [adapter.sets for adapter in at_start.values()]
-        self.max_adapters = options.max_adapters or max(8, len(at_start))
+        self.max_places = options.most_adapters + 1
         self.max_rank = options.max_rank or max([8, *ranks])
         self.max_positions = options.max_positions or max([1, *sets])
         self.places: dict[str, int] = {}
-        """From an adapter's name to its place."""
-        self.plans: list[dict[str, ServedPlan]] = [{} for _ in range(self.max_adapters)]
+        """From an adapter's fingerprint to its place."""
+        self.at_start: dict[str, Facts] = {name: adapter.facts for name, adapter in at_start.items()}
+        """The adapters that the options name."""
+        self.plans: list[dict[str, ServedPlan]] = [{} for _ in range(self.max_places)]
         """For each place, from a module's name to what the adapter does there."""
-        self.keys: list[FormulaKey | None] = [None] * self.max_adapters
+        self.keys: list[FormulaKey | None] = [None] * self.max_places
         """For each place the adapter's formula."""
-        self.readings: dict[int, Reading] = {}
-        """From a place in use to how its adapter reads requests."""
-        self.edits_answers = np.zeros(self.max_adapters, dtype=bool)
+        self.edits_answers = np.zeros(self.max_places, dtype=bool)
         """For each place whether its adapter edits generated tokens."""
         self.edits: dict[str, Edits] = {}
         """From a module's name to its edits."""
@@ -98,7 +100,7 @@ class Server:
 
     def _hook(self, name: str, d: int) -> None:
         """Prepare a module, whose output is (..., d), for edits."""
-        table = Table(d=d, r=self.max_rank, sets=self.max_adapters * self.max_positions, device=self.device)
+        table = Table(d=d, r=self.max_rank, sets=self.max_places * self.max_positions, device=self.device)
         edits = Edits(name, table)
         self.edits[name] = edits
         self.named[edits.name] = edits
@@ -114,31 +116,35 @@ class Server:
         return f"model.{name.removeprefix(f'{self.empty.base_model_prefix}.')}"
 
     def add(self, name: str, adapter: ServedAdapter) -> None:
-        """Give an adapter a place, and write its weights there.
+        """Give an adapter a place, and write its weights there. Adapters of one fingerprint share a place.
+
+        Args:
+            name: what the user calls it, for messages.
+            adapter: what to serve.
 
         Raises:
-            ValueError: the name is taken, or the adapter does not fit the model or the limits. Nothing has changed
-                then.
+            ValueError: the adapter does not fit the model or the limits. Nothing has changed then.
         """
+        if adapter.facts.fingerprint in self.places:
+            return
         key = formula_key(next(iter(adapter.factors.values())))
         new_modules = [module for module in adapter.plans if module not in self.edits]
         self._check(name, adapter, key, new_modules)
         for module in new_modules:
             self._hook(module, adapter.factors[module].d)
-        place = min({*range(self.max_adapters)} - {*self.places.values()})
+        place = min({*range(self.max_places)} - {*self.places.values()})
         for module, factors in adapter.factors.items():
             self.edits[module].table.write(place * self.max_positions, factors)
-        self.places[name] = place
-        self.readings[place] = adapter.keys.reading
+        self.places[adapter.facts.fingerprint] = place
         self._set(place, adapter.plans, key)
 
     def _check(self, name: str, adapter: ServedAdapter, key: FormulaKey, new_modules: list[str]) -> None:
         """Raise ValueError if an adapter cannot be added."""
-        check_name(name)
-        if name in self.places:
-            raise ValueError(f"There is an adapter {name!r} already. Remove it first, or give another name.")
-        if len(self.places) == self.max_adapters:
-            raise ValueError(f"There are {self.max_adapters} adapters already (max_adapters). Remove one first.")
+        if len(self.places) == self.max_places:
+            raise ValueError(
+                f"{name!r} finds no place: requests still use adapters that were replaced or removed. Try again when "
+                "these requests have ended, or start the engine with a larger max_adapters."
+            )
         if adapter.rank > self.max_rank:
             raise ValueError(f"{name!r} needs max_rank={adapter.rank}, and the engine has max_rank={self.max_rank}.")
         if adapter.sets > self.max_positions:
@@ -155,11 +161,10 @@ class Server:
         if self.fixed is not None and key not in self.fixed.keys:
             raise ValueError(f"{name!r} has a formula that captured graphs do not compute. {_AT_START}")
 
-    def remove(self, name: str) -> None:
-        """Free an adapter's place. No request may be using it."""
-        place = self.places.pop(name)
-        del self.readings[place]
-        self._set(place, {}, None)
+    def keep(self, fingerprints: Collection[str]) -> None:
+        """Free the places of all adapters but these. No request may be using the others."""
+        for fingerprint in self.places.keys() - {*fingerprints}:
+            self._set(self.places.pop(fingerprint), {}, None)
 
     def _set(self, place: int, plans: dict[str, ServedPlan], key: FormulaKey | None) -> None:
         """Note what the adapter at a place does, and group the modules anew."""
@@ -197,19 +202,22 @@ class Server:
             if key is not None:
                 keys.add(key)
         for alike in self.alike:
-            rows, sets, places = edited(turns, alike.plans, self.max_positions)  # each (n,)
+            rows, sets, piece = edited(turns, alike.plans, self.max_positions)  # each (n,)
+            places, scale = turns.place[piece], turns.scale[piece]  # (n,) each
             for key in keys:
                 own = np.isin(places, [place for place, each in enumerate(self.keys) if each == key])
                 if own.any():
-                    alike.work.append((key, self._send(group_by_weights(rows=rows[own], sets=sets[own]))))
+                    work = group_by_weights(rows=rows[own], sets=sets[own], scale=scale[own])
+                    alike.work.append((key, self._send(work)))
                     if self.fixed is not None:
-                        self.fixed.note(key, alike.edits, rows=rows[own], sets=sets[own])
+                        self.fixed.note(key, alike.edits, rows=rows[own], sets=sets[own], scale=scale[own])
 
     def _send(self, work: Work) -> DeviceWork:
         return DeviceWork(
             sets=send(work.sets, self.device),
             rows=send(work.rows, self.device),
             valid=send(work.valid, self.device),
+            scale=None if work.scale is None else send(work.scale, self.device),
         )
 
     def clear(self) -> None:

@@ -39,6 +39,8 @@ class DeviceWork:
     """(e, t) int64: the rows of the tokens in the step; 0 if there is none."""
     valid: Tensor
     """(e, t, 1) bool: whether there is a token."""
+    scale: Tensor | None
+    """(e, t, 1) float32: what multiplies the edit of each token; None if all are 1."""
 
 
 class Table:
@@ -109,11 +111,13 @@ class Table:
             h = h + residual.index_select(0, rows)
         h = h.float().view(*work.rows.shape, -1)  # (e, t, d)
         edit = _choose(self.used[key], work.sets).edit(h)  # (e, t, d)
+        if work.scale is not None:
+            edit = edit * work.scale
         # An empty entry has row 0, which is another request's. Do not multiply by 0: the edit may be inf or NaN.
         edit = torch.where(work.valid, edit, 0)
         hidden.index_add_(0, rows, edit.view(len(rows), -1).to(hidden.dtype))
 
-    def edit_all(self, key: FormulaKey, sets: Tensor, hidden: Tensor, residual: Tensor | None) -> None:
+    def edit_all(self, key: FormulaKey, sets: Tensor, scale: Tensor, hidden: Tensor, residual: Tensor | None) -> None:
         """Edit every token in place, each with its own set of weights.
 
         The operations and their shapes are the same whatever is edited, so that a captured graph can run them again.
@@ -121,13 +125,14 @@ class Table:
         Args:
             key: the formula.
             sets: (tokens,) int64, the set of weights of each token.
+            scale: (tokens, 1) float32, what multiplies the edit of each token.
             hidden: (tokens, d), changed in place.
             residual: (tokens, d), or None. The formula sees `hidden + residual`.
         """
         h = hidden if residual is None else hidden + residual
         h = h.float().unsqueeze(1)  # (tokens, 1, d)
         edit = _choose(self.stacks[key], sets).edit(h)  # (tokens, 1, d)
-        hidden += edit.squeeze(1).to(hidden.dtype)
+        hidden += (scale * edit.squeeze(1)).to(hidden.dtype)
 
 
 def _choose(factors: Factors, sets: Tensor) -> Factors:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import nn
 from .. import __version__
 from ..tuner.architectures import skeleton
 from .adapters import read_adapter
+from .chosen import Choice
 from .engine.config import (
     add_to_graph_key,
     additional_config,
@@ -23,12 +24,11 @@ from .engine.config import (
     named_in_graphs,
     transformers_config,
 )
-from .engine.request import adapter_of, given_length, keep, kept, token_ids
+from .engine.request import extra_args, given_length, keep, kept, params_of, token_ids
 from .engine.worker import config_of, device_of, model_of, most_tokens, requests_of_step, runner_of, wrap_forward
-from .options import Options
+from .options import CHOICE, Options
 from .schedule import NONE, Pieces, Spans
 from .server import Server
-from .turns import Reading
 
 
 def load_model(inner: Callable[..., None], worker: object, *args: Any, **kwargs: Any) -> None:
@@ -72,46 +72,53 @@ def _install(worker: object, options: Options, empty: nn.Module) -> None:
     wrap_forward(runner, edited_forward)
 
 
+@dataclass(frozen=True)
+class _Served:
+    """What a step must know of a request with an adapter."""
+
+    place: int
+    """The place of its adapter."""
+    scale: float
+    """What multiplies its edits."""
+    answers: Spans
+    """The answers in what it was given."""
+
+
 def _pieces(runner: object, server: Server) -> Pieces:
     """The requests of the step that a model runner is about to run."""
     step = requests_of_step(runner)
-    places: list[int] = []
-    answers: list[Spans] = []
-    for request in step.requests:
-        name = adapter_of(request)
-        # A request that has ended may still stand in this step, and its adapter may have been dropped since.
-        place = NONE if name is None else server.places.get(name, NONE)
-        places.append(place)
-        answers.append(_answers(request, server.readings.get(place)))
+    served = [_served(request, server) for request in step.requests]
     return Pieces(
         start=step.starts[:-1],
         count=np.diff(step.starts),
         computed=step.computed,
         given=step.given,
-        place=np.array(places, dtype=np.int64),
-        answers=answers,
+        place=np.array([NONE if each is None else each.place for each in served], dtype=np.int64),
+        scale=np.array([1.0 if each is None else each.scale for each in served]),
+        answers=[() if each is None else each.answers for each in served],
     )
 
 
-def _answers(request: object, reading: Reading | None) -> Spans:
-    """The answers in what a request was given. They are found when the request arrives, and kept with it."""
-    if reading is None:
-        return ()
-    length = given_length(request)
-    known: tuple[int, Spans] | None = kept(request, "loreft_answers")
-    if known is not None and known[0] == length:
-        return known[1]
-    # The request is new, or its session goes on and more tokens were given.
-    spans = reading.answers(token_ids(request), length)
-    keep(request, "loreft_answers", (length, spans))
-    return spans
+def _served(request: object, server: Server) -> _Served | None:
+    """What a step must know of a request; None if it has no adapter. Found when it arrives, and kept with it."""
+    found: _Served | None = kept(request, "loreft_served")
+    if found is not None:
+        return found
+    data = extra_args(params_of(request)).get(CHOICE)
+    if data is None:
+        return None
+    choice = Choice.read(data)
+    answers = choice.answers(token_ids(request), given_length(request))
+    found = _Served(server.places[choice.facts.fingerprint], choice.scale, answers)
+    keep(request, "loreft_served", found)
+    return found
 
 
 def add(worker: object, name: str, path_or_name: str) -> dict[str, Any]:
     """Load an adapter (`Worker.loreft_add`).
 
     Returns:
-        The fields of its `BlockKeys`; or, as `error`, what is wrong. An exception would count as the worker's failure.
+        The fields of its `Facts`; or, as `error`, what is wrong. An exception would count as the worker's failure.
     """
     server: Server = kept(worker, "loreft")
     try:
@@ -119,10 +126,16 @@ def add(worker: object, name: str, path_or_name: str) -> dict[str, Any]:
         server.add(name, adapter)
     except Exception as error:
         return {"error": str(error)}
-    return asdict(adapter.keys)
+    return asdict(adapter.facts)
 
 
-def remove(worker: object, name: str) -> None:
-    """Drop an adapter that no request uses (`Worker.loreft_remove`)."""
+def keep_only(worker: object, fingerprints: list[str]) -> None:
+    """Drop all adapters but these; no request uses the others (`Worker.loreft_keep`)."""
     server: Server = kept(worker, "loreft")
-    server.remove(name)
+    server.keep(fingerprints)
+
+
+def at_start(worker: object) -> dict[str, dict[str, Any]]:
+    """From the name of each adapter that the options name to the fields of its `Facts` (`Worker.loreft_at_start`)."""
+    server: Server = kept(worker, "loreft")
+    return {name: asdict(facts) for name, facts in server.at_start.items()}

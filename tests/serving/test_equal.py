@@ -4,6 +4,7 @@ import pytest
 import torch
 from vllm.exceptions import VLLMValidationError
 
+from peft_reft.tuner.layer import LoReftLayer
 from serving.engines import ADAPTERS, answer, ask, check, engine, params, prompt_of, steps
 
 LENGTHS = (1, 2, 3, 5, 9, 40)
@@ -82,14 +83,35 @@ def test_blocks_without_edits_are_the_bases(llama, everything):
     assert cached[0] == 0 and min(cached[1:]) >= 128
 
 
-def test_a_request_cannot_set_the_keys_of_its_blocks(everything):
+def test_a_request_cannot_say_what_the_core_says(everything):
     forged = params("l", 1)
-    forged.extra_args = {**forged.extra_args, "loreft_blocks": {"fingerprint": "another"}}
-    with pytest.raises(VLLMValidationError, match="loreft_blocks is set by the server"):
+    forged.extra_args = {**forged.extra_args, "loreft_choice": {"facts": {"fingerprint": "another"}}}
+    with pytest.raises(VLLMValidationError, match="there is no such argument"):
         everything.generate([{"prompt_token_ids": prompt_of(5, 1)}], forged, use_tqdm=False)
 
 
-@pytest.mark.parametrize(("seed", "name"), enumerate(["f7+l7", "l", "p", "g", "all", "f+l+g"]))
+@pytest.mark.parametrize("name", ["f+l+g", "red", "by position"])
+def test_each_request_scales_its_edits(llama, everything, name):
+    """Different scales in one batch, on one prompt: also no request reads a block of another scale."""
+    prompt, scales = prompt_of(70, 50), [1.0, 0.5, -0.25, 0, 2]
+    asked = [params(name, 5, extra_args={"loreft": name, "loreft_scale": scale}) for scale in scales]
+    llama.expected(prompt, name, 5)
+    model = llama.models[name]
+    for _ in range(2):
+        outputs = everything.generate([{"prompt_token_ids": prompt}] * len(scales), asked, use_tqdm=False)
+        for scale, output in zip(scales, outputs):
+            for module in model.modules():
+                if isinstance(module, LoReftLayer):
+                    module.set_scale("default", scale)
+            wanted = llama._generate(prompt, name, 5)
+            assert answer(output.outputs[0])[0] == wanted[0]
+            assert answer(output.outputs[0])[1] == pytest.approx(wanted[1], abs=2e-4)
+    for module in model.modules():
+        if isinstance(module, LoReftLayer):
+            module.set_scale("default", 1.0)
+
+
+@pytest.mark.parametrize(("seed", "name"), [*enumerate(["f7+l7", "l", "p", "g", "all", "f+l+g"])])
 def test_two_questions_to_one_document(llama, everything, seed, name):
     """Their prompts differ in length and end. Blocks are shared up to the block in which edits begin to differ."""
     document = prompt_of(150, 300 + seed)  # adapters share blocks without edits
@@ -120,4 +142,20 @@ def test_log_probabilities_of_the_prompt(llama, everything, name):
     with torch.no_grad():
         logits = llama.models[name or ""](input_ids=torch.tensor([prompt])).logits[0].log_softmax(-1)
     wanted = logits[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0].tolist()
+    assert found == pytest.approx(wanted, abs=2e-4)
+
+
+@pytest.mark.parametrize("name", ["f7+l7", "l", "f+l+g", "by position", "all"])
+def test_log_probabilities_of_an_answer_that_is_given(llama, everything, name):
+    """Scoring: the request says where its prompt ends. The same as transformers with labels."""
+    ids, prompt_length = prompt_of(40, 6), 23
+    asked = params(name, 1, extra_args={"loreft": name, "loreft_prompt_length": prompt_length}, prompt_logprobs=0)
+    output = everything.generate([{"prompt_token_ids": ids}], asked, use_tqdm=False)[0]
+    found = [step[token].logprob for step, token in zip(output.prompt_logprobs[1:], ids[1:])]
+    llama.expected(ids, name, 1)
+    labels = torch.tensor([ids])
+    labels[:, :prompt_length] = -100
+    with torch.no_grad():
+        logits = llama.models[name](input_ids=torch.tensor([ids]), labels=labels).logits[0].log_softmax(-1)
+    wanted = logits[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
     assert found == pytest.approx(wanted, abs=2e-4)

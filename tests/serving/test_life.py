@@ -9,7 +9,6 @@ from peft import LoraConfig, get_peft_model
 from vllm.exceptions import VLLMValidationError
 
 from peft_reft.serving import add_adapter, list_adapters, remove_adapter
-from peft_reft.serving.core import add, add_request, remove
 from peft_reft.serving.endpoints import Endpoints
 from peft_reft.serving.engine.config import check_engine
 from serving.engines import answer, ask, check, engine, make, params, prompt_of
@@ -54,9 +53,55 @@ def test_another_adapter_of_the_same_name(opt, llm):
     prompt = prompt_of(80, 4)
     for seed in (7, 8):
         opt.add("twice", positions="f4", seed=seed)
-        add_adapter(llm, "twice", opt.adapters["twice"])
+        add_adapter(llm, "twice", opt.adapters["twice"], replace=seed == 8)
         check(opt, [(prompt, "twice")], ask(llm, [(prompt, "twice")], 5), 5)
-        remove_adapter(llm, "twice")
+    remove_adapter(llm, "twice")
+
+
+@pytest.mark.parametrize("then", ["replaced", "removed"])
+def test_requests_finish_on_the_weights_that_they_began_with(opt, llm, then):
+    """Also those that wait, and what they cache is not read under the new weights."""
+    opt.add("old", positions="f4+g", seed=21)
+    opt.add("new", positions="f4+g", seed=22)
+    add_adapter(llm, "changes", opt.adapters["old"])
+    prompts = [prompt_of(70, 40 + n) for n in range(3)]
+    core = llm.llm_engine
+    for n, prompt in enumerate(prompts):
+        core.add_request(str(n), {"prompt_token_ids": prompt}, params("changes", 8))
+    done = {}
+
+    def run():
+        done.update({int(output.request_id): output for output in core.step() if output.finished})
+
+    run()
+    if then == "replaced":
+        add_adapter(llm, "changes", opt.adapters["new"], replace=True)
+        for n, prompt in enumerate(prompts):
+            core.add_request(str(3 + n), {"prompt_token_ids": prompt}, params("changes", 8))
+    else:
+        remove_adapter(llm, "changes")
+        assert list_adapters(llm) == ["first"]
+    while core.has_unfinished_requests():
+        run()
+    names = ["old"] * 3 + ["new"] * 3
+    check(opt, list(zip(prompts * 2, names)), [done[n] for n in sorted(done)], 8)
+    assert len(done) == (6 if then == "replaced" else 3)
+    if then == "replaced":
+        remove_adapter(llm, "changes")
+
+
+def test_a_folder_that_changes_while_it_is_served(opt, llm, tmp_path):
+    """What was loaded is served on. A folder that changes while it is read is refused."""
+    folder = tmp_path / "folder"
+    shutil.copytree(opt.adapters["first"], folder)
+    add_adapter(llm, "copied", str(folder))
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter_model.safetensors").write_bytes(weights[:100])
+    check(opt, [(PROMPT, "first")], ask(llm, [(PROMPT, "copied")], 5), 5)
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        add_adapter(llm, "copied", str(folder), replace=True)
+    check(opt, [(PROMPT, "first")], ask(llm, [(PROMPT, "copied")], 5), 5)
+    remove_adapter(llm, "copied")
 
 
 def test_bad_adapters_leave_the_engine_running(opt, llm, tmp_path):
@@ -81,6 +126,7 @@ def test_bad_adapters_leave_the_engine_running(opt, llm, tmp_path):
     with pytest.raises(ValueError, match="'first' already"):
         add_adapter(llm, "first", opt.adapters["first"])
     add_adapter(llm, "full", opt.adapters["first"])
+    works(opt, llm, "first")
     with pytest.raises(ValueError, match="2 adapters already"):
         add_adapter(llm, "one more", opt.adapters["first"])
     remove_adapter(llm, "full")
@@ -98,37 +144,25 @@ def test_unknown_name(opt, llm, name):
     works(opt, llm, "first")
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_an_adapter_in_use_stays(opt, llm):
-    llm.llm_engine.add_request("0", {"prompt_token_ids": PROMPT}, params("first", 8))
-    with pytest.raises(ValueError, match="1 requests still use"):
-        remove_adapter(llm, "first")
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"loreft_scale": "much"}, "loreft_scale='much': expected a finite number"),
+        ({"loreft_prompt_length": 15}, "loreft_prompt_length=15: the request has 14 tokens"),
+        ({"loreft_strength": 2}, "loreft_strength=2: there is no such argument"),
+        ({"loreft": "x" * 5000}, "loreft='xxx.*\\.\\.\\.: there is no adapter of that name"),
+        ({"loreft": ["first"]}, "there is no adapter of that name"),
+    ],
+)
+def test_wrong_arguments_fail_their_request_alone(opt, llm, more, message):
+    llm.llm_engine.add_request("good", {"prompt_token_ids": PROMPT}, params("first", 4))
+    wrong = params(None, 2, extra_args={"loreft": "first", **more})
+    with pytest.raises(VLLMValidationError, match=message):
+        llm.llm_engine.add_request("bad", {"prompt_token_ids": PROMPT}, wrong)
+    outputs = []
     while llm.llm_engine.has_unfinished_requests():
-        output = llm.llm_engine.step()
-    assert answer(output[0].outputs[0])[0] == opt.expected(PROMPT, "first", 8)[0]
-
-
-def test_a_request_that_comes_too_late():
-    """The front end lets a request pass, then its adapter is dropped, then the core gets it: it fails alone."""
-    core = SimpleNamespace(scheduler=SimpleNamespace(requests={}), failed=[], taken=[])
-    core.model_executor = SimpleNamespace(collective_rpc=lambda method, args: [{"fingerprint": "f"}])
-    core._send_error_outputs_to_client = lambda requests, client: core.failed.append((requests, client))
-    sampling = SimpleNamespace(extra_args={"loreft": "late"})
-    request = SimpleNamespace(request_id="7", client_index=2, sampling_params=sampling)
-
-    def take(core, request, wave):
-        core.taken.append(request)
-
-    add_request(take, core, request, 0)
-    core.scheduler.requests["7"] = request
-    assert remove(core, "late") == 1
-    core.scheduler.requests.clear()
-    assert remove(core, "late") == 0
-    add_request(take, core, request, 0)
-    assert len(core.taken) == 1 and core.failed == [(["7"], 2)]
-    add(core, "late", "folder")
-    add_request(take, core, request, 0)
-    assert len(core.taken) == 2
+        outputs += llm.llm_engine.step()
+    assert answer(outputs[-1].outputs[0])[0] == opt.expected(PROMPT, "first", 4)[0]
 
 
 def test_an_engine_without_adapters_says_so(opt, llm):

@@ -17,7 +17,7 @@ What is added to vLLM's objects:
 ========================================================= ====================================================
 attribute                                                 what it is
 ========================================================= ====================================================
-`CachedRequestState.loreft_answers`                       where the answers in a request are
+`CachedRequestState.loreft_served`                        what a step must know of a request
 `Request.loreft_map`                                      which of a request's tokens are edited
 ========================================================= ====================================================
 """

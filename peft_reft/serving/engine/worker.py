@@ -29,7 +29,8 @@ What is added to vLLM's objects:
 attribute                                                 what it is
 ========================================================= ====================================================
 `Worker.loreft_add`                                       method: load an adapter
-`Worker.loreft_remove`                                    method: drop an adapter
+`Worker.loreft_keep`                                      method: drop all adapters but some
+`Worker.loreft_at_start`                                  method: the adapters that the options name
 `Worker.loreft`                                           the worker's `Server`
 `Module.loreft_edits`                                     the `Edits` of an edited module of the model
 ========================================================= ====================================================
@@ -37,7 +38,7 @@ attribute                                                 what it is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,13 +50,13 @@ from torch import nn
 from ...patching import add_method, wrap
 
 
-def extend_worker(load_model: Callable[..., Any], add: Callable[..., Any], remove: Callable[..., Any]) -> None:
-    """Wrap `Worker.load_model` and give `Worker` the methods `loreft_add` and `loreft_remove`."""
+def extend_worker(load_model: Callable[..., Any], methods: Mapping[str, Callable[..., Any]]) -> None:
+    """Wrap `Worker.load_model` and give `Worker` further methods."""
     from vllm.v1.worker.gpu_worker import Worker
 
     wrap(Worker, "load_model", load_model)
-    add_method(Worker, "loreft_add", add)
-    add_method(Worker, "loreft_remove", remove)
+    for name, method in methods.items():
+        add_method(Worker, name, method)
 
 
 def config_of(worker: Any) -> object:
