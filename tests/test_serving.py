@@ -1,5 +1,6 @@
 """The parts of `peft_reft.serving` that need no vLLM: options, schedule, tables, reading adapters."""
 
+import asyncio
 import importlib.util
 import json
 import shutil
@@ -22,7 +23,7 @@ from peft_reft.positions.groups import Group
 from peft_reft.positions.index import make_index
 from peft_reft.positions.resolve import find_answers, resolve
 from peft_reft.positions.spec import Positions
-from peft_reft.serving import core
+from peft_reft.serving import add_adapter_async, core, list_adapters, remove_adapter_async
 from peft_reft.serving.adapters import fingerprint, read_adapter, read_facts
 from peft_reft.serving.blocks import map_of
 from peft_reft.serving.chosen import Choice, Facts
@@ -700,6 +701,33 @@ def test_an_adapter_that_not_all_workers_can_load_is_in_none():
     assert "2 adapters already" in core.add(engine, "c", "v3", replace=False)["error"]
     assert "1 to 200 printable characters" in core.add(engine, "a" * 201, "v3", replace=True)["error"]
     assert engine.workers == [{"v1"}] * 2 and [*core.known(engine)] == ["a", "b"]
+
+
+def test_who_gives_up_waiting_finds_the_adapter_later():
+    """A client that goes away while an adapter is loaded or dropped does not leave front end and core at odds."""
+    names = set()
+
+    class Core:
+        async def call_utility_async(self, method, name, *args):
+            await asyncio.sleep(0.2)
+            (names.add if method == "loreft_add" else names.discard)(name)
+            return asdict(Facts("f", ["l1"], "all", Reading([], []))) if method == "loreft_add" else None
+
+    engine = SimpleNamespace(engine_core=Core(), input_processor=SimpleNamespace(loreft_adapters={}))
+
+    async def give_up(call):
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(call, 0.05)
+
+    async def run():
+        await give_up(add_adapter_async(engine, "a", "folder"))
+        assert list_adapters(engine) == []
+        await asyncio.sleep(0.4)
+        assert list_adapters(engine) == ["a"] and names == {"a"}
+        await give_up(remove_adapter_async(engine, "a"))
+        assert list_adapters(engine) == []
+
+    asyncio.run(run())
 
 
 def test_serving_needs_no_vllm_until_vllm_calls_it():

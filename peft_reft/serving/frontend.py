@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -131,12 +132,19 @@ def remove_adapter(llm: object, adapter_name: str) -> None:
 async def add_adapter_async(engine: object, adapter_name: str, path_or_name: str, replace: bool = False) -> None:
     """Do what `add_adapter` does, for vLLM's `AsyncLLM`, on which the server runs."""
     known = _known(engine)
-    _note_added(known, adapter_name, await call_core_async(engine, "loreft_add", adapter_name, path_or_name, replace))
+
+    async def load() -> None:
+        answer = await call_core_async(engine, "loreft_add", adapter_name, path_or_name, replace)
+        _note_added(known, adapter_name, answer)
+
+    # The core goes on loading if the caller gives up waiting, so this goes on, too.
+    await asyncio.shield(asyncio.ensure_future(load()))
 
 
 async def remove_adapter_async(engine: object, adapter_name: str) -> None:
     """Do what `remove_adapter` does, for vLLM's `AsyncLLM`."""
     known = _known(engine)
+    known.pop(adapter_name, None)  # also if the caller gives up waiting
     _note_removed(known, adapter_name, await call_core_async(engine, "loreft_remove", adapter_name))
 
 

@@ -230,3 +230,16 @@ def steps(llm, arrivals, tokens):
             core.add_request(str(n), {"prompt_token_ids": prompt}, params(adapter, tokens))
         done |= {int(output.request_id): output for output in core.step() if output.finished}
     return [done[n] for n in range(len(arrivals))]
+
+
+def note_preempted(llm) -> list[object]:
+    """A list to which each request is added that is preempted from now on."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    preempted, preempt = [], scheduler._preempt_request
+
+    def note_and_preempt(request, *args, **kwargs):
+        preempted.append(request)
+        return preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = note_and_preempt
+    return preempted

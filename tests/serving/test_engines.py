@@ -4,7 +4,20 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from vllm.lora.request import LoRARequest
 
-from serving.engines import FAMILIES, answer, ask, check, engine, fields, make, params, prompt_of, quick_alone, steps
+from serving.engines import (
+    FAMILIES,
+    answer,
+    ask,
+    check,
+    engine,
+    fields,
+    make,
+    note_preempted,
+    params,
+    prompt_of,
+    quick_alone,
+    steps,
+)
 
 COMMON = ["f7+l7", "f+l+g", "all", "by position", "per layer", "red"]
 
@@ -40,15 +53,7 @@ def test_preemption(llama):
     """Too little memory: requests are preempted and computed again, their generated tokens as generated ones."""
     names = ["f+l+g", "gN", "all", "f7+l7", None, "by position, answers"]
     with engine(llama, names, num_gpu_blocks_override=8, max_model_len=128, enable_prefix_caching=False) as llm:
-        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-        preempted = []
-        preempt = scheduler._preempt_request
-
-        def note_and_preempt(request, *args, **kwargs):
-            preempted.append(request)
-            return preempt(request, *args, **kwargs)
-
-        scheduler._preempt_request = note_and_preempt
+        preempted = note_preempted(llm)
         requests = [(prompt_of(20 + n, n), name) for n, name in enumerate(names)]
         check(llama, requests, ask(llm, requests, 40), 40)
         assert preempted, "no request was preempted, so this tests nothing"

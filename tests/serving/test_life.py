@@ -90,6 +90,29 @@ def test_requests_finish_on_the_weights_that_they_began_with(opt, llm, then):
         remove_adapter(llm, "changes")
 
 
+@pytest.mark.parametrize("steps_before", [0, 1, 2, 5])
+def test_aborted_requests(opt, llm, steps_before):
+    """Requests are aborted while they wait, are read or decode. Others go on, and the place is free again."""
+    opt.add("aborted", positions="f4+g", seed=23)
+    add_adapter(llm, "aborted", opt.adapters["aborted"])
+    core, prompts = llm.llm_engine, [prompt_of(60 + n, 50 + n) for n in range(4)]
+    for n, prompt in enumerate(prompts):
+        core.add_request(str(n), {"prompt_token_ids": prompt}, params("first" if n % 2 else "aborted", 8))
+    outputs = []
+    for _ in range(steps_before):
+        outputs += core.step()
+    remove_adapter(llm, "aborted")
+    core.abort_request(["0", "2"])
+    while core.has_unfinished_requests():
+        outputs += core.step()
+    done = {int(output.request_id): output for output in outputs if output.finished}
+    check(opt, [(prompts[n], "first") for n in (1, 3)], [done[n] for n in (1, 3)], 8)
+    for name in ("second of two", "a third"):  # two places are free: one for another adapter, one to replace it
+        opt.add(name, positions="f2", seed=len(name))
+        add_adapter(llm, "other", opt.adapters[name], replace=True)
+    remove_adapter(llm, "other")
+
+
 def test_a_folder_that_changes_while_it_is_served(opt, llm, tmp_path):
     """What was loaded is served on. A folder that changes while it is read is refused."""
     folder = tmp_path / "folder"

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from peft_reft.positions.turns import answers_of
-from serving.engines import answer, ask, check, engine, make, prompt_of, quick_alone
+from serving.engines import answer, ask, check, engine, make, note_preempted, prompt_of, quick_alone, steps
 
 USER, TOOL, ASSISTANT = [90, 92], [90, 93], [90, 91, 95]
 MARKS = {"response_template": [ASSISTANT], "instruction_template": [USER, TOOL]}
@@ -76,25 +76,53 @@ def test_words_put_in_the_assistants_mouth(chats, llm, name):
         check(chats, [request], ask(llm, [request], 6), 6)
 
 
-@pytest.mark.parametrize("seed", quick_alone([0], [0, 1, 2]))
-def test_chains_of_requests_under_mixed_adapters(chats, llm, seed):
-    """Requests that go on from each other, or branch off, each with another adapter or none, all in one cache."""
+def chain(chats, llm, seed, number, at_once=1):
+    """Requests that go on from each other, or branch off, each with another adapter, scale, or none, in one cache.
+
+    Returns how many of their tokens were found in the cache.
+    """
     draw = random.Random(seed)
     names = [None, *SPECS, *NO_MARKS]
-    texts, cached = [words(40, 200 + seed)], 0
-    for number in range(24):
+    texts, cached, requests = [words(40, 200 + seed)], 0, []
+    for n in range(number):
         text = draw.choice(texts[-3:])
         if draw.random() < 0.3:
             text = text[: draw.randrange(20, len(text))]
         if draw.random() < 0.6:
-            text = text + draw.choice([USER, TOOL]) + words(draw.randrange(1, 12), number) + [94] + ASSISTANT
-        name = draw.choice(names)
-        output = ask(llm, [(text, name)], 5)[0]
-        check(chats, [(text, name)], [output], 5)
-        cached += output.num_cached_tokens
-        if len(text) < 300:
-            texts.append(text + answer(output.outputs[0])[0])
-    assert cached > 0
+            text = text + draw.choice([USER, TOOL]) + words(draw.randrange(1, 12), n) + [94] + ASSISTANT
+        requests.append((text, draw.choice(names)))
+        if len(requests) == at_once:
+            outputs = steps(llm, requests, 5)
+            check(chats, requests, outputs, 5)
+            cached += sum(output.num_cached_tokens for output in outputs)
+            texts += [text + answer(output.outputs[0])[0] for (text, _), output in zip(requests, outputs)]
+            texts = [text for text in texts if len(text) < 300]
+            requests = []
+    return cached
+
+
+@pytest.mark.parametrize("seed", quick_alone([0], [0, 1, 2]))
+def test_chains_of_requests_under_mixed_adapters(chats, llm, seed):
+    assert chain(chats, llm, seed, 24) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [32, 64, 128])
+@pytest.mark.parametrize("budget", [24, 512])
+@pytest.mark.parametrize("roomy", [False, True], ids=["preempted", "roomy"])
+def test_chains_in_other_engines(chats, block, budget, roomy):
+    """Blocks of other sizes, prompts cut into chunks, requests preempted and computed again, several at once."""
+    settings = dict(
+        block_size=block,
+        max_num_batched_tokens=budget,
+        max_num_seqs=8,
+        max_model_len=320,
+        num_gpu_blocks_override=2000 // block if roomy else 320 // block + 2,
+    )
+    with engine(chats, **settings) as llm:
+        preempted = note_preempted(llm)
+        cached = sum(chain(chats, llm, 10 * seed + block, 18, at_once=6) for seed in range(2))
+        assert cached if roomy else preempted, "this tests nothing"
 
 
 @pytest.mark.parametrize("budget", quick_alone([16], [16, 40]))
