@@ -76,24 +76,24 @@ def test_words_put_in_the_assistants_mouth(chats, llm, name):
         check(chats, [request], ask(llm, [request], 6), 6)
 
 
-def chain(chats, llm, seed, number, at_once=1):
-    """Requests that go on from each other, or branch off, each with another adapter, scale, or none, in one cache.
+def chain(chats, llm, seed, number, at_once=1, start=40, tokens=5):
+    """Requests that go on from each other, or branch off, each with another adapter or none, all in one cache.
 
     Returns how many of their tokens were found in the cache.
     """
     draw = random.Random(seed)
     names = [None, *SPECS, *NO_MARKS]
-    texts, cached, requests = [words(40, 200 + seed)], 0, []
+    texts, cached, requests = [words(start, 200 + seed)], 0, []
     for n in range(number):
         text = draw.choice(texts[-3:])
         if draw.random() < 0.3:
-            text = text[: draw.randrange(20, len(text))]
+            text = text[: draw.randrange(start // 2, len(text))]
         if draw.random() < 0.6:
             text = text + draw.choice([USER, TOOL]) + words(draw.randrange(1, 12), n) + [94] + ASSISTANT
         requests.append((text, draw.choice(names)))
         if len(requests) == at_once:
-            outputs = steps(llm, requests, 5)
-            check(chats, requests, outputs, 5)
+            outputs = steps(llm, requests, tokens)
+            check(chats, requests, outputs, tokens)
             cached += sum(output.num_cached_tokens for output in outputs)
             texts += [text + answer(output.outputs[0])[0] for (text, _), output in zip(requests, outputs)]
             texts = [text for text in texts if len(text) < 300]
@@ -116,12 +116,12 @@ def test_chains_in_other_engines(chats, block, budget, roomy):
         block_size=block,
         max_num_batched_tokens=budget,
         max_num_seqs=8,
-        max_model_len=320,
-        num_gpu_blocks_override=2000 // block if roomy else 320 // block + 2,
+        max_model_len=384,
+        num_gpu_blocks_override=(4000 if roomy else 600) // block,
     )
     with engine(chats, **settings) as llm:
         preempted = note_preempted(llm)
-        cached = sum(chain(chats, llm, 10 * seed + block, 18, at_once=6) for seed in range(2))
+        cached = sum(chain(chats, llm, seed, 12, at_once=4, start=150, tokens=40) for seed in (block, block + 1))
         assert cached if roomy else preempted, "this tests nothing"
 
 
