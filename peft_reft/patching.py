@@ -31,6 +31,7 @@ class Patch:
 
 
 _WITH_THE_ADAPTER = "when the model's last LoReFT adapter is unloaded or deleted"
+_WITH_THE_MANAGER = "with the manager"
 _WITH_THE_ENGINE = "with the engine; without `additional_config['loreft']` it calls the original"
 
 PATCHES: dict[str, Patch] = {
@@ -64,7 +65,10 @@ PATCHES: dict[str, Patch] = {
         "transformers", "5.5.4", "Only the call knows where the prompts end (`tuner.generate`).", _WITH_THE_ADAPTER
     ),
     "Module.generate_batch": Patch(
-        "transformers", "5.5.4", "Its forwards do not say where prompts end, so it raises.", _WITH_THE_ADAPTER
+        "transformers", "5.5.4", "It drops arguments that it does not know; LoReFT's raise.", _WITH_THE_ADAPTER
+    ),
+    "Module.init_continuous_batching": Patch(
+        "transformers", "5.5.4", "Its manager alone knows where prompts end (`tuner.paged`).", _WITH_THE_ADAPTER
     ),
     "Module.prepare_inputs_for_generation": Patch(
         "transformers", "5.5.4", "Each forward of `generate` is told which step it is.", _WITH_THE_ADAPTER
@@ -74,6 +78,22 @@ PATCHES: dict[str, Patch] = {
     ),
     "Module.checkpoint_fn": Patch(
         "torch", "2.6", "The same, for torch's CheckpointWrapper (FSDP).", _WITH_THE_ADAPTER
+    ),
+    # When such a manager is made. These are attributes of it and of its cache, but for the last.
+    "ContinuousBatchingManager._create_batch_processor": Patch(
+        "transformers", "5.5.4", "The next three are wrapped when its cache is made.", _WITH_THE_MANAGER
+    ),
+    "ContinuousBatchingManager.pause": Patch(
+        "transformers",
+        "5.5.4",
+        "Weights may change meanwhile; cached blocks are of the old ones.",
+        _WITH_THE_MANAGER,
+    ),
+    "PagedAttentionCache.search_prefix_match": Patch(
+        "transformers", "5.5.4", "A request's tokens note what is edited of them.", _WITH_THE_MANAGER
+    ),
+    "module.compute_block_hash": Patch(
+        "transformers", "5.5.4", "A cached block with edited tokens has a hash of its own (`tuner.paged`)."
     ),
     # When vLLM loads its plugins (`serving.engine`, whose tables list all that is touched of vLLM).
     "Worker.load_model": Patch("vllm", "0.32", "Hooks are added to the model that it loads.", _WITH_THE_ENGINE),

@@ -9,7 +9,6 @@ from transformers import DynamicCache
 from peft_reft import LoReftConfig, prompt_lengths
 from peft_reft.tuner.forward import ATTRIBUTE, current, current_generation
 
-PAGED = "its forwards hold pieces of several requests and do not say where their prompts end"
 LENGTHS = [11, 3, 14, 6]
 NEW = 6
 FAMILIES = ["llama", "gpt2", "gemma3"]
@@ -107,13 +106,6 @@ def test_every_formula_equals_teacher_forcing(formula, spec):
     randomise(model.eval())
     rows = prompts()
     assert_same(model, run(model, left_padded(rows), do_sample=False), rows)
-
-
-@pytest.mark.cell("Device layouts", "Continuous batching (`generate_batch`)", refused=PAGED)
-def test_continuous_batching_is_refused():
-    """Its forwards, in a thread of transformers, hold pieces of several requests. The call itself is refused."""
-    with pytest.raises(ValueError, match="does not support continuous batching"):
-        adapted("llama", "f3+l2").get_base_model().generate_batch([[5, 6, 7, 8], [3, 4, 5]])
 
 
 @pytest.mark.parametrize("spec", ["f3+l2", "f2+g", "g2"])

@@ -291,5 +291,7 @@ def _columns(
     """Columns of the tokens with these ranks; -1 at a slot that is not `filled`."""
     # A padding token repeats the rank before it, so the first column with a rank is the real token.
     columns = first_column(answers.rank, ranks.flatten(1))  # (batch, K * N)
-    exists = ranks <= answers.rank[:, -1:].unsqueeze(-1)  # (batch, K, N): a prompt may go on behind this piece of it
-    return torch.where(filled & exists, columns.view_as(ranks), NO_POSITION)
+    # A prompt may go on behind this piece of it, and tokens before the piece are not there.
+    last = answers.rank.shape[1] - 1
+    exists = answers.rank.gather(1, columns.clamp_max(last)) == ranks.flatten(1)  # (batch, K * N)
+    return torch.where(filled & exists.view_as(ranks), columns.view_as(ranks), NO_POSITION)

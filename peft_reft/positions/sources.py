@@ -17,8 +17,8 @@ from .resolve import Turns, resolve
 from .wanted import Wanted
 
 CONTINUOUS_BATCHING = (
-    "LoReFT does not support continuous batching (`generate_batch`, cache_implementation='paged'): it packs pieces of "
-    "several requests into one row, and the forward does not say where their prompts end. Use `generate`."
+    "This forward holds pieces of several requests (paged attention), and does not say where their prompts end. "
+    "LoReFT knows it in `generate_batch` and `init_continuous_batching`, called on a model that has its adapters."
 )
 
 
@@ -43,7 +43,7 @@ class PositionSource(Protocol):
         """
 
 
-class _WithoutCache:
+class WithoutCache:
     """The part of a position source that has nothing to check: its forward was given no cache."""
 
     def check_cache(self, adapter: str, wanted: Wanted, rows: Bool[Tensor, " names"] | None = None) -> None:
@@ -51,7 +51,7 @@ class _WithoutCache:
 
 
 @dataclass
-class Unread(_WithoutCache):
+class Unread(WithoutCache):
     """The source of a forward without text, such as one of an image. The first edited block shows its tokens."""
 
     positions: Any
@@ -80,7 +80,7 @@ class Unread(_WithoutCache):
 
 
 @dataclass
-class Given(_WithoutCache):
+class Given(WithoutCache):
     """The source of a forward that was given `intervention_positions`, by the caller or the collator."""
 
     positions: Int[Tensor, "batch n"]
@@ -92,7 +92,7 @@ class Given(_WithoutCache):
 
 
 @dataclass
-class FromBatch(_WithoutCache):
+class FromBatch(WithoutCache):
     """The source of a forward that was given a batch of whole documents."""
 
     batch: Batch

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,9 +96,17 @@ class Attachment:
         """What trials have shown of running a forward in two parts (`TwoParts.ways`)."""
         self.beginnings = Beginnings()
         """What the base has computed of beginnings that rows share."""
+        self.managers: weakref.WeakSet[Any] = weakref.WeakSet()
+        """transformers' managers of continuous batching for this model (`paged`)."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "source_runs": [], "first_batch": None, "beginnings": Beginnings()}
+        fresh: dict[str, Any] = {
+            "source_runs": [],
+            "first_batch": None,
+            "beginnings": Beginnings(),
+            "managers": weakref.WeakSet(),
+        }
+        return {**self.__dict__, **fresh}
 
 
 class _Current(threading.local):

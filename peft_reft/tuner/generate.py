@@ -15,17 +15,12 @@ from ..patching import original_of
 from ..positions.batch import POSITIONS, SUBSPACES
 from ..positions.generation import GenerateStep, Generation
 from ..positions.memory import CacheMemory, set_memory
-from ..positions.sources import CONTINUOUS_BATCHING, check_positions, check_subspaces
+from ..positions.sources import check_positions, check_subspaces
 from .caches import cache_of_inputs, counted, filled, memory_of_length
 from .forward import ATTRIBUTE, Attachment, current_generation, generating
 
 STEP = "_peft_reft_step"
 """Keyword argument by which each forward of `generate` is told which step it is."""
-
-
-def refuse_batch(model: Any, inner: Any, *args: Any, **kwargs: Any) -> Any:
-    """The wrapped `generate_batch`. Its forwards run in a thread of transformers, which would only log an error."""
-    raise ValueError(CONTINUOUS_BATCHING)
 
 
 def generate(model: Any, inner: Any, *args: Any, **kwargs: Any) -> Any:

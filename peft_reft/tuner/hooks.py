@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..patching import original_of, unwrap_method, wrap_method
 from ..positions.batch import POSITIONS, SUBSPACES, can_be_read
-from ..positions.sources import check_subspaces
+from ..positions.memory import CacheMemory
+from ..positions.sources import PositionSource, check_subspaces
 from ..positions.split import Untouched
 from ..positions.wanted import Wanted
 from .architectures import modules_of_encoder
@@ -25,7 +26,8 @@ from .caches import note_cache, past_of
 from .checkpointing import unwrap_checkpoint_functions, wrap_checkpoint_functions
 from .conflicts import refuse_fused_head
 from .forward import ATTRIBUTE, Attachment, Forward, begin, current, end
-from .generate import STEP, generate, prepare_inputs, refuse_batch
+from .generate import STEP, generate, prepare_inputs
+from .paged import generate_batch, init_batching, pieces_of_step
 from .reading import read, read_decoder, source_tokens
 from .tracing import refuse_tracing
 from .two_parts import SOURCE
@@ -36,6 +38,14 @@ _HANDLES = f"{ATTRIBUTE}_handles"
 
 _NAMES = f"{ATTRIBUTE}_arguments"
 """Attribute of a part that holds the names of the arguments of its forward, in order."""
+
+_WRAPPED: dict[str, Callable[..., Any]] = {
+    "generate": generate,
+    "generate_batch": generate_batch,
+    "init_continuous_batching": init_batching,
+    "prepare_inputs_for_generation": prepare_inputs,
+}
+"""The methods of a model that are wrapped beside `forward`, if it has them."""
 
 
 def attach(model: nn.Module, has_answers: bool) -> Attachment:
@@ -58,12 +68,7 @@ def attach(model: nn.Module, has_answers: bool) -> Attachment:
     if has_decoder:
         _hook(_encoder(model), attachment, _before_encoder)
     wrap_method(model, "forward", _forward, more=(POSITIONS, SUBSPACES))
-    wrappers = {
-        "generate": generate,
-        "generate_batch": refuse_batch,
-        "prepare_inputs_for_generation": prepare_inputs,
-    }
-    for name, wrapper in wrappers.items():
+    for name, wrapper in _WRAPPED.items():
         if hasattr(type(model), name):
             wrap_method(model, name, wrapper)
     return attachment
@@ -92,7 +97,7 @@ def detach(model: nn.Module) -> None:
             handle.remove()
         module.__dict__.pop(ATTRIBUTE, None)
         module.__dict__.pop(_NAMES, None)
-    for name in ("forward", "generate", "generate_batch", "prepare_inputs_for_generation"):
+    for name in ("forward", *_WRAPPED):
         unwrap_method(model, name)
     unwrap_checkpoint_functions(model)
 
@@ -152,7 +157,7 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         forward = begin(attachment, step, model, subspaces)
     else:
         past, memory = past_of(attachment, given)
-        source = read(attachment, given, positions, training, past, memory)
+        source = _source(attachment, given, positions, training, past, memory)
         known: dict[Wanted, Tensor | None] = {}
         cut, may_cut_backbone = None, False
         if training and not torch.compiler.is_compiling():
@@ -168,6 +173,20 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     if training and attachment.first_batch is not None and can_be_read(source_tokens(given)):
         attachment.first_batch({**given, POSITIONS: positions})
     return args, kwargs
+
+
+def _source(
+    attachment: Attachment,
+    given: dict[str, Any],
+    positions: Any,
+    training: bool,
+    past: int | None,
+    memory: CacheMemory | None,
+) -> PositionSource:
+    """The position source of a forward that is no step of `generate`; see `read`."""
+    if "write_index" in given:  # transformers gives it to paged attention alone
+        return pieces_of_step(attachment, given)
+    return read(attachment, given, positions, training, past, memory)
 
 
 def _before_part(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
@@ -188,7 +207,7 @@ def _before_part(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     subspaces = check_subspaces(kwargs.pop(SUBSPACES, None))
     recomputes = wrap_checkpoint_functions(part) if training else False
     past, memory = past_of(attachment, given)
-    forward = begin(attachment, read(attachment, given, positions, training, past, memory), part, subspaces)
+    forward = begin(attachment, _source(attachment, given, positions, training, past, memory), part, subspaces)
     forward.recomputes, forward.in_training = recomputes, training
     forward.past, forward.memory = past, memory
     return args, kwargs

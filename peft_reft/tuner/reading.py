@@ -12,7 +12,7 @@ from ..positions.batch import Batch, can_be_read, is_matrix, remember
 from ..positions.cached import Continued
 from ..positions.memory import CacheMemory
 from ..positions.resolve import IGNORED
-from ..positions.sources import CONTINUOUS_BATCHING, FromBatch, Given, PositionSource, Unread, check_positions
+from ..positions.sources import FromBatch, Given, PositionSource, Unread, check_positions
 from .caches import filled
 from .forward import Attachment, current_generation
 
@@ -56,8 +56,6 @@ def read(
     Raises:
         ValueError: the inputs do not say where the positions are; the message says what would.
     """
-    if "write_index" in given:  # transformers gives it to paged attention alone
-        raise ValueError(CONTINUOUS_BATCHING)
     tokens = source_tokens(given)
     if tokens.ndim < 2:
         return Unread(positions, given.get("attention_mask"))

@@ -26,7 +26,7 @@ def alternating(completions, **kwargs):
 
 @pytest.fixture
 def make(tokenizer, tmp_path, spy):
-    def make(which, model=None, peft_config="default", edits=False, **kwargs):
+    def make(which, model=None, peft_config="default", edits=False, watch=True, **kwargs):
         trainer_class, config_class = which
         if peft_config == "default":
             peft_config = LoReftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2")
@@ -44,7 +44,8 @@ def make(tokenizer, tmp_path, spy):
         )
         if edits:
             randomise(trainer.model)
-        spy.watch(trainer.model)
+        if watch:  # the spy reads whole rows
+            spy.watch(trainer.model)
         return trainer
 
     return make
@@ -102,6 +103,48 @@ def test_logps_of_rollout_and_training_agree(make, which, checkpointing, monkeyp
     for key, logps in sampled.items():
         torch.testing.assert_close(scored[key], logps, rtol=1e-4, atol=1e-5)
     assert max((disabled[key] - logps).abs().max() for key, logps in sampled.items()) > 1e-2
+
+
+@BOTH
+@pytest.mark.cell(
+    "Trainers: preferences and reinforcement", "GRPO, RLOO with continuous batching: log-probs of rollout and training"
+)
+def test_continuous_batching(make, which, monkeypatch):
+    """Rollouts by `generate_batch`: each step's come from the weights that the step before left."""
+    sizes = dict(page_size=4, num_blocks=100, max_batch_tokens=32, return_logprobs=True)
+    trainer = make(
+        which,
+        edits=True,
+        watch=False,
+        max_steps=3,
+        learning_rate=0.05,
+        use_transformers_continuous_batching=True,
+        transformers_continuous_batching_config=sizes,
+    )
+    sampled, compared = {}, []
+    generate, score = trainer.model.generate_batch, trainer._get_per_token_logps_and_entropies
+
+    def spied_generate(*args, **kwargs):
+        outputs = generate(*args, **kwargs)
+        sampled.clear()
+        for output in outputs.values():
+            sampled[(*output.prompt_ids, *output.generated_tokens)] = torch.tensor(output.logprobs)
+        return outputs
+
+    def spied_score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        result = score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        if not next(m for m in model.modules() if type(m).__name__ == "LoReftLayer").disable_adapters:
+            for ids, mask, row in zip(input_ids, attention_mask.bool(), result[0]):
+                wanted = sampled[tuple(ids[mask].tolist())]
+                compared.append((row[mask[-logits_to_keep:]].detach(), wanted))
+        return result
+
+    monkeypatch.setattr(trainer.model, "generate_batch", spied_generate, raising=False)
+    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", spied_score)
+    assert_all_moved(trainer.model, trainer.train)
+    assert len(compared) >= 3 * 2
+    for scored, wanted in compared:
+        torch.testing.assert_close(scored, wanted, rtol=1e-4, atol=1e-4)
 
 
 @BOTH

@@ -680,8 +680,13 @@ def _(world):
 
 @case("`generate_batch` (continuous batching)")
 def _(world):
-    with pytest.raises(ValueError, match="does not support continuous batching"):
-        world.adapted().get_base_model().generate_batch([[5, 6, 7]])
+    from .test_continuous_batching import check, run
+
+    for marks in (chat_marks(world.tokenizer), {}):
+        model = world.adapted(**marks)
+        document, spans = turns(world, model, keep=False)
+        prompts = [document[: spans[0][0]], document[: spans[1][0]]]
+        check(model, prompts, run(model, prompts))
 
 
 @pytest.fixture
