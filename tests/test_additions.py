@@ -167,7 +167,7 @@ def test_a_new_formula_is_served(formula, gate, tmp_path):
     h = torch.randn(5, HIDDEN)
     found = h.clone()
     with torch.no_grad():
-        table.edit_all(key, torch.ones(5, dtype=torch.int64), found, None)
+        table.edit_all(key, torch.ones(5, dtype=torch.int64), torch.ones(5, 1), found, None)
         torch.testing.assert_close(found, h + written_out(h, **weights))
 
 
@@ -236,7 +236,7 @@ def test_a_pure_scaling_is_served(scaling, tmp_path):
     (key,) = table.stacks
     h = torch.randn(5, HIDDEN)
     found = h.clone()
-    table.edit_all(key, torch.ones(5, dtype=torch.int64), found, None)
+    table.edit_all(key, torch.ones(5, dtype=torch.int64), torch.ones(5, 1), found, None)
     torch.testing.assert_close(found, h + h * factors.scale)
 
 
