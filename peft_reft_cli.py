@@ -22,6 +22,7 @@ LoReFT (representation finetuning, arXiv 2404.03592) as a PEFT method.
   peft-reft evaluate outputs/loreft --file held_out.jsonl
   peft-reft inspect outputs/loreft
   peft-reft convert --from pyreft THEIRS OURS --positions f7+l7
+  peft-reft exec lm_eval --model hf --model_args pretrained=BASE,peft=outputs/loreft --tasks gsm8k
 """
 EPILOG = """\
 An ADAPTER is a folder that `save_pretrained` or `train` wrote, or the name of one on the Hub. Exit codes: 0 done,
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "prompt" in args and not any(word.startswith("-") for word in unknown):
         args.prompt += unknown  # argparse takes prompts only if they stand before the options
         unknown = []
+    if args.command == "exec":
+        return _exec(unknown, parser)
     if unknown and args.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
@@ -75,6 +78,18 @@ def _train(arguments: list[str]) -> int:
     return train.main(arguments)
 
 
+def _exec(words: list[str], parser: argparse.ArgumentParser) -> int:
+    """Run another program. Its errors are its own, with their traceback."""
+    from peft_reft.cli import execute
+
+    try:
+        execute.check(words)
+    except ValueError as error:
+        parser.error(str(error))
+    execute.run(words)
+    return 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands. `train` has a parser of its own (`train_arguments`), which needs TRL."""
     parser = argparse.ArgumentParser(
@@ -98,6 +113,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_show_positions(commands)
     _add_convert(commands)
     _add_export(commands)
+    _add_command(
+        commands,
+        "exec",
+        "Run a console script, `-m MODULE` or a Python file with its arguments, with LoReFT registered.",
+        add_help=False,
+    )
     return parser
 
 

@@ -583,6 +583,37 @@ def test_the_installed_script():
     assert done.returncode == 1 and "no folder" in done.stderr and done.stdout == ""
 
 
+def test_exec_runs_other_programs_with_the_method_registered(tmp_path):
+    """A file, a module, a console script: each with its own arguments, exit code, errors."""
+    (tmp_path / "beside.py").write_text("WORD = 'beside'")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys, beside\nfrom peft import PeftType\n"
+        "print(__name__, beside.WORD, sys.argv, 'LOREFT' in PeftType.__members__)\n"
+        "if sys.argv[1] == 'fails': raise ValueError('its own error')\nsys.exit(3)"
+    )
+    done = forked.run(SCRIPT, "exec", str(program), "a", "--help", "-m", "--traceback")
+    assert done.returncode == 3
+    assert done.stdout == f"__main__ beside {[str(program), 'a', '--help', '-m', '--traceback']} True\n"
+    failed = forked.run(SCRIPT, "exec", str(program), "fails")
+    assert failed.returncode == 1 and "Traceback" in failed.stderr and "ValueError: its own error" in failed.stderr
+    table = tmp_path / "table.json"
+    table.write_text('{"a":1}')
+    assert forked.run(SCRIPT, "exec", "-m", "json.tool", "--compact", str(table)).stdout == '{"a":1}\n'
+    assert forked.run(SCRIPT, "exec", "pytest", "--version").stdout.startswith("pytest ")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [([], "expected a console script"), (["-m"], "expected a module"), (["no_such", "--x"], "exec no_such: expected")],
+)
+def test_exec_says_what_it_can_run(words, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["exec", *words])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_train_under_accelerate_launch(tmp_path, model_id):
     """Two processes on the CPU save one adapter and print each line once."""

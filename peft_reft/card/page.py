@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 _START, _END = "<!-- peft_reft: start -->", "<!-- peft_reft: end -->"
 """Our section stands between these two."""
-_INSTALL = "> Install `peft-reft` first: `pip install peft-reft`. Without it PEFT raises `KeyError: 'LOREFT'`."
+_INSTALL = (
+    "> Install `peft-reft` first: `pip install peft-reft`. Without it PEFT raises `KeyError: 'LOREFT'`. Programs "
+    "that do not import it run under `peft-reft exec PROGRAM ...`."
+)
 """The first line of every card."""
 _NEW_CARD = "---\nlibrary_name: peft\n---\n"
 _TEMPLATE_MARK = "# Model Card for Model ID"
