@@ -210,7 +210,7 @@ def test_an_engine_without_adapters_says_so(opt, llm):
         ("speculative_config", object(), "speculative_config"),
         ("model_config.runner_type", "pooling", "run as 'pooling'"),
         ("model_config.is_encoder_decoder", True, "an encoder-decoder"),
-        ("use_v2_model_runner", True, "VLLM_USE_V2_MODEL_RUNNER=0"),
+        ("cache_config.kv_sharing_fast_prefill", True, "kv_sharing_fast_prefill=True"),
     ],
 )
 def test_engines_that_are_refused(field, value, message):
@@ -219,8 +219,8 @@ def test_engines_that_are_refused(field, value, message):
             tensor_parallel_size=1, pipeline_parallel_size=1, data_parallel_size=1, enable_dbo=False
         ),
         model_config=SimpleNamespace(runner_type="generate", is_encoder_decoder=False, model="m"),
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
         speculative_config=None,
-        use_v2_model_runner=False,
     )
     check_engine(config)
     owner, _, name = field.rpartition(".")
