@@ -22,6 +22,7 @@ attribute                                                 used for              
 `ParallelConfig.tensor_parallel_size`                     several workers are refused                          0.32
 `ParallelConfig.pipeline_parallel_size`                   the same                                             0.32
 `ParallelConfig.data_parallel_size`                       the same                                             0.32
+`ParallelConfig.prefill_context_parallel_size`            prompts that are split among workers are refused     0.32
 `ParallelConfig.enable_dbo`                               dual-batch overlap is refused                        0.32
 `CacheConfig.kv_sharing_fast_prefill`                     layers that skip tokens of the prompt are refused    0.32
 `CompilationConfig.cudagraph_mode`                        whether steps are captured as graphs                 0.32
@@ -101,6 +102,11 @@ def check_engine(config: Any) -> None:
             raise ValueError(f"{name}={size}: one worker serves LoReFT (allowed: 1).")
     if parallel.enable_dbo:
         raise ValueError("enable_dbo=True: LoReFT needs each step in one batch (allowed: False).")
+    if parallel.prefill_context_parallel_size > 1:
+        raise ValueError(
+            f"prefill_context_parallel_size={parallel.prefill_context_parallel_size}: LoReFT needs a prompt's tokens "
+            "on each worker (allowed: 1)."
+        )
     if config.cache_config.kv_sharing_fast_prefill:
         raise ValueError(
             "kv_sharing_fast_prefill=True: LoReFT needs a prompt's tokens in all layers (allowed: False)."
