@@ -31,6 +31,7 @@ class _Alike:
     plans: tuple[ServedPlan | None, ...]
     """For each place what its adapter does in these modules, None for nothing."""
     edits: list[Edits]
+    """Of those modules that are here."""
     work: list[tuple[FormulaKey, DeviceWork]] = field(default_factory=list)
     """What the running step edits; the same list as `Edits.work` of each module."""
 
@@ -182,8 +183,10 @@ class Server:
         self.keys[place] = key
         self.edits_answers[place] = any(plan.edits_answers for plan in plans.values())
         self.alike = []
-        for of_places, modules in same_plans(self.edits, self.plans).items():
-            alike = _Alike(of_places, [self.edits[module] for module in modules])
+        # Also the modules that other stages of a pipeline hold: all stages must say alike which steps avoid graphs.
+        modules_of_all = dict.fromkeys([*self.edits, *(module for of_place in self.plans for module in of_place)])
+        for of_places, modules in same_plans(modules_of_all, self.plans).items():
+            alike = _Alike(of_places, [self.edits[module] for module in modules if module in self.edits])
             self.alike.append(alike)
             for edits in alike.edits:
                 edits.work = alike.work
@@ -220,6 +223,8 @@ class Server:
             rows, sets, piece = edited(turns, alike.plans, self.max_positions)  # each (n,)
             places, scale = turns.place[piece], turns.scale[piece]  # (n,) each
             edits_tokens = edits_tokens or len(rows) > 0
+            if not alike.edits:
+                continue
             for key in keys:
                 own = np.isin(places, [place for place, each in enumerate(self.keys) if each == key])
                 if own.any():
