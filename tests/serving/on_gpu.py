@@ -50,7 +50,7 @@ def kernels_of_a_decode_step(llm, name):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_decode_graphs_hold_no_edits(llama, mode):
-    """With adapters that edit prompts, a decode step runs as many kernels as the base, and answers are transformers'."""
+    """With adapters that edit prompts, a decode step has as many kernels as the base's; answers are transformers'."""
     assert torch.cuda.is_available(), "this file needs a GPU"
     with captured(llama, mode, []) as llm:
         base = kernels_of_a_decode_step(llm, None)
