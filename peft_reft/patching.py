@@ -100,8 +100,21 @@ PATCHES: dict[str, Patch] = {
     "Worker.loreft_add": Patch("vllm", "0.32", "Added: the core calls it to load an adapter.", _WITH_THE_ENGINE),
     "Worker.loreft_keep": Patch("vllm", "0.32", "Added: the core calls it to drop adapters.", _WITH_THE_ENGINE),
     "Worker.loreft_at_start": Patch("vllm", "0.32", "Added: it tells the core what is loaded.", _WITH_THE_ENGINE),
-    "GPUModelRunner._model_forward": Patch(
-        "vllm", "0.32", "Before each step the plugin notes which tokens are edited.", _WITH_THE_ENGINE
+    "GPUModelRunner._determine_batch_execution_and_padding": Patch(
+        "vllm",
+        "0.32",
+        "The plugin notes which tokens a step edits; if any, the step may have to run without a captured graph.",
+        _WITH_THE_ENGINE,
+    ),
+    "GPUModelRunner._model_forward": Patch("vllm", "0.32", "It ends the step.", _WITH_THE_ENGINE),
+    # vLLM has two model runners of this name; these are the second one's.
+    "GPUModelRunner.gather_batch_req_state": Patch(
+        "vllm", "0.32", "The plugin notes which tokens a step edits.", _WITH_THE_ENGINE
+    ),
+    "GPUModelRunner.execute_model": Patch("vllm", "0.32", "It ends the step.", _WITH_THE_ENGINE),
+    "ModelState.add_request": Patch("vllm", "0.32", "It says what each request was given.", _WITH_THE_ENGINE),
+    "module.dispatch_cg_and_sync_dp": Patch(
+        "vllm", "0.32", "A step that edits tokens may have to run without a captured graph.", _WITH_THE_ENGINE
     ),
     "InputProcessor.__init__": Patch("vllm", "0.32", "The front end learns the adapters' names.", _WITH_THE_ENGINE),
     "InputProcessor.process_inputs": Patch(

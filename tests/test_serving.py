@@ -466,6 +466,43 @@ def test_captured_graphs_read_the_buffers(llama, empty, tmp_path, monkeypatch):
         assert torch.equal(wanted, h) == (requests == [(8, 0, 8, NONE)])
 
 
+def test_graphs_hold_no_edits_of_prompts(llama, empty, tmp_path, monkeypatch):
+    """With adapters that edit prompts, a captured graph has no operation of ours, and steps that edit avoid graphs."""
+    monkeypatch.setattr("peft_reft.serving.edits.is_capturing", lambda hidden: True)
+    path = adapter_for(llama, tmp_path, positions="f2+l1")
+    answers = adapter_for(llama, tmp_path, "answers", positions="f2+g1")
+
+    def operations(edits):
+        def run(hidden, residual):
+            edits.apply(hidden, residual)
+            return hidden
+
+        graph = make_fx(run)(torch.randn(8, 32), torch.randn(8, 32)).graph
+        return [node for node in graph.nodes if node.op == "call_function"]
+
+    loreft, _ = server(llama, empty, graph_tokens=16, adapters={"a": path})
+    assert all(operations(edits) == [] for edits in loreft.edits.values())
+    edited = [[(4, 0, 9, 0)], [(1, 8, 9, 0)], [(1, 12, 9, 0), (3, 6, 9, 0)], [(1, 1, 9, 0), (5, 0, 5, NONE)]]
+    for requests in edited:
+        assert loreft.prepare(pieces(*requests))
+    plain = [[(1, 9, 9, 0)], [(8, 0, 8, NONE)], [(3, 3, 9, 0)], [(1, 20, 9, 0), (1, 3, 9, NONE)]]
+    for requests in plain:
+        assert not loreft.prepare(pieces(*requests))
+    with pytest.raises(ValueError, match='"edit_answers": true'):
+        loreft.add("answers", read_adapter(answers, empty))
+    with pytest.raises(ValueError, match='"edit_answers": true'):
+        server(llama, empty, graph_tokens=16, adapters={"b": answers}, edit_answers=False)
+
+    for named, option in (({"a": path}, True), ({"b": answers}, None)):
+        loreft, _ = server(llama, empty, graph_tokens=16, adapters=named, edit_answers=option)
+        loreft.add("answers", read_adapter(answers, empty))
+        assert all(operations(edits) for edits in loreft.edits.values())
+        assert not any(loreft.prepare(pieces(*requests)) for requests in edited + plain)
+    loreft, _ = server(llama, empty, adapters={"a": path})  # no graphs are captured
+    loreft.add("answers", read_adapter(answers, empty))
+    assert not any(loreft.prepare(pieces(*requests)) for requests in edited + plain)
+
+
 def test_places_are_used_again(llama, empty, tmp_path):
     big = adapter_for(llama, tmp_path, "big", r=8, positions="f2+l2", tie="position")
     small = adapter_for(llama, tmp_path, "small", r=2, positions="f1")
@@ -482,9 +519,8 @@ def test_places_are_used_again(llama, empty, tmp_path):
 
 def test_what_does_not_fit_changes_nothing(llama, empty, tmp_path):
     plain = adapter_for(llama, tmp_path, "plain", r=2, positions="f1")
-    loreft, _ = server(
-        llama, empty, adapters={"plain": plain}, max_adapters=2, max_rank=4, compiles=True, graph_tokens=4
-    )
+    limits = dict(max_adapters=2, max_rank=4, edit_answers=True)
+    loreft, _ = server(llama, empty, adapters={"plain": plain}, compiles=True, graph_tokens=4, **limits)
     cases = {
         "max_rank=8": dict(r=8, positions="f1"),
         "max_positions=2": dict(r=2, positions="f1+l1", tie="group"),
@@ -553,6 +589,7 @@ def test_what_cannot_be_served(llama, empty, tmp_path):
         ({"adapters": {"a/b": "x"}}, "loreft='a/b'"),
         ({"max_rank": 0}, "loreft.max_rank=0"),
         ({"max_adapters": True}, "loreft.max_adapters=True"),
+        ({"edit_answers": 1}, "loreft.edit_answers=1: expected true or false"),
         ({"adapters": {"a": "x", "b": "y"}, "max_adapters": 1}, "loreft.max_adapters=1, but 2 are named"),
     ],
 )
@@ -582,7 +619,7 @@ def test_every_formula_fits_its_table():
 def test_a_request_scales_its_edits(llama, empty, tmp_path, captured, monkeypatch):
     monkeypatch.setattr("peft_reft.serving.edits.is_capturing", lambda hidden: captured)
     path = adapter_for(llama, tmp_path, positions="f2", tie="group")
-    loreft, model = server(llama, empty, graph_tokens=8 * captured, adapters={"a": path})
+    loreft, model = server(llama, empty, graph_tokens=8 * captured, adapters={"a": path}, edit_answers=True)
     h = torch.randn(4, 32)
     outputs = {}
     for scale in (1.0, 0.25, -2.0, 0.0, 1.0):

@@ -50,6 +50,11 @@ class ServedAdapter:
         """The largest number of sets of weights in a module."""
         return max(plan.sets for plan in self.plans.values())
 
+    @property
+    def edits_answers(self) -> bool:
+        """Whether any generated token is edited."""
+        return any(plan.edits_answers for plan in self.plans.values())
+
 
 def read_adapter(path_or_name: str, empty: nn.Module) -> ServedAdapter:
     """Read what `save_pretrained` wrote.

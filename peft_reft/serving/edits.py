@@ -28,7 +28,7 @@ class Edits:
         self.work: list[tuple[FormulaKey, DeviceWork]] = []
         """Empty in a step that edits nothing here. Modules in which the adapters do the same share one list."""
         self.fixed: list[tuple[FormulaKey, Tensor, Tensor]] = []
-        """If graphs are captured: for each formula the set of weights of each token, (tokens,) int64, and what
+        """If captured graphs hold edits: for each formula the set of weights of each token, (tokens,) int64, and what
         multiplies the edit, (tokens, 1) float32."""
 
     def apply(self, hidden: Tensor, residual: Tensor | None) -> None:
@@ -41,6 +41,8 @@ class Edits:
         capturing = is_capturing(hidden)
         if not capturing and not self.work:
             return  # every decode step, if the adapters edit prompts only
+        if capturing and not self.fixed:
+            return  # the graph holds no edits, and steps that edit tokens run without it
         hidden = hidden.view(-1, hidden.shape[-1])  # (tokens, d)
         if capturing:
             for key, sets, scale in self.fixed:

@@ -34,6 +34,8 @@ class Options:
         max_positions: the largest number of sets of weights that an adapter may have in a layer: 1 if all positions
             share one set (`tie` "layer" and "model"), else the number of its groups or positions. None: the largest
             number among `adapters`, at least 1.
+        edit_answers: whether adapters may edit generated tokens if the engine captures its steps as graphs. Then
+            each captured step computes edits for all its tokens. None: whether any of `adapters` does it.
 
     Each edited module takes `(max_adapters + 1) * max_positions * (2 * max_rank * d + max_rank) * 4` bytes for LoReFT:
     weights that are replaced stay until their last request ends. Each further formula in use takes memory of its own.
@@ -48,6 +50,7 @@ class Options:
     max_adapters: int | None = None
     max_rank: int | None = None
     max_positions: int | None = None
+    edit_answers: bool | None = None
 
     @property
     def most_adapters(self) -> int:
@@ -83,6 +86,8 @@ class Options:
             value = getattr(options, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"loreft.{name}={value!r}: expected an int of 1 or more.")
+        if options.edit_answers is not None and type(options.edit_answers) is not bool:
+            raise ValueError(f"loreft.edit_answers={options.edit_answers!r}: expected true or false.")
         named = len(options.adapters)
         if options.max_adapters is not None and options.max_adapters < named:
             raise ValueError(f"loreft.max_adapters={options.max_adapters}, but {named} are named in loreft.adapters.")

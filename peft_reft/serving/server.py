@@ -14,11 +14,14 @@ from ..tuner.architectures import find_targets
 from .adapters import ServedAdapter, read_adapter
 from .chosen import Facts
 from .edits import Edits, FixedSteps, hook, send
-from .options import Options
+from .options import KEY, Options
 from .schedule import NONE, Pieces, ServedPlan, TurnPieces, Work, edited, group_by_weights, same_plans
 from .tables import LINEAR, DeviceWork, FormulaKey, Table, formula_key
 
 _AT_START = "Name an adapter like it when the engine starts, or start it with enforce_eager."
+_ANSWERS = (
+    f'Start the engine with additional_config={{"{KEY}": {{"edit_answers": true, ...}}}}, or with enforce_eager.'
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class _Alike:
     plans: tuple[ServedPlan | None, ...]
     """For each place what its adapter does in these modules, None for nothing."""
     edits: list[Edits]
+    """Of those modules that are here."""
     work: list[tuple[FormulaKey, DeviceWork]] = field(default_factory=list)
     """What the running step edits; the same list as `Edits.work` of each module."""
 
@@ -46,7 +50,8 @@ class Server:
         named: the objects that compiled graphs can name (`engine.named_in_graphs`). The edits are added.
         device: the model's device.
         compiles: whether the model is compiled. Then it takes no new hooks once it has run.
-        graph_tokens: the largest number of tokens in a step if steps are captured as graphs, else 0.
+        graph_tokens: the largest number of tokens in a step if steps are captured as graphs, else 0. The graphs hold
+            edits if adapters edit answers. If not, a step that edits tokens runs without a graph.
 
     Raises:
         ValueError: an adapter cannot be served, see `add`.
@@ -88,12 +93,16 @@ class Server:
         self.alike: list[_Alike] = []
         self.fixed: FixedSteps | None = None
         self.takes_hooks = True
+        edit_answers = options.edit_answers
+        if edit_answers is None:
+            edit_answers = any(adapter.edits_answers for adapter in at_start.values())
+        self.graphs_lack_edits = graph_tokens > 0 and not edit_answers
         for target in find_targets(empty, "block"):  # also the blocks that no adapter edits yet
             self._hook(target.name, target.d)
         for name, adapter in at_start.items():
             self.add(name, adapter)
         self.takes_hooks = not compiles
-        if graph_tokens:
+        if graph_tokens and not self.graphs_lack_edits:
             in_use = [key for key in self.keys if key is not None]
             distinct = list(dict.fromkeys([LINEAR, *in_use]))
             self.fixed = FixedSteps([*self.edits.values()], distinct, graph_tokens, device)
@@ -158,6 +167,8 @@ class Server:
                 )
         if new_modules and not self.takes_hooks:
             raise ValueError(f"{name!r} edits {new_modules[0]}, and a compiled model takes no new hooks. {_AT_START}")
+        if self.graphs_lack_edits and adapter.edits_answers:
+            raise ValueError(f"{name!r} edits answers, and captured graphs hold no edits. {_ANSWERS}")
         if self.fixed is not None and key not in self.fixed.keys:
             raise ValueError(f"{name!r} has a formula that captured graphs do not compute. {_AT_START}")
 
@@ -172,17 +183,22 @@ class Server:
         self.keys[place] = key
         self.edits_answers[place] = any(plan.edits_answers for plan in plans.values())
         self.alike = []
-        for of_places, modules in same_plans(self.edits, self.plans).items():
-            alike = _Alike(of_places, [self.edits[module] for module in modules])
+        # Also the modules that other stages of a pipeline hold: all stages must say alike which steps avoid graphs.
+        modules_of_all = dict.fromkeys([*self.edits, *(module for of_place in self.plans for module in of_place)])
+        for of_places, modules in same_plans(modules_of_all, self.plans).items():
+            alike = _Alike(of_places, [self.edits[module] for module in modules if module in self.edits])
             self.alike.append(alike)
             for edits in alike.edits:
                 edits.work = alike.work
 
-    def prepare(self, pieces: Pieces) -> None:
+    def prepare(self, pieces: Pieces) -> bool:
         """Note what the coming step edits.
 
         Args:
             pieces: all requests of the step.
+
+        Returns:
+            Whether the step must run without a captured graph, because it edits tokens, and graphs hold no edits.
         """
         self.clear()
         if self.fixed is not None:
@@ -190,12 +206,14 @@ class Server:
         has_adapter = pieces.place != NONE
         in_prompt = pieces.computed < pieces.given
         may_edit = has_adapter & (in_prompt | self.edits_answers[pieces.place])  # (requests,)
-        if may_edit.any():
-            self._prepare(pieces[may_edit].by_turn())
+        edits_tokens = may_edit.any() and self._prepare(pieces[may_edit].by_turn())
         if self.fixed is not None:
             self.fixed.send()
+        return bool(edits_tokens and self.graphs_lack_edits)
 
-    def _prepare(self, turns: TurnPieces) -> None:
+    def _prepare(self, turns: TurnPieces) -> bool:
+        """Note the edits of a step's turns. Returns whether there are any."""
+        edits_tokens = False
         keys: set[FormulaKey] = set()
         for place in np.unique(turns.place):
             key = self.keys[place]
@@ -204,6 +222,9 @@ class Server:
         for alike in self.alike:
             rows, sets, piece = edited(turns, alike.plans, self.max_positions)  # each (n,)
             places, scale = turns.place[piece], turns.scale[piece]  # (n,) each
+            edits_tokens = edits_tokens or len(rows) > 0
+            if not alike.edits:
+                continue
             for key in keys:
                 own = np.isin(places, [place for place, each in enumerate(self.keys) if each == key])
                 if own.any():
@@ -211,6 +232,7 @@ class Server:
                     alike.work.append((key, self._send(work)))
                     if self.fixed is not None:
                         self.fixed.note(key, alike.edits, rows=rows[own], sets=sets[own], scale=scale[own])
+        return edits_tokens
 
     def _send(self, work: Work) -> DeviceWork:
         return DeviceWork(

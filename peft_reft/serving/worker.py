@@ -25,7 +25,8 @@ from .engine.config import (
     transformers_config,
 )
 from .engine.request import extra_args, given_length, keep, kept, params_of, token_ids
-from .engine.worker import config_of, device_of, model_of, most_tokens, requests_of_step, runner_of, wrap_forward
+from .engine.runners import Step, runner_of
+from .engine.worker import config_of
 from .options import CHOICE, Options
 from .schedule import NONE, Pieces, Spans
 from .server import Server
@@ -50,26 +51,22 @@ def _install(worker: object, options: Options, empty: nn.Module) -> None:
     config = config_of(worker)
     runner = runner_of(worker)
     server = Server(
-        model_of(runner),
+        runner.loaded_model,
         empty,
         options,
         named_in_graphs(config),
-        device_of(runner),
+        runner.device,
         compiles=compiles(config),
-        graph_tokens=most_tokens(runner) if captures_graphs(config) else 0,
+        graph_tokens=runner.most_tokens if captures_graphs(config) else 0,
     )
     keep(worker, "loreft", server)
     # vLLM keeps compiled graphs on disk. It must not take one that was compiled without these hooks.
     add_to_graph_key(config, "loreft_hooks", {"version": __version__, "edited_modules": sorted(server.edits)})
 
-    def edited_forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        server.prepare(_pieces(runner, server))
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            server.clear()  # warm-up and dummy runs call the model without this function
+    def begin(step: Step) -> bool:
+        return server.prepare(_pieces(step, server))
 
-    wrap_forward(runner, edited_forward)
+    runner.wrap_steps(begin, end=server.clear)
 
 
 @dataclass(frozen=True)
@@ -84,9 +81,8 @@ class _Served:
     """The answers in what it was given."""
 
 
-def _pieces(runner: object, server: Server) -> Pieces:
-    """The requests of the step that a model runner is about to run."""
-    step = requests_of_step(runner)
+def _pieces(step: Step, server: Server) -> Pieces:
+    """The requests of a step, as the server reads them."""
     served = [_served(request, server) for request in step.requests]
     return Pieces(
         start=step.starts[:-1],

@@ -22,6 +22,9 @@ from peft import PeftModel, get_peft_model
 
 from peft_reft import LoReftConfig
 
+SECOND_RUNNER = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+"""Whether vLLM's second model runner runs (`make test-vllm RUNNER=2`)."""
+
 VOCAB = 96
 _SIZES = dict(
     vocab_size=VOCAB,

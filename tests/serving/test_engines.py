@@ -1,6 +1,7 @@
 """Engines with different scheduling, caching and compilation give the answers of transformers."""
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from vllm.lora.request import LoRARequest
 
@@ -73,6 +74,19 @@ def test_compiled(llama, fixed, monkeypatch):
         requests = [(prompt_of(4 + 5 * n, n), name) for n, name in enumerate(names)]
         check(llama, requests, ask(llm, requests, 6), 6)
         check(llama, requests, steps(llm, requests, 6), 6)
+
+
+@pytest.mark.slow
+def test_prompts_of_embeddings(llama):
+    """A request that was given embeddings, after one that was given their tokens. The answers are the same."""
+    names = [None, "f+l+g", "all", "by position"]
+    prompts = [prompt_of(15 + n, 60 + n) for n in range(len(names))]
+    embed = llama.load().get_input_embeddings()
+    with engine(llama, names, enable_prompt_embeds=True) as llm:
+        for prompt, name in zip(prompts, names):
+            for given in ({"prompt_token_ids": prompt}, {"prompt_embeds": embed(torch.tensor(prompt)).detach()}):
+                output = llm.generate([given], params(name, 6), use_tqdm=False)
+                check(llama, [(prompt, name)], output, 6)
 
 
 def test_bf16(llama):

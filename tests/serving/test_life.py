@@ -206,21 +206,26 @@ def test_an_engine_without_adapters_says_so(opt, llm):
         ("parallel_config.tensor_parallel_size", 2, "tensor_parallel_size=2"),
         ("parallel_config.pipeline_parallel_size", 2, "pipeline_parallel_size=2"),
         ("parallel_config.data_parallel_size", 2, "data_parallel_size=2"),
+        ("parallel_config.prefill_context_parallel_size", 2, "prefill_context_parallel_size=2"),
         ("parallel_config.enable_dbo", True, "enable_dbo=True"),
         ("speculative_config", object(), "speculative_config"),
         ("model_config.runner_type", "pooling", "run as 'pooling'"),
         ("model_config.is_encoder_decoder", True, "an encoder-decoder"),
-        ("use_v2_model_runner", True, "VLLM_USE_V2_MODEL_RUNNER=0"),
+        ("cache_config.kv_sharing_fast_prefill", True, "kv_sharing_fast_prefill=True"),
     ],
 )
 def test_engines_that_are_refused(field, value, message):
     config = SimpleNamespace(
         parallel_config=SimpleNamespace(
-            tensor_parallel_size=1, pipeline_parallel_size=1, data_parallel_size=1, enable_dbo=False
+            tensor_parallel_size=1,
+            pipeline_parallel_size=1,
+            data_parallel_size=1,
+            prefill_context_parallel_size=1,
+            enable_dbo=False,
         ),
         model_config=SimpleNamespace(runner_type="generate", is_encoder_decoder=False, model="m"),
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
         speculative_config=None,
-        use_v2_model_runner=False,
     )
     check_engine(config)
     owner, _, name = field.rpartition(".")

@@ -11,7 +11,8 @@ module      its part of vLLM
 =========== ========================================================
 `config`    the engine's config
 `request`   a request, as front end, core and worker hold it
-`worker`    the worker and its model runner
+`worker`    the worker
+`runners`   its model runner, of which vLLM has two
 `core`      the core, between front end and worker
 `front`     the front end, the OpenAI server
 =========== ========================================================

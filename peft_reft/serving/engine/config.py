@@ -12,8 +12,8 @@ attribute                                                 used for              
 `VllmConfig.model_config`                                 the parts of the config below                        0.32
 `VllmConfig.parallel_config`                              the same                                             0.32
 `VllmConfig.compilation_config`                           the same                                             0.32
+`VllmConfig.cache_config`                                 the same                                             0.32
 `VllmConfig.speculative_config`                           speculative decoding is refused                      0.32
-`VllmConfig.use_v2_model_runner`                          the second model runner is refused                   0.32
 `ModelConfig.hf_config`                                   transformers' config of the model                    0.32
 `ModelConfig.enforce_eager`                               whether the model is compiled                        0.32
 `ModelConfig.runner_type`                                 models that do not generate are refused              0.32
@@ -22,7 +22,9 @@ attribute                                                 used for              
 `ParallelConfig.tensor_parallel_size`                     several workers are refused                          0.32
 `ParallelConfig.pipeline_parallel_size`                   the same                                             0.32
 `ParallelConfig.data_parallel_size`                       the same                                             0.32
+`ParallelConfig.prefill_context_parallel_size`            prompts that are split among workers are refused     0.32
 `ParallelConfig.enable_dbo`                               dual-batch overlap is refused                        0.32
+`CacheConfig.kv_sharing_fast_prefill`                     layers that skip tokens of the prompt are refused    0.32
 `CompilationConfig.cudagraph_mode`                        whether steps are captured as graphs                 0.32
 `CompilationConfig.static_forward_context`                holds what compiled graphs name                      0.32
 ========================================================= ==================================================== =====
@@ -100,11 +102,18 @@ def check_engine(config: Any) -> None:
             raise ValueError(f"{name}={size}: one worker serves LoReFT (allowed: 1).")
     if parallel.enable_dbo:
         raise ValueError("enable_dbo=True: LoReFT needs each step in one batch (allowed: False).")
+    if parallel.prefill_context_parallel_size > 1:
+        raise ValueError(
+            f"prefill_context_parallel_size={parallel.prefill_context_parallel_size}: LoReFT needs a prompt's tokens "
+            "on each worker (allowed: 1)."
+        )
+    if config.cache_config.kv_sharing_fast_prefill:
+        raise ValueError(
+            "kv_sharing_fast_prefill=True: LoReFT needs a prompt's tokens in all layers (allowed: False)."
+        )
     if config.speculative_config is not None:
         raise ValueError("speculative_config is set: LoReFT does not support speculative decoding (allowed: None).")
     if model.is_encoder_decoder:
         raise ValueError(f"{model.model} is an encoder-decoder: LoReFT is served with decoder-only models.")
     if model.runner_type != "generate":
         raise ValueError(f"{model.model} is run as {model.runner_type!r}: LoReFT is served with models that generate.")
-    if config.use_v2_model_runner:
-        raise ValueError("LoReFT is served with vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0.")
