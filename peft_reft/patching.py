@@ -96,32 +96,32 @@ PATCHES: dict[str, Patch] = {
         "transformers", "5.5.4", "A cached block with edited tokens has a hash of its own (`tuner.paged`)."
     ),
     # When vLLM loads its plugins (`serving.engine`, whose tables list all that is touched of vLLM).
-    "Worker.load_model": Patch("vllm", "0.32", "Hooks are added to the model that it loads.", _WITH_THE_ENGINE),
-    "Worker.loreft_add": Patch("vllm", "0.32", "Added: the core calls it to load an adapter.", _WITH_THE_ENGINE),
-    "Worker.loreft_keep": Patch("vllm", "0.32", "Added: the core calls it to drop adapters.", _WITH_THE_ENGINE),
-    "Worker.loreft_at_start": Patch("vllm", "0.32", "Added: it tells the core what is loaded.", _WITH_THE_ENGINE),
+    "Worker.load_model": Patch("vllm", "0.28", "Hooks are added to the model that it loads.", _WITH_THE_ENGINE),
+    "Worker.loreft_add": Patch("vllm", "0.28", "Added: the core calls it to load an adapter.", _WITH_THE_ENGINE),
+    "Worker.loreft_keep": Patch("vllm", "0.28", "Added: the core calls it to drop adapters.", _WITH_THE_ENGINE),
+    "Worker.loreft_at_start": Patch("vllm", "0.28", "Added: it tells the core what is loaded.", _WITH_THE_ENGINE),
     "GPUModelRunner._model_forward": Patch(
-        "vllm", "0.32", "Before each step the plugin notes which tokens are edited.", _WITH_THE_ENGINE
+        "vllm", "0.28", "Before each step the plugin notes which tokens are edited.", _WITH_THE_ENGINE
     ),
-    "InputProcessor.__init__": Patch("vllm", "0.32", "The front end learns the adapters' names.", _WITH_THE_ENGINE),
+    "InputProcessor.__init__": Patch("vllm", "0.28", "The front end learns the adapters' names.", _WITH_THE_ENGINE),
     "InputProcessor.process_inputs": Patch(
-        "vllm", "0.32", "Requests for unknown adapters are refused.", _WITH_THE_ENGINE
+        "vllm", "0.28", "Requests for unknown adapters are refused.", _WITH_THE_ENGINE
     ),
     "module.generate_block_hash_extra_keys": Patch(
-        "vllm", "0.32", "A cached block with edited tokens has a key of its own (`serving.blocks`).", _WITH_THE_ENGINE
+        "vllm", "0.28", "A cached block with edited tokens has a key of its own (`serving.blocks`).", _WITH_THE_ENGINE
     ),
-    "EngineCore.__init__": Patch("vllm", "0.32", "The core notes which adapters are loaded.", _WITH_THE_ENGINE),
+    "EngineCore.__init__": Patch("vllm", "0.28", "The core notes which adapters are loaded.", _WITH_THE_ENGINE),
     "EngineCore.preprocess_add_request": Patch(
-        "vllm", "0.32", "A request is told which adapter its name means (`serving.core`).", _WITH_THE_ENGINE
+        "vllm", "0.28", "A request is told which adapter its name means (`serving.core`).", _WITH_THE_ENGINE
     ),
-    "EngineCore.add_request": Patch("vllm", "0.32", "Requests of a removed adapter are refused.", _WITH_THE_ENGINE),
-    "EngineCore.loreft_add": Patch("vllm", "0.32", "Added: `add_adapter` calls it.", _WITH_THE_ENGINE),
-    "EngineCore.loreft_remove": Patch("vllm", "0.32", "Added: `remove_adapter` calls it.", _WITH_THE_ENGINE),
-    "EngineCore.loreft_list": Patch("vllm", "0.32", "Added: it says which adapters there are.", _WITH_THE_ENGINE),
+    "EngineCore.add_request": Patch("vllm", "0.28", "Requests of a removed adapter are refused.", _WITH_THE_ENGINE),
+    "EngineCore.loreft_add": Patch("vllm", "0.28", "Added: `add_adapter` calls it.", _WITH_THE_ENGINE),
+    "EngineCore.loreft_remove": Patch("vllm", "0.28", "Added: `remove_adapter` calls it.", _WITH_THE_ENGINE),
+    "EngineCore.loreft_list": Patch("vllm", "0.28", "Added: it says which adapters there are.", _WITH_THE_ENGINE),
     "ChatCompletionRequest.to_beam_search_params": Patch(
-        "vllm", "0.32", "Beam search drops `extra_args`, and so the adapter: it is refused.", _WITH_THE_ENGINE
+        "vllm", "0.28", "Beam search drops `extra_args`, and so the adapter: it is refused.", _WITH_THE_ENGINE
     ),
-    "CompletionRequest.to_beam_search_params": Patch("vllm", "0.32", "The same.", _WITH_THE_ENGINE),
+    "CompletionRequest.to_beam_search_params": Patch("vllm", "0.28", "The same.", _WITH_THE_ENGINE),
 }
 
 

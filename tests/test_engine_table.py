@@ -14,7 +14,7 @@ PLAIN = {"astype", "get", "items", "join", "name", "split", "values"}
 NAMESAKES = {"device", "requests"}
 # Functions whose second argument names an attribute.
 BY_NAME = {"getattr", "setattr", "hasattr", "wrap", "add_method"}
-OURS = {"keep", "kept", "add_method", "call_core", "call_core_async", "call_worker"}
+OURS = {"keep", "kept", "add_method", "call_core", "call_core_async", "call_workers"}
 
 
 def imported(tree):

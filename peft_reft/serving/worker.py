@@ -19,13 +19,21 @@ from .engine.config import (
     additional_config,
     captures_graphs,
     check_engine,
-    check_version,
     compiles,
     named_in_graphs,
     transformers_config,
 )
 from .engine.request import extra_args, given_length, keep, kept, params_of, token_ids
-from .engine.worker import config_of, device_of, model_of, most_tokens, requests_of_step, runner_of, wrap_forward
+from .engine.worker import (
+    config_of,
+    device_of,
+    is_placeholder,
+    model_of,
+    most_tokens,
+    requests_of_step,
+    runner_of,
+    wrap_forward,
+)
 from .options import CHOICE, Options
 from .schedule import NONE, Pieces, Spans
 from .server import Server
@@ -38,7 +46,6 @@ def load_model(inner: Callable[..., None], worker: object, *args: Any, **kwargs:
     if options is None:
         inner(worker, *args, **kwargs)
         return
-    check_version()
     check_engine(config)
     # Build this before vLLM loads: for models that it does not implement itself, vLLM changes classes of transformers.
     empty = skeleton(copy.deepcopy(transformers_config(config)))
@@ -57,6 +64,7 @@ def _install(worker: object, options: Options, empty: nn.Module) -> None:
         device_of(runner),
         compiles=compiles(config),
         graph_tokens=most_tokens(runner) if captures_graphs(config) else 0,
+        elsewhere=_blocks_elsewhere(model_of(runner)),
     )
     keep(worker, "loreft", server)
     # vLLM keeps compiled graphs on disk. It must not take one that was compiled without these hooks.
@@ -70,6 +78,12 @@ def _install(worker: object, options: Options, empty: nn.Module) -> None:
             server.clear()  # warm-up and dummy runs call the model without this function
 
     wrap_forward(runner, edited_forward)
+
+
+def _blocks_elsewhere(model: nn.Module) -> set[str]:
+    """The names of the blocks that other stages of a pipeline hold. Blocks are numbered."""
+    placeholders = {name for name, module in model.named_modules() if is_placeholder(module)}
+    return {name for name in placeholders if name.rpartition(".")[2].isdecimal()}
 
 
 @dataclass(frozen=True)

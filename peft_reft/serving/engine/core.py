@@ -5,21 +5,21 @@ What is read, called or replaced:
 ========================================================= ==================================================== =====
 attribute                                                 used for                                             since
 ========================================================= ==================================================== =====
-`vllm.v1.engine.core.EngineCore`                          wrapped class                                        0.32
-`vllm.v1.core.kv_cache_utils`                             module of the function below                         0.32
-`vllm.v1.core.block_pool`                                 module that imports it                               0.32
-`...kv_cache_utils.generate_block_hash_extra_keys`        wrapped: what is in a block's key but its tokens     0.32
-`EngineCore.__init__`                                     wrapped: notes what the workers have loaded          0.32
-`EngineCore.preprocess_add_request`                       wrapped: writes into a request what its name means   0.32
-`EngineCore.add_request`                                  wrapped: fails requests of dropped adapters          0.32
-`EngineCore.vllm_config`                                  the engine's config                                  0.32
-`EngineCore.model_executor`                               reaches the workers                                  0.32
-`EngineCore.scheduler`                                    knows all requests                                   0.32
-`EngineCore._send_error_outputs_to_client`                fails one request of a core in another process       0.32
-`Executor.collective_rpc`                                 calls a method of the workers                        0.32
-`Scheduler.requests`                                      waiting and running requests                         0.32
-`Request.request_id`                                      names a request                                      0.32
-`Request.client_index`                                    the client that is told                              0.32
+`vllm.v1.engine.core.EngineCore`                          wrapped class                                        0.28
+`vllm.v1.core.kv_cache_utils`                             module of the function below                         0.28
+`vllm.v1.core.block_pool`                                 module that imports it                               0.28
+`...kv_cache_utils.generate_block_hash_extra_keys`        wrapped: what is in a block's key but its tokens     0.28
+`EngineCore.__init__`                                     wrapped: notes what the workers have loaded          0.28
+`EngineCore.preprocess_add_request`                       wrapped: writes into a request what its name means   0.28
+`EngineCore.add_request`                                  wrapped: fails requests of dropped adapters          0.28
+`EngineCore.vllm_config`                                  the engine's config                                  0.28
+`EngineCore.model_executor`                               reaches the workers                                  0.28
+`EngineCore.scheduler`                                    knows all requests                                   0.28
+`EngineCore._send_error_outputs_to_client`                fails one request of a core in another process       0.28
+`Executor.collective_rpc`                                 calls a method of the workers                        0.28
+`Scheduler.requests`                                      waiting and running requests                         0.28
+`Request.request_id`                                      names a request                                      0.28
+`Request.client_index`                                    the client that is told                              0.28
 ========================================================= ==================================================== =====
 
 What is added to vLLM's objects:

@@ -5,22 +5,22 @@ What is read, called or replaced:
 ========================================================= ==================================================== =====
 attribute                                                 used for                                             since
 ========================================================= ==================================================== =====
-`vllm.v1.engine.input_processor.InputProcessor`           wrapped class                                        0.32
-`...chat_completion.protocol.ChatCompletionRequest`       wrapped class (`vllm.entrypoints.openai`)            0.32
-`...completion.protocol.CompletionRequest`                wrapped class (`vllm.entrypoints.openai`)            0.32
-`vllm.exceptions.VLLMValidationError`                     refuses one request, with status 400 over HTTP       0.32
-`InputProcessor.__init__`                                 wrapped: the front end learns the adapters' names    0.32
-`InputProcessor.process_inputs`                           wrapped: refuses unknown names, adds block keys      0.32
-`LLM.llm_engine`                                          reaches the two below                                0.32
-`LLMEngine.input_processor`                               knows the adapters' names; also of AsyncLLM          0.32
-`LLMEngine.engine_core`                                   client of the core; also of AsyncLLM                 0.32
-`InprocClient.engine_core`                                the core itself, if it is in this process            0.32
-`SyncMPClient.call_utility`                               calls a method of the core in another process        0.32
-`AsyncMPClient.call_utility_async`                        the same for AsyncLLM                                0.32
-`ChatCompletionRequest.to_beam_search_params`             wrapped: refuses beams with an adapter               0.32
-`CompletionRequest.to_beam_search_params`                 the same                                             0.32
-`ChatCompletionRequest.vllm_xargs`                        names the adapter over HTTP; CompletionRequest too   0.32
-`Namespace.api_server_count`                              several API servers are refused                      0.32
+`vllm.v1.engine.input_processor.InputProcessor`           wrapped class                                        0.28
+`...chat_completion.protocol.ChatCompletionRequest`       wrapped class (`vllm.entrypoints.openai`)            0.28
+`...completion.protocol.CompletionRequest`                wrapped class (`vllm.entrypoints.openai`)            0.28
+`vllm.exceptions.VLLMValidationError`                     refuses one request, with status 400 over HTTP       0.28
+`InputProcessor.__init__`                                 wrapped: the front end learns the adapters' names    0.28
+`InputProcessor.process_inputs`                           wrapped: refuses unknown names, adds block keys      0.28
+`LLM.llm_engine`                                          reaches the two below                                0.28
+`LLMEngine.input_processor`                               knows the adapters' names; also of AsyncLLM          0.28
+`LLMEngine.engine_core`                                   client of the core; also of AsyncLLM                 0.28
+`InprocClient.engine_core`                                the core itself, if it is in this process            0.28
+`SyncMPClient.call_utility`                               calls a method of the core in another process        0.28
+`AsyncMPClient.call_utility_async`                        the same for AsyncLLM                                0.28
+`ChatCompletionRequest.to_beam_search_params`             wrapped: refuses beams with an adapter               0.28
+`CompletionRequest.to_beam_search_params`                 the same                                             0.28
+`ChatCompletionRequest.vllm_xargs`                        names the adapter over HTTP; CompletionRequest too   0.28
+`Namespace.api_server_count`                              several API servers are refused                      0.28
 ========================================================= ==================================================== =====
 
 What is added to vLLM's objects:

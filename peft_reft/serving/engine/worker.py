@@ -5,22 +5,23 @@ What is read, called or replaced:
 ========================================================= ==================================================== =====
 attribute                                                 used for                                             since
 ========================================================= ==================================================== =====
-`vllm.v1.worker.gpu_worker.Worker`                        wrapped class                                        0.32
-`Worker.load_model`                                       wrapped: hooks go into the model                     0.32
-`Worker.vllm_config`                                      the engine's config                                  0.32
-`Worker.model_runner`                                     runs the model                                       0.32
-`GPUModelRunner._model_forward`                           wrapped: each step is prepared                       0.32
-`GPUModelRunner.get_model`                                the model that gets hooks                            0.32
-`GPUModelRunner.device`                                   where the weights of adapters go                     0.32
-`GPUModelRunner.max_num_tokens`                           size of buffers that captured graphs read            0.32
-`GPUModelRunner.input_batch`                              the requests of a step                               0.32
-`GPUModelRunner.requests`                                 from a request's id to what it was given             0.32
-`GPUModelRunner.query_start_loc`                          where each request's tokens begin in a step          0.32
-`CpuGpuBuffer.np`                                         `query_start_loc` as an array                        0.32
-`InputBatch.num_reqs`                                     number of requests in a step                         0.32
-`InputBatch.req_ids`                                      their ids                                            0.32
-`InputBatch.num_computed_tokens_cpu`                      how many tokens of each came in earlier steps        0.32
-`InputBatch.num_prompt_tokens`                            how many tokens each was given                       0.32
+`vllm.v1.worker.gpu_worker.Worker`                        wrapped class                                        0.28
+`vllm.model_executor.models.utils.PPMissingLayer`         stands for a block of another pipeline stage         0.28
+`Worker.load_model`                                       wrapped: hooks go into the model                     0.28
+`Worker.vllm_config`                                      the engine's config                                  0.28
+`Worker.model_runner`                                     runs the model                                       0.28
+`GPUModelRunner._model_forward`                           wrapped: each step is prepared                       0.28
+`GPUModelRunner.get_model`                                the model that gets hooks                            0.28
+`GPUModelRunner.device`                                   where the weights of adapters go                     0.28
+`GPUModelRunner.max_num_tokens`                           size of buffers that captured graphs read            0.28
+`GPUModelRunner.input_batch`                              the requests of a step                               0.28
+`GPUModelRunner.requests`                                 from a request's id to what it was given             0.28
+`GPUModelRunner.query_start_loc`                          where each request's tokens begin in a step          0.28
+`CpuGpuBuffer.np`                                         `query_start_loc` as an array                        0.28
+`InputBatch.num_reqs`                                     number of requests in a step                         0.28
+`InputBatch.req_ids`                                      their ids                                            0.28
+`InputBatch.num_computed_tokens_cpu`                      how many tokens of each came in earlier steps        0.28
+`InputBatch.num_prompt_tokens`                            how many tokens each was given                       0.28
 ========================================================= ==================================================== =====
 
 What is added to vLLM's objects:
@@ -75,6 +76,13 @@ def model_of(runner: Any) -> nn.Module:
     """The model that a runner has loaded."""
     model: nn.Module = runner.get_model()
     return model
+
+
+def is_placeholder(module: nn.Module) -> bool:
+    """Whether a module stands for one that another stage of a pipeline holds."""
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    return isinstance(module, PPMissingLayer)
 
 
 def device_of(runner: Any) -> torch.device:
