@@ -100,6 +100,8 @@ PATCHES: dict[str, Patch] = {
     "Worker.loreft_add": Patch("vllm", "0.28", "Added: the core calls it to load an adapter.", _WITH_THE_ENGINE),
     "Worker.loreft_keep": Patch("vllm", "0.28", "Added: the core calls it to drop adapters.", _WITH_THE_ENGINE),
     "Worker.loreft_at_start": Patch("vllm", "0.28", "Added: it tells the core what is loaded.", _WITH_THE_ENGINE),
+    "Worker.loreft_begin_check": Patch("vllm", "0.28", "Added: for `serving.selfcheck`.", _WITH_THE_ENGINE),
+    "Worker.loreft_end_check": Patch("vllm", "0.28", "Added: the same.", _WITH_THE_ENGINE),
     "GPUModelRunner._model_forward": Patch(
         "vllm", "0.28", "Before each step the plugin notes which tokens are edited.", _WITH_THE_ENGINE
     ),

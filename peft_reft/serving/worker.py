@@ -36,6 +36,7 @@ from .engine.worker import (
 )
 from .options import CHOICE, Options
 from .schedule import NONE, Pieces, Spans
+from .selfcheck import SelfCheck
 from .server import Server
 
 
@@ -72,6 +73,9 @@ def _install(worker: object, options: Options, empty: nn.Module) -> None:
 
     def edited_forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         server.prepare(_pieces(runner, server))
+        check: SelfCheck | None = kept(worker, "loreft_check")
+        if check is not None:
+            check.note_rows(kwargs)
         try:
             return forward(*args, **kwargs)
         finally:
@@ -153,3 +157,18 @@ def at_start(worker: object) -> dict[str, dict[str, Any]]:
     """From the name of each adapter that the options name to the fields of its `Facts` (`Worker.loreft_at_start`)."""
     server: Server = kept(worker, "loreft")
     return {name: asdict(facts) for name, facts in server.at_start.items()}
+
+
+def begin_check(worker: object, length: int) -> dict[str, Any]:
+    """Begin the self-check (`Worker.loreft_begin_check`). Returns the fields of the random adapter's `Facts`."""
+    captured = captures_graphs(config_of(worker))
+    check = SelfCheck(kept(worker, "loreft"), length, captured)
+    keep(worker, "loreft_check", check)
+    return asdict(check.facts)
+
+
+def end_check(worker: object) -> str | None:
+    """End the self-check (`Worker.loreft_end_check`). Returns what is wrong, or None."""
+    check: SelfCheck = kept(worker, "loreft_check")
+    keep(worker, "loreft_check", None)
+    return check.finish()

@@ -42,6 +42,9 @@ from typing import Any
 OLDEST, NEWEST = (0, 28), (0, 32)
 """The tests have run with these versions of vLLM and with all between them."""
 
+TESTED = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
+"""The same, for messages."""
+
 
 def version() -> str:
     """The installed version of vLLM."""

@@ -29,6 +29,9 @@ What is added to vLLM's objects:
 ========================================================= ====================================================
 attribute                                                 what it is
 ========================================================= ====================================================
+`Worker.loreft_begin_check`                               method: begin the self-check
+`Worker.loreft_end_check`                                 method: end it
+`Worker.loreft_check`                                     the `SelfCheck` that is running
 `Worker.loreft_add`                                       method: load an adapter
 `Worker.loreft_keep`                                      method: drop all adapters but some
 `Worker.loreft_at_start`                                  method: the adapters that the options name
