@@ -113,6 +113,9 @@ PATCHES: dict[str, Patch] = {
         "vllm", "0.28", "A cached block with edited tokens has a key of its own (`serving.blocks`).", _WITH_THE_ENGINE
     ),
     "EngineCore.__init__": Patch("vllm", "0.28", "The core notes which adapters are loaded.", _WITH_THE_ENGINE),
+    "EngineCoreProc.run_busy_loop": Patch(
+        "vllm", "0.28", "A core whose version was not tested checks itself first.", _WITH_THE_ENGINE
+    ),
     "EngineCore.preprocess_add_request": Patch(
         "vllm", "0.28", "A request is told which adapter its name means (`serving.core`).", _WITH_THE_ENGINE
     ),

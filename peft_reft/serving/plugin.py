@@ -25,6 +25,7 @@ def register() -> None:
     )
     extend_core(
         init=core.init,
+        run_loop=core.run_loop,
         preprocess=core.preprocess,
         add_request=core.add_request,
         block_keys=core.block_keys,

@@ -84,8 +84,9 @@ class SelfCheck:
         positions, ids = inputs.get("positions"), inputs.get("input_ids")
         if positions is None:
             return
-        index = positions.reshape(-1, positions.shape[-1])[0].cpu()  # (rows,); some models have three, alike for text
-        tokens = torch.full_like(index, TOKEN) if ids is None else ids.cpu()
+        # (rows,) each. Some models have three lines of positions, which are alike for text.
+        index = positions.reshape(-1, positions.shape[-1])[0].to("cpu", copy=True)
+        tokens = torch.full_like(index, TOKEN) if ids is None else ids.to("cpu", copy=True)
         self._rows = (tokens, index)
 
     def _noting(self, apply: Callable[..., None], seen: _Seen) -> Callable[..., None]:

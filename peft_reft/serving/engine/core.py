@@ -6,6 +6,9 @@ What is read, called or replaced:
 attribute                                                 used for                                             since
 ========================================================= ==================================================== =====
 `vllm.v1.engine.core.EngineCore`                          wrapped class                                        0.28
+`vllm.v1.engine.core.EngineCoreProc`                      wrapped class: a core in a process of its own        0.28
+`vllm.v1.engine.core.DPEngineCoreProc`                    the same, one of several                             0.28
+`EngineCoreProc.run_busy_loop`                            wrapped: see `EngineCore.step_fn`                    0.28
 `vllm.v1.core.kv_cache_utils`                             module of the function below                         0.28
 `vllm.v1.core.block_pool`                                 module that imports it                               0.28
 `...kv_cache_utils.generate_block_hash_extra_keys`        wrapped: what is in a block's key but its tokens     0.28
@@ -55,18 +58,21 @@ from ...patching import add_method, wrap
 
 def extend_core(
     init: Callable[..., Any],
+    run_loop: Callable[..., Any],
     preprocess: Callable[..., Any],
     add_request: Callable[..., Any],
     block_keys: Callable[..., Any],
     methods: Mapping[str, Callable[..., Any]],
 ) -> None:
-    """Wrap three methods of `EngineCore`, and what makes the keys of blocks; give `EngineCore` further methods."""
+    """Wrap methods of `EngineCore`, and what makes the keys of blocks; give `EngineCore` further methods."""
     from vllm.v1.core import block_pool, kv_cache_utils
-    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.core import DPEngineCoreProc, EngineCore, EngineCoreProc
 
     for module in (kv_cache_utils, block_pool):
         wrap(module, "generate_block_hash_extra_keys", block_keys)
     wrap(EngineCore, "__init__", init)
+    for owner in (EngineCoreProc, DPEngineCoreProc):
+        wrap(owner, "run_busy_loop", run_loop)
     wrap(EngineCore, "preprocess_add_request", preprocess)
     wrap(EngineCore, "add_request", add_request)
     for name, method in methods.items():
