@@ -131,6 +131,11 @@ def check_engine(config: Any) -> None:
                 f"speculative_config has method={speculative.method!r}: LoReFT was tested with n-grams of the text as "
                 "drafts (allowed: 'ngram')."
             )
+        if config.use_v2_model_runner:
+            raise ValueError(
+                "speculative_config is set: LoReFT was not tested with drafts in vLLM's second model runner (allowed: "
+                "VLLM_USE_V2_MODEL_RUNNER=0, or no drafts)."
+            )
         if config.scheduler_config.async_scheduling:
             raise ValueError(
                 "async_scheduling=True with speculative_config: the next step is prepared before drafts are verified, "
