@@ -16,7 +16,8 @@ attribute                                                 used for              
 `LLMEngine.engine_core`                                   client of the core; also of AsyncLLM                 0.28
 `InprocClient.engine_core`                                the core itself, if it is in this process            0.28
 `SyncMPClient.call_utility`                               calls a method of the core in another process        0.28
-`AsyncMPClient.call_utility_async`                        the same for AsyncLLM                                0.28
+`AsyncMPClient._call_utility_async`                       the same for AsyncLLM                                0.28
+`AsyncMPClient.core_engines`                              its cores, if data parallel several                  0.28
 `ChatCompletionRequest.to_beam_search_params`             wrapped: refuses beams with an adapter               0.28
 `CompletionRequest.to_beam_search_params`                 the same                                             0.28
 `ChatCompletionRequest.vllm_xargs`                        names the adapter over HTTP; CompletionRequest too   0.28
@@ -34,6 +35,7 @@ attribute                                                 what it is
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -88,8 +90,15 @@ def call_core(llm: Any, method: str, *args: object) -> Any:
 
 
 async def call_core_async(engine: Any, method: str, *args: object) -> Any:
-    """Call a method of the core of an `AsyncLLM`."""
-    return await engine.engine_core.call_utility_async(method, *args)
+    """Call a method of each core of an `AsyncLLM`. Returns what the first returns."""
+    return (await call_cores_async(engine, method, *args))[0]
+
+
+async def call_cores_async(engine: Any, method: str, *args: object) -> list[Any]:
+    """Call a method of each core of an `AsyncLLM`, and return what each returns."""
+    client = engine.engine_core
+    calls = [client._call_utility_async(method, *args, engine=core) for core in client.core_engines]
+    return await asyncio.gather(*calls)
 
 
 def count_api_servers(args: object) -> int:
