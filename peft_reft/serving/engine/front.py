@@ -16,7 +16,8 @@ attribute                                                 used for              
 `LLMEngine.engine_core`                                   client of the core; also of AsyncLLM                 0.28
 `InprocClient.engine_core`                                the core itself, if it is in this process            0.28
 `SyncMPClient.call_utility`                               calls a method of the core in another process        0.28
-`AsyncMPClient._call_utility_async`                       the same for AsyncLLM                                0.28
+`AsyncMPClient.call_utility_async`                        the same for AsyncLLM                                0.28
+`AsyncMPClient._call_utility_async`                       the same for one core of several                     0.28
 `AsyncMPClient.core_engines`                              its cores, if data parallel several                  0.28
 `ChatCompletionRequest.to_beam_search_params`             wrapped: refuses beams with an adapter               0.28
 `CompletionRequest.to_beam_search_params`                 the same                                             0.28
@@ -97,8 +98,10 @@ async def call_core_async(engine: Any, method: str, *args: object) -> Any:
 async def call_cores_async(engine: Any, method: str, *args: object) -> list[Any]:
     """Call a method of each core of an `AsyncLLM`, and return what each returns."""
     client = engine.engine_core
-    calls = [client._call_utility_async(method, *args, engine=core) for core in client.core_engines]
-    return await asyncio.gather(*calls)
+    cores = getattr(client, "core_engines", ())
+    if len(cores) < 2:
+        return [await client.call_utility_async(method, *args)]
+    return await asyncio.gather(*(client._call_utility_async(method, *args, engine=core) for core in cores))
 
 
 def count_api_servers(args: object) -> int:
