@@ -80,11 +80,13 @@ def test_a_module_that_no_stage_has_is_refused_at_the_start(llama, two_workers):
 def test_drafts(llama, drafts):
     """Drafts that are verified are edited as answers are; after others the next step counts as if they had not been.
 
-    The second holds for adapters that count an answer's tokens (`gN`, weights by position).
+    The second holds for adapters that count an answer's tokens (`gN`, weights by position). The worker has a process
+    of its own: it compiles with numba, and in a process that has done so vLLM 0.32 on a CPU makes no other engine.
     """
     names = [None, *NAMES, "by position, answers", "p+g by group", "g", "gated"]
     settings = dict(method="ngram", num_speculative_tokens=drafts, prompt_lookup_max=2, prompt_lookup_min=1)
-    with engine(llama, [name for name in names if name], speculative_config=settings) as llm:
+    adapters = [name for name in names if name]
+    with engine(llama, adapters, speculative_config=settings, distributed_executor_backend="mp") as llm:
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         drafted, rows = [], []
         schedule = scheduler.schedule
