@@ -112,9 +112,12 @@ PATCHES: dict[str, Patch] = {
     "module.generate_block_hash_extra_keys": Patch(
         "vllm", "0.28", "A cached block with edited tokens has a key of its own (`serving.blocks`).", _WITH_THE_ENGINE
     ),
-    "EngineCore.__init__": Patch("vllm", "0.28", "The core notes which adapters are loaded.", _WITH_THE_ENGINE),
+    "EngineCore._initialize_kv_caches": Patch(
+        "vllm", "0.28", "The core notes which adapters are loaded.", _WITH_THE_ENGINE
+    ),
+    "EngineCore.__init__": Patch("vllm", "0.28", "A core checks itself if vLLM was not tested.", _WITH_THE_ENGINE),
     "EngineCoreProc.run_busy_loop": Patch(
-        "vllm", "0.28", "A core whose version was not tested checks itself first.", _WITH_THE_ENGINE
+        "vllm", "0.28", "The same, for a core in a process of its own.", _WITH_THE_ENGINE
     ),
     "EngineCore.preprocess_add_request": Patch(
         "vllm", "0.28", "A request is told which adapter its name means (`serving.core`).", _WITH_THE_ENGINE

@@ -24,6 +24,7 @@ def register() -> None:
         },
     )
     extend_core(
+        start=core.start,
         init=core.init,
         run_loop=core.run_loop,
         preprocess=core.preprocess,

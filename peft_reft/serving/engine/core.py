@@ -8,11 +8,12 @@ attribute                                                 used for              
 `vllm.v1.engine.core.EngineCore`                          wrapped class                                        0.28
 `vllm.v1.engine.core.EngineCoreProc`                      wrapped class: a core in a process of its own        0.28
 `vllm.v1.engine.core.DPEngineCoreProc`                    the same, one of several                             0.28
-`EngineCoreProc.run_busy_loop`                            wrapped: see `EngineCore.step_fn`                    0.28
+`EngineCoreProc.run_busy_loop`                            wrapped: the same                                    0.28
 `vllm.v1.core.kv_cache_utils`                             module of the function below                         0.28
 `vllm.v1.core.block_pool`                                 module that imports it                               0.28
 `...kv_cache_utils.generate_block_hash_extra_keys`        wrapped: what is in a block's key but its tokens     0.28
-`EngineCore.__init__`                                     wrapped: notes what the workers have loaded          0.28
+`EngineCore._initialize_kv_caches`                        wrapped: notes what the workers have loaded          0.28
+`EngineCore.__init__`                                     wrapped: see `EngineCore.step_fn`                    0.28
 `EngineCore.preprocess_add_request`                       wrapped: writes into a request what its name means   0.28
 `EngineCore.add_request`                                  wrapped: fails requests of dropped adapters          0.28
 `EngineCore.vllm_config`                                  the engine's config                                  0.28
@@ -57,6 +58,7 @@ from ...patching import add_method, wrap
 
 
 def extend_core(
+    start: Callable[..., Any],
     init: Callable[..., Any],
     run_loop: Callable[..., Any],
     preprocess: Callable[..., Any],
@@ -70,6 +72,7 @@ def extend_core(
 
     for module in (kv_cache_utils, block_pool):
         wrap(module, "generate_block_hash_extra_keys", block_keys)
+    wrap(EngineCore, "_initialize_kv_caches", start)
     wrap(EngineCore, "__init__", init)
     for owner in (EngineCoreProc, DPEngineCoreProc):
         wrap(owner, "run_busy_loop", run_loop)
