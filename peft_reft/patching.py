@@ -96,45 +96,53 @@ PATCHES: dict[str, Patch] = {
         "transformers", "5.5.4", "A cached block with edited tokens has a hash of its own (`tuner.paged`)."
     ),
     # When vLLM loads its plugins (`serving.engine`, whose tables list all that is touched of vLLM).
-    "Worker.load_model": Patch("vllm", "0.32", "Hooks are added to the model that it loads.", _WITH_THE_ENGINE),
-    "Worker.loreft_add": Patch("vllm", "0.32", "Added: the core calls it to load an adapter.", _WITH_THE_ENGINE),
-    "Worker.loreft_keep": Patch("vllm", "0.32", "Added: the core calls it to drop adapters.", _WITH_THE_ENGINE),
-    "Worker.loreft_at_start": Patch("vllm", "0.32", "Added: it tells the core what is loaded.", _WITH_THE_ENGINE),
+    "Worker.load_model": Patch("vllm", "0.28", "Hooks are added to the model that it loads.", _WITH_THE_ENGINE),
+    "Worker.loreft_add": Patch("vllm", "0.28", "Added: the core calls it to load an adapter.", _WITH_THE_ENGINE),
+    "Worker.loreft_keep": Patch("vllm", "0.28", "Added: the core calls it to drop adapters.", _WITH_THE_ENGINE),
+    "Worker.loreft_at_start": Patch("vllm", "0.28", "Added: it tells the core what is loaded.", _WITH_THE_ENGINE),
+    "Worker.loreft_begin_check": Patch("vllm", "0.28", "Added: for `serving.selfcheck`.", _WITH_THE_ENGINE),
+    "Worker.loreft_end_check": Patch("vllm", "0.28", "Added: the same.", _WITH_THE_ENGINE),
     "GPUModelRunner._determine_batch_execution_and_padding": Patch(
         "vllm",
-        "0.32",
+        "0.28",
         "The plugin notes which tokens a step edits; if any, the step may have to run without a captured graph.",
         _WITH_THE_ENGINE,
     ),
-    "GPUModelRunner._model_forward": Patch("vllm", "0.32", "It ends the step.", _WITH_THE_ENGINE),
+    "GPUModelRunner._model_forward": Patch("vllm", "0.28", "It ends the step.", _WITH_THE_ENGINE),
     # vLLM has two model runners of this name; these are the second one's.
     "GPUModelRunner.gather_batch_req_state": Patch(
-        "vllm", "0.32", "The plugin notes which tokens a step edits.", _WITH_THE_ENGINE
+        "vllm", "0.28", "The plugin notes which tokens a step edits.", _WITH_THE_ENGINE
     ),
-    "GPUModelRunner.execute_model": Patch("vllm", "0.32", "It ends the step.", _WITH_THE_ENGINE),
-    "ModelState.add_request": Patch("vllm", "0.32", "It says what each request was given.", _WITH_THE_ENGINE),
+    "GPUModelRunner.execute_model": Patch("vllm", "0.28", "It ends the step.", _WITH_THE_ENGINE),
+    "ModelState.add_request": Patch("vllm", "0.28", "It says what each request was given.", _WITH_THE_ENGINE),
     "module.dispatch_cg_and_sync_dp": Patch(
-        "vllm", "0.32", "A step that edits tokens may have to run without a captured graph.", _WITH_THE_ENGINE
+        "vllm", "0.28", "A step that edits tokens may have to run without a captured graph.", _WITH_THE_ENGINE
     ),
-    "InputProcessor.__init__": Patch("vllm", "0.32", "The front end learns the adapters' names.", _WITH_THE_ENGINE),
+    "InputProcessor.__init__": Patch("vllm", "0.28", "The front end learns the adapters' names.", _WITH_THE_ENGINE),
     "InputProcessor.process_inputs": Patch(
-        "vllm", "0.32", "Requests for unknown adapters are refused.", _WITH_THE_ENGINE
+        "vllm", "0.28", "Requests for unknown adapters are refused.", _WITH_THE_ENGINE
     ),
     "module.generate_block_hash_extra_keys": Patch(
-        "vllm", "0.32", "A cached block with edited tokens has a key of its own (`serving.blocks`).", _WITH_THE_ENGINE
+        "vllm", "0.28", "A cached block with edited tokens has a key of its own (`serving.blocks`).", _WITH_THE_ENGINE
     ),
-    "EngineCore.__init__": Patch("vllm", "0.32", "The core notes which adapters are loaded.", _WITH_THE_ENGINE),
+    "EngineCore._initialize_kv_caches": Patch(
+        "vllm", "0.28", "The core notes which adapters are loaded.", _WITH_THE_ENGINE
+    ),
+    "EngineCore.__init__": Patch("vllm", "0.28", "A core checks itself if vLLM was not tested.", _WITH_THE_ENGINE),
+    "EngineCoreProc.run_busy_loop": Patch(
+        "vllm", "0.28", "The same, for a core in a process of its own.", _WITH_THE_ENGINE
+    ),
     "EngineCore.preprocess_add_request": Patch(
-        "vllm", "0.32", "A request is told which adapter its name means (`serving.core`).", _WITH_THE_ENGINE
+        "vllm", "0.28", "A request is told which adapter its name means (`serving.core`).", _WITH_THE_ENGINE
     ),
-    "EngineCore.add_request": Patch("vllm", "0.32", "Requests of a removed adapter are refused.", _WITH_THE_ENGINE),
-    "EngineCore.loreft_add": Patch("vllm", "0.32", "Added: `add_adapter` calls it.", _WITH_THE_ENGINE),
-    "EngineCore.loreft_remove": Patch("vllm", "0.32", "Added: `remove_adapter` calls it.", _WITH_THE_ENGINE),
-    "EngineCore.loreft_list": Patch("vllm", "0.32", "Added: it says which adapters there are.", _WITH_THE_ENGINE),
+    "EngineCore.add_request": Patch("vllm", "0.28", "Requests of a removed adapter are refused.", _WITH_THE_ENGINE),
+    "EngineCore.loreft_add": Patch("vllm", "0.28", "Added: `add_adapter` calls it.", _WITH_THE_ENGINE),
+    "EngineCore.loreft_remove": Patch("vllm", "0.28", "Added: `remove_adapter` calls it.", _WITH_THE_ENGINE),
+    "EngineCore.loreft_list": Patch("vllm", "0.28", "Added: it says which adapters there are.", _WITH_THE_ENGINE),
     "ChatCompletionRequest.to_beam_search_params": Patch(
-        "vllm", "0.32", "Beam search drops `extra_args`, and so the adapter: it is refused.", _WITH_THE_ENGINE
+        "vllm", "0.28", "Beam search drops `extra_args`, and so the adapter: it is refused.", _WITH_THE_ENGINE
     ),
-    "CompletionRequest.to_beam_search_params": Patch("vllm", "0.32", "The same.", _WITH_THE_ENGINE),
+    "CompletionRequest.to_beam_search_params": Patch("vllm", "0.28", "The same.", _WITH_THE_ENGINE),
 }
 
 

@@ -517,6 +517,28 @@ def test_places_are_used_again(llama, empty, tmp_path):
     assert torch.equal(model.model.layers[0](h.clone()), other.model.layers[0](h.clone()))
 
 
+def test_a_stage_of_a_pipeline_edits_its_own_blocks(llama, empty, tmp_path):
+    """What is in another stage's blocks is skipped; what is in its own and vLLM does not have is refused."""
+    everywhere = adapter_for(llama, tmp_path, "everywhere", positions="f2", r=2)
+    first = adapter_for(llama, tmp_path, "first", target_modules=["model.layers.0.mlp"], positions="l1", r=2)
+    third = adapter_for(llama, tmp_path, "third", target_modules=["model.layers.2.mlp"], positions="l1", r=2)
+    whole, one = server(llama, empty, adapters={"a": everywhere})
+    model = Blocks(llama)
+    options = Options(adapters={"a": everywhere, "b": first})
+    stage = Server(model, empty, options, {}, torch.device("cpu"), False, 0, elsewhere={"model.layers.0"})
+    assert {*stage.edits} == {"model.layers.1", "model.layers.2"}
+    with pytest.raises(ValueError, match=r"edits model.layers.2.mlp, and vLLM.s Blocks has no module of that name"):
+        stage.add("c", read_adapter(third, empty))
+    step = [(5, 0, 5, 0), (3, 0, 3, stage.places[fingerprint(first)])]
+    h = torch.randn(8, 32)
+    stage.prepare(pieces(*step))
+    whole.prepare(pieces(step[0], (3, 0, 3, NONE)))
+    assert torch.equal(model.model.layers[0](h.clone()), h)
+    for n in (1, 2):
+        found = model.model.layers[n](h.clone())
+        assert torch.equal(found, one.model.layers[n](h.clone())) and not torch.equal(found, h)
+
+
 def test_what_does_not_fit_changes_nothing(llama, empty, tmp_path):
     plain = adapter_for(llama, tmp_path, "plain", r=2, positions="f1")
     limits = dict(max_adapters=2, max_rank=4, edit_answers=True)

@@ -23,6 +23,7 @@ module         its one job                                                   run
 `tables`       the weights of all adapters of one module, stacked (torch)    worker
 `edits`        the hook of a module, and its operation in compiled graphs    worker
 `server`       the places of adapters; what each step edits                  worker
+`selfcheck`    what an engine of an untested vLLM does before it serves      core, worker
 ============== ============================================================= ===============
 """
 

@@ -6,16 +6,29 @@ is replaced or removed, the request goes on with what it chose: weights stay unt
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .blocks import EditedMap, map_of
 from .chosen import Choice, Facts
-from .engine.config import additional_config
-from .engine.core import call_workers, config_of_core, fail_request, id_of, requests_of_core
+from .engine.config import TESTED, additional_config, is_seen, version
+from .engine.core import (
+    block_size,
+    call_workers,
+    config_of_core,
+    fail_request,
+    id_of,
+    keys_of_blocks,
+    make_request,
+    most_tokens_of_request,
+    requests_of_core,
+    run_requests,
+)
 from .engine.request import adapter_of, add_extra_args, extra_args, given_length, keep, kept, params_of, token_ids
 from .options import CHOICE, KEY, PROMPT_LENGTH, SCALE, Options, check_name
+from .selfcheck import ANSWER, NAME, OTHER_TOKEN, TOKEN
 
 
 @dataclass
@@ -26,19 +39,25 @@ class Adapters:
     """How many names there may be."""
     named: dict[str, Facts]
     """From an adapter's name to its facts."""
+    checked: bool = False
+    """Whether the engine has begun to check itself."""
     coming: dict[str, str] = field(default_factory=dict)
     """From the id of a request that has its adapter, and that the scheduler does not have yet, to the fingerprint. It
     is filled by the thread that reads requests."""
 
 
-def init(inner: Callable[..., None], core: object, *args: Any, **kwargs: Any) -> None:
-    """Note which adapters the workers have loaded (`EngineCore.__init__`)."""
-    inner(core, *args, **kwargs)
+def start(inner: Callable[..., Any], core: object, *args: Any, **kwargs: Any) -> Any:
+    """Note which adapters the workers have loaded, when they have the model (`EngineCore._initialize_kv_caches`).
+
+    In a process of its own a core loads plugins within `__init__`, so that method cannot be wrapped.
+    """
+    found = inner(core, *args, **kwargs)
     options = Options.read(additional_config(config_of_core(core)))
     if options is not None:
         loaded: dict[str, dict[str, Any]] = call_workers(core, "loreft_at_start")[0]
         named = {name: Facts.read(data) for name, data in loaded.items()}
         keep(core, "loreft", Adapters(options.most_adapters, named))
+    return found
 
 
 def add(core: object, name: str, path_or_name: str, replace: bool) -> dict[str, Any]:
@@ -108,6 +127,58 @@ def _drop_unused(core: object, adapters: Adapters) -> None:
         if data is not None:
             used.add(data["facts"]["fingerprint"])
     call_workers(core, "loreft_keep", sorted(used))
+
+
+def init(inner: Callable[..., None], core: object, *args: Any, **kwargs: Any) -> None:
+    """Check an engine whose core has no process of its own (`EngineCore.__init__`)."""
+    inner(core, *args, **kwargs)
+    check_itself(core)
+
+
+def run_loop(inner: Callable[..., None], core: object, *args: Any, **kwargs: Any) -> None:
+    """Check the engine before its core takes requests (`EngineCoreProc.run_busy_loop`)."""
+    check_itself(core)
+    inner(core, *args, **kwargs)
+
+
+def check_itself(core: object) -> None:
+    """See whether a vLLM that the tests have not seen does what the plugin relies on (`selfcheck`).
+
+    Raises:
+        RuntimeError: it does not, or could not be looked at.
+    """
+    adapters: Adapters | None = kept(core, "loreft")
+    if adapters is None or adapters.checked or is_seen(version()):
+        return
+    adapters.checked = True
+    unseen = f"peft_reft was not tested with vLLM {version()} (tested: {TESTED})"
+    warnings.warn(f"{unseen}: the engine checks itself before it serves.", stacklevel=2)
+    advice = "Install a tested version of vLLM."
+    try:
+        wrong = _find_wrong(core, adapters)
+    except Exception as error:
+        raise RuntimeError(f"{unseen}, and the engine cannot check itself: {error!r}. {advice}") from error
+    if wrong is not None:
+        raise RuntimeError(f"{unseen}, and it would edit wrongly: {wrong}. {advice}")
+
+
+def _find_wrong(core: object, adapters: Adapters) -> str | None:
+    """What is wrong with two requests, one of them under a random adapter; None if nothing is."""
+    # More than a cached block, if the model can read as many.
+    length = max(8, min(block_size(core) + 5, most_tokens_of_request(core) - ANSWER))
+    adapters.named[NAME] = Facts.read(call_workers(core, "loreft_begin_check", length)[0])
+    try:
+        chosen = make_request(core, "loreft-1", [TOKEN] * length, ANSWER, {KEY: NAME})
+        other = make_request(core, "loreft-2", [OTHER_TOKEN] * (length - 2), ANSWER, {})
+        same_text = make_request(core, "loreft-3", [TOKEN] * length, ANSWER, {})
+        run_requests(core, [chosen, other])
+        found: list[str | None] = call_workers(core, "loreft_end_check")
+    finally:
+        del adapters.named[NAME]
+        _drop_unused(core, adapters)
+    if {*keys_of_blocks(chosen)} & {*keys_of_blocks(same_text)}:
+        found.append("cached blocks with edited tokens have the base model's keys")
+    return next((wrong for wrong in found if wrong is not None), None)
 
 
 def preprocess(inner: Callable[..., Any], core: object, request: object, *args: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,15 @@ from typing import Any
 from .adapters import read_facts
 from .chosen import Facts
 from .engine.config import additional_config
-from .engine.front import call_core, call_core_async, http_args, invalid_request, processor_of, wrap_beam_search
+from .engine.front import (
+    call_core,
+    call_core_async,
+    call_cores_async,
+    http_args,
+    invalid_request,
+    processor_of,
+    wrap_beam_search,
+)
 from .engine.request import extra_args, given_length, is_session, keep, kept
 from .options import KEY, PROMPT_LENGTH, Options, check_request, shorten
 
@@ -134,11 +142,23 @@ async def add_adapter_async(engine: object, adapter_name: str, path_or_name: str
     known = _known(engine)
 
     async def load() -> None:
-        answer = await call_core_async(engine, "loreft_add", adapter_name, path_or_name, replace)
+        answer = await _load(engine, adapter_name, path_or_name, replace)
         _note_added(known, adapter_name, answer)
 
     # The core goes on loading if the caller gives up waiting, so this goes on, too.
     await asyncio.shield(asyncio.ensure_future(load()))
+
+
+async def _load(engine: object, name: str, path_or_name: str, replace: bool) -> dict[str, Any]:
+    """Have every core of an `AsyncLLM` load an adapter, or none. Returns what `core.add` returns."""
+    answers: list[dict[str, Any]] = await call_cores_async(engine, "loreft_add", name, path_or_name, replace)
+    answer = next((each for each in answers if "error" in each), answers[0])
+    loaded = [each for each in answers if "error" not in each]
+    if loaded and any(each != answers[0] for each in answers):
+        await call_cores_async(engine, "loreft_remove", name)
+        if "error" not in answer:
+            answer = {"error": f"{path_or_name} changed while it was read. Load it again when it is complete."}
+    return answer
 
 
 async def remove_adapter_async(engine: object, adapter_name: str) -> None:

@@ -15,10 +15,18 @@ def register() -> None:
 
     extend_worker(
         load_model=worker.load_model,
-        methods={"loreft_add": worker.add, "loreft_keep": worker.keep_only, "loreft_at_start": worker.at_start},
+        methods={
+            "loreft_add": worker.add,
+            "loreft_keep": worker.keep_only,
+            "loreft_at_start": worker.at_start,
+            "loreft_begin_check": worker.begin_check,
+            "loreft_end_check": worker.end_check,
+        },
     )
     extend_core(
+        start=core.start,
         init=core.init,
+        run_loop=core.run_loop,
         preprocess=core.preprocess,
         add_request=core.add_request,
         block_keys=core.block_keys,

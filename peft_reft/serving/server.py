@@ -52,6 +52,7 @@ class Server:
         compiles: whether the model is compiled. Then it takes no new hooks once it has run.
         graph_tokens: the largest number of tokens in a step if steps are captured as graphs, else 0. The graphs hold
             edits if adapters edit answers. If not, a step that edits tokens runs without a graph.
+        elsewhere: the names of the blocks that other stages of a pipeline hold. They edit there.
 
     Raises:
         ValueError: an adapter cannot be served, see `add`.
@@ -66,8 +67,10 @@ class Server:
         device: torch.device,
         compiles: bool,
         graph_tokens: int,
+        elsewhere: Collection[str] = (),
     ) -> None:
         self.model = model
+        self.elsewhere = elsewhere
         self.empty = empty
         self.named = named
         self.device = device
@@ -98,7 +101,8 @@ class Server:
             edit_answers = any(adapter.edits_answers for adapter in at_start.values())
         self.graphs_lack_edits = graph_tokens > 0 and not edit_answers
         for target in find_targets(empty, "block"):  # also the blocks that no adapter edits yet
-            self._hook(target.name, target.d)
+            if not self._is_elsewhere(target.name):
+                self._hook(target.name, target.d)
         for name, adapter in at_start.items():
             self.add(name, adapter)
         self.takes_hooks = not compiles
@@ -120,9 +124,13 @@ class Server:
 
         The two differ only for models that vLLM runs with transformers' own code.
         """
-        if name in self.modules:
+        if name in self.modules or _is_in(name, self.elsewhere):
             return name
         return f"model.{name.removeprefix(f'{self.empty.base_model_prefix}.')}"
+
+    def _is_elsewhere(self, name: str) -> bool:
+        """Whether another stage of the pipeline holds a module of the transformers model."""
+        return _is_in(self._served_name(name), self.elsewhere)
 
     def add(self, name: str, adapter: ServedAdapter) -> None:
         """Give an adapter a place, and write its weights there. Adapters of one fingerprint share a place.
@@ -137,15 +145,16 @@ class Server:
         if adapter.facts.fingerprint in self.places:
             return
         key = formula_key(next(iter(adapter.factors.values())))
-        new_modules = [module for module in adapter.plans if module not in self.edits]
+        own = [module for module in adapter.plans if not self._is_elsewhere(module)]
+        new_modules = [module for module in own if module not in self.edits]
         self._check(name, adapter, key, new_modules)
         for module in new_modules:
             self._hook(module, adapter.factors[module].d)
         place = min({*range(self.max_places)} - {*self.places.values()})
-        for module, factors in adapter.factors.items():
-            self.edits[module].table.write(place * self.max_positions, factors)
+        for module in own:
+            self.edits[module].table.write(place * self.max_positions, adapter.factors[module])
         self.places[adapter.facts.fingerprint] = place
-        self._set(place, adapter.plans, key)
+        self._set(place, {module: adapter.plans[module] for module in own}, key)
 
     def _check(self, name: str, adapter: ServedAdapter, key: FormulaKey, new_modules: list[str]) -> None:
         """Raise ValueError if an adapter cannot be added."""
@@ -160,7 +169,7 @@ class Server:
             raise ValueError(
                 f"{name!r} needs max_positions={adapter.sets}, and the engine has max_positions={self.max_positions}."
             )
-        for module in adapter.plans:
+        for module in new_modules:
             if self._served_name(module) not in self.modules:
                 raise ValueError(
                     f"{name!r} edits {module}, and vLLM's {type(self.model).__name__} has no module of that name."
@@ -246,3 +255,8 @@ class Server:
         """Edit nothing until the next step is prepared."""
         for alike in self.alike:
             alike.work.clear()
+
+
+def _is_in(name: str, blocks: Collection[str]) -> bool:
+    """Whether a module is one of these blocks, or in one of them."""
+    return any(f"{name}.".startswith(f"{block}.") for block in blocks)

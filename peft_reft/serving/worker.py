@@ -19,16 +19,16 @@ from .engine.config import (
     additional_config,
     captures_graphs,
     check_engine,
-    check_version,
     compiles,
     named_in_graphs,
     transformers_config,
 )
 from .engine.request import extra_args, given_length, keep, kept, params_of, token_ids
 from .engine.runners import Step, runner_of
-from .engine.worker import config_of
+from .engine.worker import config_of, is_placeholder
 from .options import CHOICE, Options
 from .schedule import NONE, Pieces, Spans
+from .selfcheck import SelfCheck
 from .server import Server
 
 
@@ -39,7 +39,6 @@ def load_model(inner: Callable[..., None], worker: object, *args: Any, **kwargs:
     if options is None:
         inner(worker, *args, **kwargs)
         return
-    check_version()
     check_engine(config)
     # Build this before vLLM loads: for models that it does not implement itself, vLLM changes classes of transformers.
     empty = skeleton(copy.deepcopy(transformers_config(config)))
@@ -58,6 +57,7 @@ def _install(worker: object, options: Options, empty: nn.Module) -> None:
         runner.device,
         compiles=compiles(config),
         graph_tokens=runner.most_tokens if captures_graphs(config) else 0,
+        elsewhere=_blocks_elsewhere(runner.loaded_model),
     )
     keep(worker, "loreft", server)
     # vLLM keeps compiled graphs on disk. It must not take one that was compiled without these hooks.
@@ -67,6 +67,12 @@ def _install(worker: object, options: Options, empty: nn.Module) -> None:
         return server.prepare(_pieces(step, server))
 
     runner.wrap_steps(begin, end=server.clear)
+
+
+def _blocks_elsewhere(model: nn.Module) -> set[str]:
+    """The names of the blocks that other stages of a pipeline hold. Blocks are numbered."""
+    placeholders = {name for name, module in model.named_modules() if is_placeholder(module)}
+    return {name for name in placeholders if name.rpartition(".")[2].isdecimal()}
 
 
 @dataclass(frozen=True)
@@ -135,3 +141,18 @@ def at_start(worker: object) -> dict[str, dict[str, Any]]:
     """From the name of each adapter that the options name to the fields of its `Facts` (`Worker.loreft_at_start`)."""
     server: Server = kept(worker, "loreft")
     return {name: asdict(facts) for name, facts in server.at_start.items()}
+
+
+def begin_check(worker: object, length: int) -> dict[str, Any]:
+    """Begin the self-check (`Worker.loreft_begin_check`). Returns the fields of the random adapter's `Facts`."""
+    captured = captures_graphs(config_of(worker))
+    check = SelfCheck(kept(worker, "loreft"), length, captured)
+    keep(worker, "loreft_check", check)
+    return asdict(check.facts)
+
+
+def end_check(worker: object) -> str | None:
+    """End the self-check (`Worker.loreft_end_check`). Returns what is wrong, or None."""
+    check: SelfCheck = kept(worker, "loreft_check")
+    keep(worker, "loreft_check", None)
+    return check.finish()

@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+from functools import reduce
 from types import SimpleNamespace
 
 import pytest
@@ -203,12 +204,13 @@ def test_an_engine_without_adapters_says_so(opt, llm):
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("parallel_config.tensor_parallel_size", 2, "tensor_parallel_size=2"),
-        ("parallel_config.pipeline_parallel_size", 2, "pipeline_parallel_size=2"),
-        ("parallel_config.data_parallel_size", 2, "data_parallel_size=2"),
         ("parallel_config.prefill_context_parallel_size", 2, "prefill_context_parallel_size=2"),
+        ("parallel_config.decode_context_parallel_size", 2, "decode_context_parallel_size=2"),
+        ("parallel_config.use_sequence_parallel_moe", True, "enable_expert_parallel=True"),
         ("parallel_config.enable_dbo", True, "enable_dbo=True"),
-        ("speculative_config", object(), "speculative_config"),
+        ("compilation_config.pass_config.enable_sp", True, "pass_config.enable_sp=True"),
+        ("speculative_config.method", "eagle", "method='eagle'"),
+        ("scheduler_config.async_scheduling", True, "async_scheduling=True"),
         ("model_config.runner_type", "pooling", "run as 'pooling'"),
         ("model_config.is_encoder_decoder", True, "an encoder-decoder"),
         ("cache_config.kv_sharing_fast_prefill", True, "kv_sharing_fast_prefill=True"),
@@ -217,19 +219,22 @@ def test_an_engine_without_adapters_says_so(opt, llm):
 def test_engines_that_are_refused(field, value, message):
     config = SimpleNamespace(
         parallel_config=SimpleNamespace(
-            tensor_parallel_size=1,
-            pipeline_parallel_size=1,
-            data_parallel_size=1,
+            tensor_parallel_size=2,
             prefill_context_parallel_size=1,
+            decode_context_parallel_size=1,
+            use_sequence_parallel_moe=False,
             enable_dbo=False,
         ),
+        compilation_config=SimpleNamespace(pass_config=SimpleNamespace()),
+        scheduler_config=SimpleNamespace(async_scheduling=False),
         model_config=SimpleNamespace(runner_type="generate", is_encoder_decoder=False, model="m"),
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
-        speculative_config=None,
+        speculative_config=SimpleNamespace(method="ngram"),
+        use_v2_model_runner=False,
     )
     check_engine(config)
-    owner, _, name = field.rpartition(".")
-    setattr(getattr(config, owner) if owner else config, name, value)
+    *owners, name = field.split(".")
+    setattr(reduce(getattr, owners, config), name, value)
     with pytest.raises(ValueError, match=message):
         check_engine(config)
 
@@ -239,14 +244,3 @@ def test_routes_want_one_api_server():
     assert state.loreft_engine == "engine"
     with pytest.raises(ValueError, match="--api-server-count=2"):
         asyncio.run(Endpoints().init_state("engine", state, SimpleNamespace(api_server_count=2)))
-
-
-def test_other_versions_are_refused(monkeypatch):
-    import vllm
-
-    from peft_reft.serving.engine.config import TESTED, check_version
-
-    check_version()
-    monkeypatch.setattr(vllm, "__version__", "0.99.0")
-    with pytest.raises(RuntimeError, match=f"vLLM {TESTED[0]}, not 0.99.0"):
-        check_version()

@@ -5,22 +5,24 @@ What is read, called or replaced:
 ========================================================= ==================================================== =====
 attribute                                                 used for                                             since
 ========================================================= ==================================================== =====
-`vllm.v1.engine.input_processor.InputProcessor`           wrapped class                                        0.32
-`...chat_completion.protocol.ChatCompletionRequest`       wrapped class (`vllm.entrypoints.openai`)            0.32
-`...completion.protocol.CompletionRequest`                wrapped class (`vllm.entrypoints.openai`)            0.32
-`vllm.exceptions.VLLMValidationError`                     refuses one request, with status 400 over HTTP       0.32
-`InputProcessor.__init__`                                 wrapped: the front end learns the adapters' names    0.32
-`InputProcessor.process_inputs`                           wrapped: refuses unknown names, adds block keys      0.32
-`LLM.llm_engine`                                          reaches the two below                                0.32
-`LLMEngine.input_processor`                               knows the adapters' names; also of AsyncLLM          0.32
-`LLMEngine.engine_core`                                   client of the core; also of AsyncLLM                 0.32
-`InprocClient.engine_core`                                the core itself, if it is in this process            0.32
-`SyncMPClient.call_utility`                               calls a method of the core in another process        0.32
-`AsyncMPClient.call_utility_async`                        the same for AsyncLLM                                0.32
-`ChatCompletionRequest.to_beam_search_params`             wrapped: refuses beams with an adapter               0.32
-`CompletionRequest.to_beam_search_params`                 the same                                             0.32
-`ChatCompletionRequest.vllm_xargs`                        names the adapter over HTTP; CompletionRequest too   0.32
-`Namespace.api_server_count`                              several API servers are refused                      0.32
+`vllm.v1.engine.input_processor.InputProcessor`           wrapped class                                        0.28
+`...chat_completion.protocol.ChatCompletionRequest`       wrapped class (`vllm.entrypoints.openai`)            0.28
+`...completion.protocol.CompletionRequest`                wrapped class (`vllm.entrypoints.openai`)            0.28
+`vllm.exceptions.VLLMValidationError`                     refuses one request, with status 400 over HTTP       0.28
+`InputProcessor.__init__`                                 wrapped: the front end learns the adapters' names    0.28
+`InputProcessor.process_inputs`                           wrapped: refuses unknown names, adds block keys      0.28
+`LLM.llm_engine`                                          reaches the two below                                0.28
+`LLMEngine.input_processor`                               knows the adapters' names; also of AsyncLLM          0.28
+`LLMEngine.engine_core`                                   client of the core; also of AsyncLLM                 0.28
+`InprocClient.engine_core`                                the core itself, if it is in this process            0.28
+`SyncMPClient.call_utility`                               calls a method of the core in another process        0.28
+`AsyncMPClient.call_utility_async`                        the same for AsyncLLM                                0.28
+`AsyncMPClient._call_utility_async`                       the same for one core of several                     0.28
+`AsyncMPClient.core_engines`                              its cores, if data parallel several                  0.28
+`ChatCompletionRequest.to_beam_search_params`             wrapped: refuses beams with an adapter               0.28
+`CompletionRequest.to_beam_search_params`                 the same                                             0.28
+`ChatCompletionRequest.vllm_xargs`                        names the adapter over HTTP; CompletionRequest too   0.28
+`Namespace.api_server_count`                              several API servers are refused                      0.28
 ========================================================= ==================================================== =====
 
 What is added to vLLM's objects:
@@ -34,6 +36,7 @@ attribute                                                 what it is
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -88,8 +91,17 @@ def call_core(llm: Any, method: str, *args: object) -> Any:
 
 
 async def call_core_async(engine: Any, method: str, *args: object) -> Any:
-    """Call a method of the core of an `AsyncLLM`."""
-    return await engine.engine_core.call_utility_async(method, *args)
+    """Call a method of each core of an `AsyncLLM`. Returns what the first returns."""
+    return (await call_cores_async(engine, method, *args))[0]
+
+
+async def call_cores_async(engine: Any, method: str, *args: object) -> list[Any]:
+    """Call a method of each core of an `AsyncLLM`, and return what each returns."""
+    client = engine.engine_core
+    cores = getattr(client, "core_engines", ())
+    if len(cores) < 2:
+        return [await client.call_utility_async(method, *args)]
+    return await asyncio.gather(*(client._call_utility_async(method, *args, engine=core) for core in cores))
 
 
 def count_api_servers(args: object) -> int:

@@ -5,11 +5,11 @@ What is read, called or replaced:
 ========================================================= ==================================================== =====
 attribute                                                 used for                                             since
 ========================================================= ==================================================== =====
-`Request.sampling_params`                                 holds `extra_args`; also of CachedRequestState       0.32
-`SamplingParams.extra_args`                               names the adapter                                    0.32
-`EngineCoreRequest.prompt_token_ids`                      finds prompts and answers; CachedRequestState too    0.32
-`EngineCoreRequest.prompt_embeds`                         the same, for requests without token ids             0.32
-`EngineCoreRequest.resumable`                             requests that go on with more input are refused      0.32
+`Request.sampling_params`                                 holds `extra_args`; also of CachedRequestState       0.28
+`SamplingParams.extra_args`                               names the adapter                                    0.28
+`EngineCoreRequest.prompt_token_ids`                      finds prompts and answers; CachedRequestState too    0.28
+`EngineCoreRequest.prompt_embeds`                         the same, for requests without token ids             0.28
+`EngineCoreRequest.resumable`                             requests that go on with more input are refused      0.28
 ========================================================= ==================================================== =====
 
 What is added to vLLM's objects:

@@ -8,10 +8,10 @@ What is read, called or replaced:
 ========================================================= ==================================================== =====
 attribute                                                 used for                                             since
 ========================================================= ==================================================== =====
-`Worker.model_runner`                                     the worker's model runner                            0.32
-`GPUModelRunner.get_model`                                the model that gets hooks                            0.32
-`GPUModelRunner.device`                                   where the weights of adapters go                     0.32
-`GPUModelRunner.max_num_tokens`                           size of buffers that captured graphs read            0.32
+`Worker.model_runner`                                     the worker's model runner                            0.28
+`GPUModelRunner.get_model`                                the model that gets hooks                            0.28
+`GPUModelRunner.device`                                   where the weights of adapters go                     0.28
+`GPUModelRunner.max_num_tokens`                           size of buffers that captured graphs read            0.28
 ========================================================= ==================================================== =====
 
 Of the first:
@@ -20,15 +20,15 @@ Of the first:
 attribute                                                 used for                                             since
 ========================================================= ==================================================== =====
 `GPUModelRunner._determine_batch_execution_and_padding`   wrapped: each step is prepared, and may avoid graphs 0.32
-`GPUModelRunner._model_forward`                           wrapped: ends the step                               0.32
-`GPUModelRunner.input_batch`                              the requests of a step                               0.32
-`GPUModelRunner.requests`                                 from a request's id to what it was given             0.32
-`GPUModelRunner.query_start_loc`                          where each request's tokens begin in a step          0.32
-`CpuGpuBuffer.np`                                         `query_start_loc` as an array                        0.32
-`InputBatch.num_reqs`                                     number of requests in a step                         0.32
-`InputBatch.req_ids`                                      their ids                                            0.32
-`InputBatch.num_computed_tokens_cpu`                      how many tokens of each came in earlier steps        0.32
-`InputBatch.num_prompt_tokens`                            how many tokens each was given                       0.32
+`GPUModelRunner._model_forward`                           wrapped: ends the step                               0.28
+`GPUModelRunner.input_batch`                              the requests of a step                               0.28
+`GPUModelRunner.requests`                                 from a request's id to what it was given             0.28
+`GPUModelRunner.query_start_loc`                          where each request's tokens begin in a step          0.28
+`CpuGpuBuffer.np`                                         `query_start_loc` as an array                        0.28
+`InputBatch.num_reqs`                                     number of requests in a step                         0.28
+`InputBatch.req_ids`                                      their ids                                            0.28
+`InputBatch.num_computed_tokens_cpu`                      how many tokens of each came in earlier steps        0.28
+`InputBatch.num_prompt_tokens`                            how many tokens each was given                       0.28
 ========================================================= ==================================================== =====
 
 Of the second:
@@ -36,21 +36,21 @@ Of the second:
 ========================================================= ==================================================== =====
 attribute                                                 used for                                             since
 ========================================================= ==================================================== =====
-`vllm.v1.worker.gpu.model_runner`                         module of the function below                         0.32
-`...gpu.model_runner.dispatch_cg_and_sync_dp`             wrapped: a step may avoid graphs                     0.32
-`GPUModelRunner.gather_batch_req_state`                   wrapped: each step is prepared                       0.32
-`GPUModelRunner.execute_model`                            wrapped: ends the step                               0.32
-`GPUModelRunner.cudagraph_manager`                        holds our note about the running step                0.32
-`GPUModelRunner.max_num_reqs`                             number of a runner's places for requests             0.32
-`GPUModelRunner.model_state`                              the object of the method below                       0.32
-`ModelState.add_request`                                  wrapped: what each request was given is kept         0.32
-`GPUModelRunner.req_states`                               the arrays below; the first runner has none          0.32
-`RequestState.num_computed_tokens_np`                     how many tokens of each came in earlier steps        0.32
-`RequestState.prompt_len`                                 how many tokens each was given                       0.32
-`UvaBackedTensor.np`                                      `prompt_len` as an array                             0.32
-`BatchReqState.idx_mapping_np`                            the places of the requests of a step                 0.32
-`BatchReqState.num_scheduled_tokens`                      how many tokens each has in it                       0.32
-`BatchExecutionDescriptor.cg_mode`                        whether the step runs in a graph                     0.32
+`vllm.v1.worker.gpu.model_runner`                         module of the function below                         0.28
+`...gpu.model_runner.dispatch_cg_and_sync_dp`             wrapped: a step may avoid graphs                     0.28
+`GPUModelRunner.gather_batch_req_state`                   wrapped: each step is prepared                       0.28
+`GPUModelRunner.execute_model`                            wrapped: ends the step                               0.28
+`GPUModelRunner.cudagraph_manager`                        holds our note about the running step                0.28
+`GPUModelRunner.max_num_reqs`                             number of a runner's places for requests             0.28
+`GPUModelRunner.model_state`                              the object of the method below                       0.28
+`ModelState.add_request`                                  wrapped: what each request was given is kept         0.28
+`GPUModelRunner.req_states`                               the arrays below; the first runner has none          0.28
+`RequestState.num_computed_tokens_np`                     how many tokens of each came in earlier steps        0.28
+`RequestState.prompt_len`                                 how many tokens each was given                       0.28
+`UvaBackedTensor.np`                                      `prompt_len` as an array                             0.28
+`BatchReqState.idx_mapping_np`                            the places of the requests of a step                 0.28
+`BatchReqState.num_scheduled_tokens`                      how many tokens each has in it                       0.28
+`BatchExecutionDescriptor.cg_mode`                        whether the step runs in a graph                     0.28
 ========================================================= ==================================================== =====
 
 What is added to vLLM's objects:

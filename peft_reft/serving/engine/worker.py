@@ -5,9 +5,10 @@ What is read, called or replaced:
 ========================================================= ==================================================== =====
 attribute                                                 used for                                             since
 ========================================================= ==================================================== =====
-`vllm.v1.worker.gpu_worker.Worker`                        wrapped class                                        0.32
-`Worker.load_model`                                       wrapped: hooks go into the model                     0.32
-`Worker.vllm_config`                                      the engine's config                                  0.32
+`vllm.v1.worker.gpu_worker.Worker`                        wrapped class                                        0.28
+`vllm.model_executor.models.utils.PPMissingLayer`         stands for a block of another pipeline stage         0.28
+`Worker.load_model`                                       wrapped: hooks go into the model                     0.28
+`Worker.vllm_config`                                      the engine's config                                  0.28
 ========================================================= ==================================================== =====
 
 What is added to vLLM's objects:
@@ -15,6 +16,9 @@ What is added to vLLM's objects:
 ========================================================= ====================================================
 attribute                                                 what it is
 ========================================================= ====================================================
+`Worker.loreft_begin_check`                               method: begin the self-check
+`Worker.loreft_end_check`                                 method: end it
+`Worker.loreft_check`                                     the `SelfCheck` that is running
 `Worker.loreft_add`                                       method: load an adapter
 `Worker.loreft_keep`                                      method: drop all adapters but some
 `Worker.loreft_at_start`                                  method: the adapters that the options name
@@ -27,6 +31,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from torch import nn
 
 from ...patching import add_method, wrap
 
@@ -44,3 +50,10 @@ def config_of(worker: Any) -> object:
     """The config of a worker's engine."""
     found: object = worker.vllm_config
     return found
+
+
+def is_placeholder(module: nn.Module) -> bool:
+    """Whether a module stands for one that another stage of a pipeline holds."""
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    return isinstance(module, PPMissingLayer)
