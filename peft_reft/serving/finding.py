@@ -16,7 +16,6 @@ from .engine.front import (
     call_core,
     call_core_async,
     has_failed,
-    has_other_front_ends,
     invalid_request,
     names_adapter,
     read_lora_request,
@@ -221,10 +220,8 @@ async def _load(engine: object, offered: Offered, load: Load | None) -> None:
         try:
             await add_adapter_async(engine, load.name, load.path_or_name, load.replace)
         except ValueError:
-            if not has_other_front_ends(engine):
+            await refresh_if_shared(engine)
+            if load.name not in offered or load.replace:
                 raise
-            await refresh(engine)  # another front end may have been faster
-            if load.name not in offered:
-                raise
-            return
+            return  # another front end was faster, or a request that did not wait for the end
         offered.last_used[load.name] = 0.0

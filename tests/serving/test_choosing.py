@@ -51,7 +51,7 @@ def test_a_lora_request(opt, llm):
     assert list_adapters(llm) == ["asked", "first"]
     works(opt, llm, "second", name="asked")
     works(opt, llm, "first", LoRARequest("first", 1, opt.adapters["first"]))
-    with pytest.raises(VLLMValidationError, match="'asked' already, from .*opt-second"):
+    with pytest.raises(VLLMValidationError, match=r"'asked' already, from .*opt-second"):
         works(opt, llm, "first", LoRARequest("asked", 7, opt.adapters["first"]))
     works(opt, llm, "first", LoRARequest("asked", 7, opt.adapters["first"], load_inplace=True))
     works(opt, llm, "first", name="asked")
@@ -81,7 +81,7 @@ def test_an_engine_without_adapters_says_how_to_start(opt, llm):
     processor = llm.llm_engine.input_processor
     kept = processor.__dict__.pop("loreft")
     try:
-        with pytest.raises(VLLMValidationError, match="is a LoReFT adapter, and this engine serves none. Start it"):
+        with pytest.raises(VLLMValidationError, match="is a LoReFT adapter, and this engine serves none"):
             works(opt, llm, "first", LoRARequest("first", 1, opt.adapters["first"]))
     finally:
         processor.loreft = kept
