@@ -123,7 +123,9 @@ PATCHES: dict[str, Patch] = {
     "module.generate_block_hash_extra_keys": Patch(
         "vllm", "0.32", "A cached block with edited tokens has a key of its own (`serving.blocks`).", _WITH_THE_ENGINE
     ),
-    "EngineCore.__init__": Patch("vllm", "0.32", "The core notes which adapters are loaded.", _WITH_THE_ENGINE),
+    "EngineCore._initialize_kv_caches": Patch(
+        "vllm", "0.28", "The core notes which adapters are loaded.", _WITH_THE_ENGINE
+    ),
     "EngineCore.preprocess_add_request": Patch(
         "vllm", "0.32", "A request is told which adapter its name means (`serving.core`).", _WITH_THE_ENGINE
     ),

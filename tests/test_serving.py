@@ -28,6 +28,7 @@ from peft_reft.serving.adapters import fingerprint, read_adapter, read_facts
 from peft_reft.serving.blocks import map_of
 from peft_reft.serving.chosen import Choice, Facts
 from peft_reft.serving.core import block_keys
+from peft_reft.serving.offered import Offered
 from peft_reft.serving.options import CHOICE, Options, check_request
 from peft_reft.serving.schedule import NONE, Pieces, ServedPlan, edited, group_by_weights
 from peft_reft.serving.server import Server
@@ -586,7 +587,9 @@ def test_what_cannot_be_served(llama, empty, tmp_path):
         ("emoji", "'emoji'; allowed"),
         ({"adapters": ["a"]}, "loreft.adapters=\\['a'\\]"),
         ({"adapters": {"a": 3}}, "loreft.adapters\\['a'\\]=3"),
-        ({"adapters": {"a/b": "x"}}, "loreft='a/b'"),
+        ({"adapters": {"a\n": "x"}}, "an adapter's name is a string of 1 to 200 printable characters"),
+        ({"resolve_from": "/nowhere"}, "loreft.resolve_from='/nowhere': expected a folder that exists"),
+        ({"resolve_from": ["hub"]}, "loreft.resolve_from=\\['hub'\\]"),
         ({"max_rank": 0}, "loreft.max_rank=0"),
         ({"max_adapters": True}, "loreft.max_adapters=True"),
         ({"edit_answers": 1}, "loreft.edit_answers=1: expected true or false"),
@@ -667,7 +670,7 @@ class Engine:
     def __init__(self, most=2):
         self.workers, self.requests, self.failed, self.folders = [set(), set()], {}, [], {}
         self.scheduler, self.model_executor = SimpleNamespace(requests=self.requests), self
-        self.loreft = core.Adapters(most, {})
+        self.loreft = core.Adapters(most, {}, {})
 
     def collective_rpc(self, method, args):
         return [getattr(self, method)(worker, number, *args) for number, worker in enumerate(self.workers)]
@@ -750,7 +753,7 @@ def test_who_gives_up_waiting_finds_the_adapter_later():
             (names.add if method == "loreft_add" else names.discard)(name)
             return asdict(Facts("f", ["l1"], "all", Reading([], []))) if method == "loreft_add" else None
 
-    engine = SimpleNamespace(engine_core=Core(), input_processor=SimpleNamespace(loreft_adapters={}))
+    engine = SimpleNamespace(engine_core=Core(), input_processor=SimpleNamespace(loreft=Offered(Options(), {}, {})))
 
     async def give_up(call):
         with pytest.raises(asyncio.TimeoutError):

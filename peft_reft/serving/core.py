@@ -34,14 +34,18 @@ class Adapters:
     is filled by the thread that reads requests."""
 
 
-def init(inner: Callable[..., None], core: object, *args: Any, **kwargs: Any) -> None:
-    """Note which adapters the workers have loaded (`EngineCore.__init__`)."""
-    inner(core, *args, **kwargs)
+def start(inner: Callable[..., Any], core: object, *args: Any, **kwargs: Any) -> Any:
+    """Note which adapters the workers have loaded, when they have the model (`EngineCore._initialize_kv_caches`).
+
+    In a process of its own a core loads plugins within `__init__`, so that method cannot be wrapped.
+    """
+    found = inner(core, *args, **kwargs)
     options = Options.read(additional_config(config_of_core(core)))
     if options is not None:
         loaded: dict[str, dict[str, Any]] = call_workers(core, "loreft_at_start")[0]
         named = {name: Facts.read(data) for name, data in loaded.items()}
         keep(core, "loreft", Adapters(options.most_adapters, named, dict(options.adapters)))
+    return found
 
 
 def add(core: object, name: str, path_or_name: str, replace: bool) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def process_inputs(
     wrong = check_request(chosen)
     if wrong is not None:
         key, message, value = wrong
-        raise invalid_request(f"{key}={shorten(value)}: {message}.", parameter=key, value=value)
+        raise invalid_request(f"{key}={shorten(value)}: {message}.", parameter=key)
     if KEY not in chosen:
         return inner(processor, request_id, prompt, params, *args, **kwargs)
     name = chosen[KEY]
@@ -162,7 +162,7 @@ def _check_prompt_length(length: int, given: int, facts: Facts) -> None:
         message = f"the request has {given} tokens (allowed: 1 to {given})"
     else:
         return
-    raise invalid_request(f"{PROMPT_LENGTH}={length}: {message}.", parameter=PROMPT_LENGTH, value=length)
+    raise invalid_request(f"{PROMPT_LENGTH}={length}: {message}.", parameter=PROMPT_LENGTH)
 
 
 def list_adapters(engine: object) -> list[str]:

@@ -19,7 +19,7 @@ def register() -> None:
         methods={"loreft_add": worker.add, "loreft_keep": worker.keep_only, "loreft_at_start": worker.at_start},
     )
     extend_core(
-        init=core.init,
+        start=core.start,
         preprocess=core.preprocess,
         add_request=core.add_request,
         block_keys=core.block_keys,

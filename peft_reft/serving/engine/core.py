@@ -9,7 +9,7 @@ attribute                                                 used for              
 `vllm.v1.core.kv_cache_utils`                             module of the function below                         0.32
 `vllm.v1.core.block_pool`                                 module that imports it                               0.32
 `...kv_cache_utils.generate_block_hash_extra_keys`        wrapped: what is in a block's key but its tokens     0.32
-`EngineCore.__init__`                                     wrapped: notes what the workers have loaded          0.32
+`EngineCore._initialize_kv_caches`                        wrapped: notes what the workers have loaded          0.28
 `EngineCore.preprocess_add_request`                       wrapped: writes into a request what its name means   0.32
 `EngineCore.add_request`                                  wrapped: fails requests of dropped adapters          0.32
 `EngineCore.vllm_config`                                  the engine's config                                  0.32
@@ -43,7 +43,7 @@ from ...patching import add_method, wrap
 
 
 def extend_core(
-    init: Callable[..., Any],
+    start: Callable[..., Any],
     preprocess: Callable[..., Any],
     add_request: Callable[..., Any],
     block_keys: Callable[..., Any],
@@ -55,7 +55,7 @@ def extend_core(
 
     for module in (kv_cache_utils, block_pool):
         wrap(module, "generate_block_hash_extra_keys", block_keys)
-    wrap(EngineCore, "__init__", init)
+    wrap(EngineCore, "_initialize_kv_caches", start)
     wrap(EngineCore, "preprocess_add_request", preprocess)
     wrap(EngineCore, "add_request", add_request)
     for name, method in methods.items():

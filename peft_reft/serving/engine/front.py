@@ -101,11 +101,14 @@ def http_args(body: Any) -> Mapping[str, object]:
     return given or {}
 
 
-def invalid_request(message: str, parameter: str, value: object = None) -> Exception:
-    """The exception that refuses one request (over HTTP: status 400) and leaves the engine running."""
+def invalid_request(message: str, parameter: str) -> Exception:
+    """The exception that refuses one request (over HTTP: status 400) and leaves the engine running.
+
+    The message has the value; vLLM would say it a second time, however long it is.
+    """
     from vllm.exceptions import VLLMValidationError
 
-    error: Exception = VLLMValidationError(message, parameter=parameter, value=value)
+    error: Exception = VLLMValidationError(message, parameter=parameter)
     return error
 
 
