@@ -28,6 +28,7 @@ from peft_reft.serving.adapters import fingerprint, read_adapter, read_facts
 from peft_reft.serving.blocks import map_of
 from peft_reft.serving.chosen import Choice, Facts
 from peft_reft.serving.core import block_keys
+from peft_reft.serving.models import from_cli_args
 from peft_reft.serving.offered import Offered
 from peft_reft.serving.options import CHOICE, Options, check_request
 from peft_reft.serving.schedule import NONE, Pieces, ServedPlan, edited, group_by_weights
@@ -768,6 +769,76 @@ def test_who_gives_up_waiting_finds_the_adapter_later():
         assert list_adapters(engine) == []
 
     asyncio.run(run())
+
+
+def test_where_an_adapter_is_loaded_from_on_its_first_use(tmp_path):
+    for name in ("a", "a.b-c_1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    folder = Offered(Options(resolve_from=str(tmp_path)), {}, {})
+    assert [folder.resolve(name) for name in ("a", "a.b-c_1")] == [str(tmp_path / "a"), str(tmp_path / "a.b-c_1")]
+    for name in (
+        "b",
+        "empty",
+        "",
+        ".",
+        "..",
+        "a/",
+        "/a",
+        "./a",
+        f"../{tmp_path.name}/a",
+        str(tmp_path / "a"),
+        "a\0",
+        "a\n",
+    ):
+        assert folder.resolve(name) is None, name
+    hub = Offered(Options(resolve_from="hub"), {}, {})
+    assert hub.resolve("owner/a.b-c_1") == "owner/a.b-c_1"
+    for name in ("a", "../a", "owner/..", "owner/a/b", "/a", "owner/", "./a", "owner/a\n", "https://a/b", ["owner/a"]):
+        assert hub.resolve(name) is None, name
+    assert Offered(Options(), {}, {}).resolve("a") is None
+
+
+def test_which_adapter_makes_room():
+    offered = Offered(Options(), {}, {})
+    facts = Facts("f", ["l1"], "all", Reading([], []))
+    for name in ("named", "old", "new", "running"):
+        offered.note(name, facts, name)
+    for name in ("old", "new", "running"):
+        offered.loaded_on_use(name)
+    for name in ("old", "new", "old", "named"):
+        offered.used(name)
+    assert offered.least_recently_used({"running": 2}) == "new"
+    offered.forget(["new"])
+    assert offered.least_recently_used({"running": 2}) == "old"
+    offered.note("old", facts, "elsewhere")  # loaded by name since
+    assert offered.least_recently_used({"running": 2}) is None
+    assert offered.least_recently_used({}) == "running"
+
+
+def test_lora_modules_on_the_command_line(tmp_path):
+    for name, peft_type in (("emoji", "LOREFT"), ("sql", "LORA")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"peft_type": peft_type}))
+
+    def args(config, *names):
+        modules = [SimpleNamespace(name=name, path=str(tmp_path / name)) for name in names]
+        return SimpleNamespace(lora_modules=modules or None, additional_config=config)
+
+    def read(given):
+        return from_cli_args(
+            lambda args: (args.additional_config, [each.name for each in args.lora_modules or []]), given
+        )
+
+    path = str(tmp_path / "emoji")
+    assert read(args({})) == ({}, [])
+    assert read(args({}, "sql", "nowhere")) == ({}, ["sql", "nowhere"])
+    assert read(args({}, "sql", "emoji")) == ({"loreft": {"adapters": {"emoji": path}}}, ["sql"])
+    config = {"loreft": {"max_rank": 4, "adapters": {"mine": "x", "emoji": path}}, "other": 1}
+    assert read(args(config, "emoji")) == (config, [])
+    with pytest.raises(ValueError, match=r"--lora-modules emoji=.*: loreft.adapters has 'emoji' from elsewhere"):
+        read(args({"loreft": {"adapters": {"emoji": "elsewhere"}}}, "emoji"))
 
 
 def test_serving_needs_no_vllm_until_vllm_calls_it():

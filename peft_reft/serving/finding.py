@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from .engine.front import (
@@ -33,6 +34,9 @@ from .frontend import (
 )
 from .offered import Offered
 from .options import KEY
+
+_TRIES = 3
+"""How often a request is sent whose adapter was loaded on its first use, and dropped for another one on the way."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +123,9 @@ def add_request(
                 name = extra_args(params).get(KEY)
                 load = _first_use(offered, name)
             if load is not None:
-                _make_room(engine, offered)
+                _make_room(engine, offered, load)
                 add_adapter(engine, load.name, load.path_or_name, load.replace)
-                offered.last_used[load.name] = 0.0
+                offered.loaded_on_use(load.name)
         except ValueError as error:
             raise invalid_request(str(error), parameter=KEY) from error
         offered.used(name)
@@ -136,15 +140,15 @@ def _first_use(offered: Offered, name: object) -> Load | None:
     return None if path is None else Load(str(name), path)
 
 
-def _make_room(engine: object, offered: Offered) -> None:
+def _make_room(engine: object, offered: Offered, load: Load) -> None:
     """Drop an adapter that was loaded on first use if there is no place for another one."""
-    name = _to_drop(offered, call_core(engine, "loreft_list"))
+    name = _to_drop(offered, load, call_core(engine, "loreft_list"))
     if name is not None:
         remove_adapter(engine, name)
 
 
-def _to_drop(offered: Offered, listed: dict[str, dict[str, Any]]) -> str | None:
-    if len(listed) < offered.options.most_adapters:
+def _to_drop(offered: Offered, load: Load, listed: dict[str, dict[str, Any]]) -> str | None:
+    if load.name in listed or len(listed) < offered.options.most_adapters:
         return None
     return offered.least_recently_used({name: data["users"] for name, data in listed.items()})
 
@@ -160,27 +164,35 @@ def generate(
     """Find the adapter that a request chooses (`AsyncLLM.generate`)."""
     offered = offered_by(engine)
     lora_request = kwargs.get("lora_request")
-    outputs = inner(engine, prompt, sampling_params, request_id, **kwargs)  # nothing runs before the first output
+    begin = partial(inner, engine, prompt, sampling_params, request_id, **kwargs)
     if offered is None or (lora_request is None and KEY not in extra_args(sampling_params)):
-        return outputs
-    return _generate(outputs, engine, offered, sampling_params, lora_request)
+        return begin()
+    return _generate(begin, engine, offered, sampling_params, lora_request)
 
 
 async def _generate(
-    outputs: AsyncGenerator[Any, None], engine: object, offered: Offered, params: object, lora_request: object
+    begin: Callable[[], AsyncGenerator[Any, None]],
+    engine: object,
+    offered: Offered,
+    params: object,
+    lora_request: object | None,
 ) -> AsyncGenerator[Any, None]:
-    try:
-        name = await _find_for_request(engine, offered, params, lora_request)
-    except ValueError as error:
-        raise invalid_request(str(error), parameter=KEY) from error
-    async with aclosing(outputs):
-        async for output in outputs:
-            if name is not None and has_failed(output):
-                # The core fails requests whose adapter another front end has removed meanwhile.
-                await refresh(engine)
-                if name not in offered:
-                    raise unknown(name, offered)
-            yield output
+    for _ in range(_TRIES):
+        try:
+            name = await _find_for_request(engine, offered, params, lora_request)
+        except ValueError as error:
+            raise invalid_request(str(error), parameter=KEY) from error
+        async with aclosing(begin()) as outputs:
+            async for output in outputs:
+                if name is not None and has_failed(output):
+                    # The core fails requests whose adapter was removed on their way to it.
+                    await refresh(engine)
+                    if name not in offered:
+                        break
+                yield output
+            else:
+                return
+    raise unknown(name, offered)
 
 
 async def _find_for_request(engine: object, offered: Offered, params: object, lora_request: object) -> Any:
@@ -214,7 +226,7 @@ async def _load(engine: object, offered: Offered, load: Load | None) -> None:
     async with offered.loading:
         if load.name in offered and not load.replace:  # another request was faster
             return
-        victim = _to_drop(offered, await call_core_async(engine, "loreft_list"))
+        victim = _to_drop(offered, load, await call_core_async(engine, "loreft_list"))
         if victim is not None:
             await remove_adapter_async(engine, victim)
         try:
@@ -224,4 +236,4 @@ async def _load(engine: object, offered: Offered, load: Load | None) -> None:
             if load.name not in offered or load.replace:
                 raise
             return  # another front end was faster, or a request that did not wait for the end
-        offered.last_used[load.name] = 0.0
+        offered.loaded_on_use(load.name)

@@ -143,6 +143,10 @@ class Offered:
         path = os.path.join(source, name)
         return path if os.path.isfile(os.path.join(path, CONFIG_NAME)) else None
 
+    def loaded_on_use(self, name: str) -> None:
+        """Note that an adapter was loaded because a request chose it: it may be dropped for another one."""
+        self.last_used[name] = time.monotonic()
+
     def used(self, name: object) -> None:
         """Note that a request chooses an adapter."""
         if isinstance(name, str) and name in self.last_used:

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -51,6 +52,21 @@ def call(address, path, key=KEY, **body):
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
+
+
+def at_once(tasks):
+    """Run functions in threads; a list of what they return."""
+    found = [None] * len(tasks)
+
+    def run(n):
+        found[n] = tasks[n]()
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(len(tasks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
 
 
 def main():
