@@ -76,16 +76,16 @@ def init(inner: Callable[..., None], models: object, *args: Any, **kwargs: Any) 
         offered.publish_in(models)
 
 
-async def load(inner: Callable[..., Any], models: object, body: object, *args: Any, **kwargs: Any) -> Any:
+async def load(inner: Callable[..., Any], models: object, request: object, *args: Any, **kwargs: Any) -> Any:
     """Load an adapter, LoReFT or LoRA (`OpenAIServingModels.load_lora_adapter`)."""
-    name, path, replace = asked_to_load(body)
+    name, path, replace = asked_to_load(request)
     offered = offered_by(engine_of(models))
     if offered is None:
-        return await inner(models, body, *args, **kwargs)
+        return await inner(models, request, *args, **kwargs)
     if serves_lora(engine_of(models)) and not await asyncio.to_thread(offered.is_ours, path):
         if name in offered:
             return refusal(f"{name!r} is a LoReFT adapter. Unload it first, or give another name.")
-        return await inner(models, body, *args, **kwargs)
+        return await inner(models, request, *args, **kwargs)
     try:
         await add_adapter_async(engine_of(models), name, path, replace)
     except ValueError as error:
@@ -93,12 +93,12 @@ async def load(inner: Callable[..., Any], models: object, body: object, *args: A
     return f"Success: LoReFT adapter '{name}' added successfully."
 
 
-async def unload(inner: Callable[..., Any], models: object, body: object) -> Any:
+async def unload(inner: Callable[..., Any], models: object, request: object) -> Any:
     """Drop an adapter, LoReFT or LoRA (`OpenAIServingModels.unload_lora_adapter`)."""
-    name = asked_to_unload(body)
+    name = asked_to_unload(request)
     offered = offered_by(engine_of(models))
     if offered is None or name not in offered:
-        return await inner(models, body)
+        return await inner(models, request)
     try:
         await remove_adapter_async(engine_of(models), name)
     except ValueError as error:
@@ -113,25 +113,25 @@ async def show(inner: Callable[..., Any], models: object) -> Any:
     return await inner(models)
 
 
-async def check_model(inner: Callable[..., Any], serving: object, body: object) -> Any:
+async def check_model(inner: Callable[..., Any], serving: object, request: object) -> Any:
     """Look for the adapter that a request names, if this server does not know it (`BaseServing._check_model`)."""
     models = models_of(serving)
-    name = wanted_model(body)
+    name = wanted_model(request)
     offered = None if name is None or is_offered(models, name) else offered_by(engine_of(models))
     if offered is not None:
         try:
             await find(engine_of(models), offered, name)
         except ValueError as error:
             return refusal(str(error))
-    return await inner(serving, body)
+    return await inner(serving, request)
 
 
-def choose(inner: Callable[..., Any], serving: object, body: object, *args: Any, **kwargs: Any) -> Any:
+def choose(inner: Callable[..., Any], serving: object, request: object, *args: Any, **kwargs: Any) -> Any:
     """Let `model` alone choose an adapter of ours (`BaseServing._maybe_get_adapters`).
 
     vLLM also chooses one by default whose name is a type of content in the messages, such as "text".
     """
-    found = inner(serving, body, *args, **kwargs)
-    if found is not None and names_adapter(found) and read_lora_request(found)[0] != wanted_model(body):
-        return inner(serving, body)
+    found = inner(serving, request, *args, **kwargs)
+    if found is not None and names_adapter(found) and read_lora_request(found)[0] != wanted_model(request):
+        return inner(serving, request)
     return found
