@@ -139,10 +139,40 @@ PATCHES: dict[str, Patch] = {
     "EngineCore.loreft_add": Patch("vllm", "0.28", "Added: `add_adapter` calls it.", _WITH_THE_ENGINE),
     "EngineCore.loreft_remove": Patch("vllm", "0.28", "Added: `remove_adapter` calls it.", _WITH_THE_ENGINE),
     "EngineCore.loreft_list": Patch("vllm", "0.28", "Added: it says which adapters there are.", _WITH_THE_ENGINE),
+    "AsyncEngineArgs.from_cli_args": Patch(
+        "vllm",
+        "0.28",
+        "LoReFT adapters in `--lora-modules` are served.",
+        "when the process ends; without such an adapter it calls the original",
+    ),
+    "AsyncLLM.generate": Patch(
+        "vllm", "0.28", "The adapter of a request is found, if this front end does not know it.", _WITH_THE_ENGINE
+    ),
+    "LLMEngine.add_request": Patch("vllm", "0.28", "The same for `LLM`.", _WITH_THE_ENGINE),
+    "AsyncLLM.add_lora": Patch("vllm", "0.28", "It loads LoReFT adapters, too.", _WITH_THE_ENGINE),
+    "LLMEngine.add_lora": Patch("vllm", "0.28", "The same for `LLM`.", _WITH_THE_ENGINE),
+    "OpenAIServingModels.__init__": Patch("vllm", "0.28", "Each adapter is a model of the server.", _WITH_THE_ENGINE),
+    "OpenAIServingModels.load_lora_adapter": Patch("vllm", "0.28", "It loads LoReFT adapters, too.", _WITH_THE_ENGINE),
+    "OpenAIServingModels.unload_lora_adapter": Patch(
+        "vllm", "0.28", "It drops LoReFT adapters, too.", _WITH_THE_ENGINE
+    ),
+    "OpenAIServingModels.show_available_models": Patch(
+        "vllm", "0.28", "It lists adapters that other servers have loaded.", _WITH_THE_ENGINE
+    ),
+    "BaseServing._check_model": Patch(
+        "vllm", "0.28", "The adapter that `model` names is found, if this server does not know it.", _WITH_THE_ENGINE
+    ),
+    "BaseServing._maybe_get_adapters": Patch(
+        "vllm", "0.28", "No adapter is chosen because its name is a type of content.", _WITH_THE_ENGINE
+    ),
     "ChatCompletionRequest.to_beam_search_params": Patch(
         "vllm", "0.28", "Beam search drops `extra_args`, and so the adapter: it is refused.", _WITH_THE_ENGINE
     ),
     "CompletionRequest.to_beam_search_params": Patch("vllm", "0.28", "The same.", _WITH_THE_ENGINE),
+    "BeamSearchOnlineMixin.beam_search": Patch(
+        "vllm", "0.28", "The steps of a beam search have longer and longer prompts: it is refused.", _WITH_THE_ENGINE
+    ),
+    "BeamSearchOfflineMixin.beam_search": Patch("vllm", "0.28", "The same for `LLM`.", _WITH_THE_ENGINE),
 }
 
 

@@ -10,8 +10,9 @@ SERVING = {name: ast.parse(path.read_text()) for name, path in MODULES.items() i
 ENGINE = "serving.engine."
 # Attributes of Python's and NumPy's own values that the modules of the engine read.
 PLAIN = {"astype", "get", "items", "join", "name", "split", "values"}
-# Attributes of the same name as vLLM's that other modules read of something else: a tensor, `engine.Step`, `Server`.
-NAMESAKES = {"device", "model", "requests"}
+# Attributes of the same name as vLLM's that other modules read of something else: a tensor, `engine.Step`, `Server`,
+# our route.
+NAMESAKES = {"device", "load_inplace", "model", "requests"}
 # Functions whose second argument names an attribute.
 BY_NAME = {"getattr", "setattr", "hasattr", "wrap", "add_method"}
 OURS = {"keep", "kept", "add_method", "call_core", "call_core_async", "call_workers"}

@@ -28,6 +28,8 @@ from peft_reft.serving.adapters import fingerprint, read_adapter, read_facts
 from peft_reft.serving.blocks import map_of
 from peft_reft.serving.chosen import Choice, Facts
 from peft_reft.serving.core import block_keys
+from peft_reft.serving.models import from_cli_args
+from peft_reft.serving.offered import Offered
 from peft_reft.serving.options import CHOICE, Options, check_request
 from peft_reft.serving.schedule import NONE, Pieces, ServedPlan, edited, group_by_weights
 from peft_reft.serving.server import Server
@@ -608,7 +610,9 @@ def test_what_cannot_be_served(llama, empty, tmp_path):
         ("emoji", "'emoji'; allowed"),
         ({"adapters": ["a"]}, "loreft.adapters=\\['a'\\]"),
         ({"adapters": {"a": 3}}, "loreft.adapters\\['a'\\]=3"),
-        ({"adapters": {"a/b": "x"}}, "loreft='a/b'"),
+        ({"adapters": {"a\n": "x"}}, "an adapter's name is a string of 1 to 200 printable characters"),
+        ({"resolve_from": "/nowhere"}, "loreft.resolve_from='/nowhere': expected a folder that exists"),
+        ({"resolve_from": ["hub"]}, "loreft.resolve_from=\\['hub'\\]"),
         ({"max_rank": 0}, "loreft.max_rank=0"),
         ({"max_adapters": True}, "loreft.max_adapters=True"),
         ({"edit_answers": 1}, "loreft.edit_answers=1: expected true or false"),
@@ -689,7 +693,7 @@ class Engine:
     def __init__(self, most=2):
         self.workers, self.requests, self.failed, self.folders = [set(), set()], {}, [], {}
         self.scheduler, self.model_executor = SimpleNamespace(requests=self.requests), self
-        self.loreft = core.Adapters(most, {})
+        self.loreft = core.Adapters(most, {}, {})
 
     def collective_rpc(self, method, args):
         return [getattr(self, method)(worker, number, *args) for number, worker in enumerate(self.workers)]
@@ -772,7 +776,7 @@ def test_who_gives_up_waiting_finds_the_adapter_later():
             (names.add if method == "loreft_add" else names.discard)(name)
             return asdict(Facts("f", ["l1"], "all", Reading([], []))) if method == "loreft_add" else None
 
-    engine = SimpleNamespace(engine_core=Core(), input_processor=SimpleNamespace(loreft_adapters={}))
+    engine = SimpleNamespace(engine_core=Core(), input_processor=SimpleNamespace(loreft=Offered(Options(), {}, {})))
 
     async def give_up(call):
         with pytest.raises(asyncio.TimeoutError):
@@ -787,6 +791,76 @@ def test_who_gives_up_waiting_finds_the_adapter_later():
         assert list_adapters(engine) == []
 
     asyncio.run(run())
+
+
+def test_where_an_adapter_is_loaded_from_on_its_first_use(tmp_path):
+    for name in ("a", "a.b-c_1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    folder = Offered(Options(resolve_from=str(tmp_path)), {}, {})
+    assert [folder.resolve(name) for name in ("a", "a.b-c_1")] == [str(tmp_path / "a"), str(tmp_path / "a.b-c_1")]
+    for name in (
+        "b",
+        "empty",
+        "",
+        ".",
+        "..",
+        "a/",
+        "/a",
+        "./a",
+        f"../{tmp_path.name}/a",
+        str(tmp_path / "a"),
+        "a\0",
+        "a\n",
+    ):
+        assert folder.resolve(name) is None, name
+    hub = Offered(Options(resolve_from="hub"), {}, {})
+    assert hub.resolve("owner/a.b-c_1") == "owner/a.b-c_1"
+    for name in ("a", "../a", "owner/..", "owner/a/b", "/a", "owner/", "./a", "owner/a\n", "https://a/b", ["owner/a"]):
+        assert hub.resolve(name) is None, name
+    assert Offered(Options(), {}, {}).resolve("a") is None
+
+
+def test_which_adapter_makes_room():
+    offered = Offered(Options(), {}, {})
+    facts = Facts("f", ["l1"], "all", Reading([], []))
+    for name in ("named", "old", "new", "running"):
+        offered.note(name, facts, name)
+    for name in ("old", "new", "running"):
+        offered.loaded_on_use(name)
+    for name in ("old", "new", "old", "named"):
+        offered.used(name)
+    assert offered.least_recently_used({"running": 2}) == "new"
+    offered.forget(["new"])
+    assert offered.least_recently_used({"running": 2}) == "old"
+    offered.note("old", facts, "elsewhere")  # loaded by name since
+    assert offered.least_recently_used({"running": 2}) is None
+    assert offered.least_recently_used({}) == "running"
+
+
+def test_lora_modules_on_the_command_line(tmp_path):
+    for name, peft_type in (("emoji", "LOREFT"), ("sql", "LORA")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"peft_type": peft_type}))
+
+    def args(config, *names):
+        modules = [SimpleNamespace(name=name, path=str(tmp_path / name)) for name in names]
+        return SimpleNamespace(lora_modules=modules or None, additional_config=config)
+
+    def read(given):
+        return from_cli_args(
+            lambda args: (args.additional_config, [each.name for each in args.lora_modules or []]), given
+        )
+
+    path = str(tmp_path / "emoji")
+    assert read(args({})) == ({}, [])
+    assert read(args({}, "sql", "nowhere")) == ({}, ["sql", "nowhere"])
+    assert read(args({}, "sql", "emoji")) == ({"loreft": {"adapters": {"emoji": path}}}, ["sql"])
+    config = {"loreft": {"max_rank": 4, "adapters": {"mine": "x", "emoji": path}}, "other": 1}
+    assert read(args(config, "emoji")) == (config, [])
+    with pytest.raises(ValueError, match=r"--lora-modules emoji=.*: loreft.adapters has 'emoji' from elsewhere"):
+        read(args({"loreft": {"adapters": {"emoji": "elsewhere"}}}, "emoji"))
 
 
 def test_serving_needs_no_vllm_until_vllm_calls_it():

@@ -11,9 +11,12 @@ module         its one job                                                   run
 `engine`       all that is read, called or replaced of vLLM, with tables     everywhere
 `plugin`       puts the functions of the next three into vLLM                everywhere
 `frontend`     adds and drops adapters; checks requests                      front end
+`finding`      finds adapters that a front end does not know yet             front end
+`models`       adapters as models of the OpenAI server                       API server
+`offered`      what a front end knows of the adapters                        front end
 `core`         says which adapter a name means; block keys                   core
 `worker`       hooks the loaded model; prepares each step                    worker
-`endpoints`    adapters over HTTP                                            API server
+`endpoints`    routes of our own to load and drop adapters                   API server
 `options`      `additional_config["loreft"]` and its checks                  everywhere
 `adapters`     reads an adapter for serving                                  everywhere
 `turns`        where prompts and answers are                                 everywhere
@@ -29,13 +32,21 @@ module         its one job                                                   run
 
 from __future__ import annotations
 
-from .frontend import add_adapter, add_adapter_async, list_adapters, remove_adapter, remove_adapter_async
+from .frontend import (
+    add_adapter,
+    add_adapter_async,
+    list_adapters,
+    list_adapters_async,
+    remove_adapter,
+    remove_adapter_async,
+)
 from .plugin import register
 
 __all__ = [
     "add_adapter",
     "add_adapter_async",
     "list_adapters",
+    "list_adapters_async",
     "register",
     "remove_adapter",
     "remove_adapter_async",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -102,6 +103,17 @@ def _config(folder: str, named: str) -> LoReftConfig:
     if not isinstance(config, LoReftConfig):
         raise ValueError(f"{named} holds an adapter of type {config.peft_type}, not of LoReFT.")
     return config
+
+
+def is_loreft(path_or_name: str) -> bool:
+    """Whether this is a LoReFT adapter: a folder, or a name on the Hub, whose config says so."""
+    try:
+        folder = local_folder(path_or_name, [CONFIG_NAME])
+        with open(os.path.join(folder, CONFIG_NAME), encoding="utf-8") as file:
+            config = json.load(file)
+    except (OSError, ValueError):  # the errors of the Hub are OSErrors; whoever loads it will say what is wrong
+        return False
+    return isinstance(config, dict) and config.get("peft_type") == "LOREFT"
 
 
 def read_facts(path_or_name: str) -> Facts:

@@ -7,7 +7,8 @@ is replaced or removed, the request goes on with what it chose: weights stay unt
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -39,6 +40,8 @@ class Adapters:
     """How many names there may be."""
     named: dict[str, Facts]
     """From an adapter's name to its facts."""
+    paths: dict[str, str]
+    """From an adapter's name to the folder, or the name on the Hub, that it was loaded from."""
     checked: bool = False
     """Whether the engine has begun to check itself."""
     coming: dict[str, str] = field(default_factory=dict)
@@ -56,7 +59,7 @@ def start(inner: Callable[..., Any], core: object, *args: Any, **kwargs: Any) ->
     if options is not None:
         loaded: dict[str, dict[str, Any]] = call_workers(core, "loreft_at_start")[0]
         named = {name: Facts.read(data) for name, data in loaded.items()}
-        keep(core, "loreft", Adapters(options.most_adapters, named))
+        keep(core, "loreft", Adapters(options.most_adapters, named, dict(options.adapters)))
     return found
 
 
@@ -84,6 +87,7 @@ def add(core: object, name: str, path_or_name: str, replace: bool) -> dict[str, 
         answer = {"error": f"{path_or_name} changed while it was read. Load it again when it is complete."}
     if "error" not in answer:
         adapters.named[name] = Facts.read(answer)
+        adapters.paths[name] = path_or_name
     _drop_unused(core, adapters)  # what it replaces; or what only some of the workers could load
     return answer
 
@@ -107,26 +111,38 @@ def remove(core: object, name: str) -> str | None:
     adapters: Adapters = kept(core, "loreft")
     if name not in adapters.named:
         return f"There is no adapter {name!r}. There are: {', '.join(sorted(adapters.named)) or 'none'}."
-    del adapters.named[name]
+    del adapters.named[name], adapters.paths[name]
     _drop_unused(core, adapters)
     return None
 
 
 def known(core: object) -> dict[str, dict[str, Any]]:
-    """From the name of each adapter to the fields of its `Facts` (`EngineCore.loreft_list`)."""
+    """What front ends must know of each adapter, by its name (`EngineCore.loreft_list`).
+
+    Returns:
+        The fields of its `Facts`, where it was loaded from, and how many requests use its weights.
+    """
     adapters: Adapters = kept(core, "loreft")
-    return {name: asdict(facts) for name, facts in adapters.named.items()}
+    users = Counter(_in_use(core, adapters))
+    return {
+        name: {"facts": asdict(facts), "path": adapters.paths[name], "users": users[facts.fingerprint]}
+        for name, facts in adapters.named.items()
+    }
+
+
+def _in_use(core: object, adapters: Adapters) -> Iterator[str]:
+    """The fingerprint of each request's adapter."""
+    yield from list(adapters.coming.values())
+    for request in requests_of_core(core):
+        data = extra_args(params_of(request)).get(CHOICE)
+        if data is not None:
+            yield data["facts"]["fingerprint"]
 
 
 def _drop_unused(core: object, adapters: Adapters) -> None:
     """Have the workers free the places of weights that no name means and no request uses."""
-    used = {facts.fingerprint for facts in adapters.named.values()}
-    used.update(list(adapters.coming.values()))
-    for request in requests_of_core(core):
-        data = extra_args(params_of(request)).get(CHOICE)
-        if data is not None:
-            used.add(data["facts"]["fingerprint"])
-    call_workers(core, "loreft_keep", sorted(used))
+    named = (facts.fingerprint for facts in adapters.named.values())
+    call_workers(core, "loreft_keep", sorted({*named, *_in_use(core, adapters)}))
 
 
 def init(inner: Callable[..., None], core: object, *args: Any, **kwargs: Any) -> None:

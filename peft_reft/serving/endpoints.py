@@ -12,8 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from .engine.front import count_api_servers
-from .frontend import add_adapter_async, list_adapters, remove_adapter_async
+from .frontend import add_adapter_async, list_adapters_async, remove_adapter_async
 
 
 class LoadLoReftAdapter(BaseModel):
@@ -21,6 +20,7 @@ class LoadLoReftAdapter(BaseModel):
 
     loreft_name: str
     loreft_path: str
+    load_inplace: bool = False
 
 
 class UnloadLoReftAdapter(BaseModel):
@@ -30,16 +30,17 @@ class UnloadLoReftAdapter(BaseModel):
 
 
 async def load_loreft_adapter(body: LoadLoReftAdapter, request: Request) -> JSONResponse:
-    """Load an adapter from a folder or the Hub."""
+    """Load an adapter from a folder or the Hub. With `load_inplace` it may replace the one that has its name."""
+    engine = request.app.state.loreft_engine
     try:
-        await add_adapter_async(request.app.state.loreft_engine, body.loreft_name, body.loreft_path)
+        await add_adapter_async(engine, body.loreft_name, body.loreft_path, body.load_inplace)
     except ValueError as error:
         return _refusal(error)
     return JSONResponse({"message": f"Adapter {body.loreft_name!r} is loaded."})
 
 
 async def unload_loreft_adapter(body: UnloadLoReftAdapter, request: Request) -> JSONResponse:
-    """Drop an adapter as soon as no request uses it."""
+    """Drop an adapter. Requests that run go on with it."""
     try:
         await remove_adapter_async(request.app.state.loreft_engine, body.loreft_name)
     except ValueError as error:
@@ -50,7 +51,7 @@ async def unload_loreft_adapter(body: UnloadLoReftAdapter, request: Request) -> 
 async def loreft_adapters(request: Request) -> JSONResponse:
     """List the names of the adapters that requests can choose."""
     try:
-        names = list_adapters(request.app.state.loreft_engine)
+        names = await list_adapters_async(request.app.state.loreft_engine)
     except ValueError as error:
         return _refusal(error)
     return JSONResponse({"object": "list", "data": [{"id": name, "object": "loreft_adapter"} for name in names]})
@@ -75,10 +76,4 @@ class Endpoints:
 
     async def init_state(self, engine_client: object, state: Any, args: object) -> None:
         """Give the routes the engine (`state` is that of the FastAPI application)."""
-        servers = count_api_servers(args)
-        if servers != 1:
-            raise ValueError(
-                f"--api-server-count={servers}: only one process knows which adapters there are "
-                "(allowed: 1, or run without VLLM_PLUGINS=loreft)."
-            )
         state.loreft_engine = engine_client

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -20,6 +21,9 @@ scored. If it is not there, all of them are the prompt, or the marks of the chat
 CHOICE = "loreft_choice"
 """The key in a request's `extra_args` of what the core tells the worker: the fields of `chosen.Choice`."""
 
+HUB = "hub"
+"""The value of `resolve_from` that means the Hub."""
+
 _LONGEST_NAME = 200
 
 
@@ -36,6 +40,8 @@ class Options:
             number among `adapters`, at least 1.
         edit_answers: whether adapters may edit generated tokens if the engine captures its steps as graphs. Then
             each captured step computes edits for all its tokens. None: whether any of `adapters` does it.
+        resolve_from: where adapters are loaded from when a request first names them: a folder, whose folders have the
+            adapters' names; or "hub" for names such as "owner/adapter". None: such requests are refused.
 
     Each edited module takes `(max_adapters + 1) * max_positions * (2 * max_rank * d + max_rank) * 4` bytes for LoReFT:
     weights that are replaced stay until their last request ends. Each further formula in use takes memory of its own.
@@ -51,6 +57,7 @@ class Options:
     max_rank: int | None = None
     max_positions: int | None = None
     edit_answers: bool | None = None
+    resolve_from: str | None = None
 
     @property
     def most_adapters(self) -> int:
@@ -88,6 +95,9 @@ class Options:
                 raise ValueError(f"loreft.{name}={value!r}: expected an int of 1 or more.")
         if options.edit_answers is not None and type(options.edit_answers) is not bool:
             raise ValueError(f"loreft.edit_answers={options.edit_answers!r}: expected true or false.")
+        source = options.resolve_from
+        if source is not None and not (isinstance(source, str) and (source == HUB or os.path.isdir(source))):
+            raise ValueError(f'loreft.resolve_from={source!r}: expected a folder that exists, or "{HUB}".')
         named = len(options.adapters)
         if options.max_adapters is not None and options.max_adapters < named:
             raise ValueError(f"loreft.max_adapters={options.max_adapters}, but {named} are named in loreft.adapters.")
@@ -96,10 +106,9 @@ class Options:
 
 def check_name(name: Any) -> str:
     """Return `name` if it can be an adapter's name, else raise ValueError."""
-    if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME or "/" in name or not name.isprintable():
+    if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME or not name.isprintable():
         raise ValueError(
-            f"{KEY}={shorten(name)}: an adapter's name is a string of 1 to {_LONGEST_NAME} printable characters "
-            "without a slash."
+            f"{KEY}={shorten(name)}: an adapter's name is a string of 1 to {_LONGEST_NAME} printable characters."
         )
     return name
 

@@ -8,9 +8,10 @@ def register() -> None:
 
     The methods that are wrapped here call the original if `additional_config` has no "loreft".
     """
-    from . import core, frontend, worker
+    from . import core, finding, frontend, models, worker
     from .engine.core import extend_core
-    from .engine.front import extend_front_end
+    from .engine.front import extend_engines, extend_front_end
+    from .engine.openai import extend_command_line
     from .engine.worker import extend_worker
 
     extend_worker(
@@ -32,4 +33,11 @@ def register() -> None:
         block_keys=core.block_keys,
         methods={"loreft_add": core.add, "loreft_remove": core.remove, "loreft_list": core.known},
     )
-    extend_front_end(init=frontend.init, process_inputs=frontend.process_inputs)
+    extend_front_end(init=models.start, process_inputs=frontend.process_inputs)
+    extend_engines(
+        generate=finding.generate,
+        add_request=finding.add_request,
+        add_lora=finding.add_lora,
+        add_lora_async=finding.add_lora_async,
+    )
+    extend_command_line(from_cli_args=models.from_cli_args)

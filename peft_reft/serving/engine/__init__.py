@@ -14,6 +14,7 @@ module      its part of vLLM
 `worker`    the worker
 `runners`   its model runner, of which vLLM has two
 `core`      the core, between front end and worker
-`front`     the front end, the OpenAI server
+`front`     the front end
+`openai`    the OpenAI server
 =========== ========================================================
 """

@@ -10,7 +10,7 @@ attribute                                                 used for              
 `...completion.protocol.CompletionRequest`                wrapped class (`vllm.entrypoints.openai`)            0.28
 `vllm.exceptions.VLLMValidationError`                     refuses one request, with status 400 over HTTP       0.28
 `InputProcessor.__init__`                                 wrapped: the front end learns the adapters' names    0.28
-`InputProcessor.process_inputs`                           wrapped: refuses unknown names, adds block keys      0.28
+`InputProcessor.process_inputs`                           wrapped: refuses unknown names                       0.28
 `LLM.llm_engine`                                          reaches the two below                                0.28
 `LLMEngine.input_processor`                               knows the adapters' names; also of AsyncLLM          0.28
 `LLMEngine.engine_core`                                   client of the core; also of AsyncLLM                 0.28
@@ -22,7 +22,24 @@ attribute                                                 used for              
 `ChatCompletionRequest.to_beam_search_params`             wrapped: refuses beams with an adapter               0.28
 `CompletionRequest.to_beam_search_params`                 the same                                             0.28
 `ChatCompletionRequest.vllm_xargs`                        names the adapter over HTTP; CompletionRequest too   0.28
-`Namespace.api_server_count`                              several API servers are refused                      0.28
+`vllm.v1.engine.async_llm.AsyncLLM`                       wrapped class                                        0.28
+`vllm.v1.engine.llm_engine.LLMEngine`                     wrapped class                                        0.28
+`vllm.lora.request.LoRARequest`                           base of the requests by which `model=` chooses ours  0.28
+`AsyncLLM.generate`                                       wrapped: adapters that are not known yet are found   0.28
+`LLMEngine.add_request`                                   the same for LLM                                     0.28
+`AsyncLLM.add_lora`                                       wrapped: loads our adapters, too; also of LLMEngine  0.28
+`AsyncLLM._client_count`                                  whether other front ends may load adapters           0.28
+`AsyncLLM.log_stats`                                      whether the server has metrics                       0.28
+`AsyncLLM.vllm_config`                                    the engine's config                                  0.28
+`VllmConfig.lora_config`                                  whether vLLM serves LoRA                             0.28
+`...beam_search.online.BeamSearchOnlineMixin`             wrapped class                                        0.28
+`...beam_search.offline.BeamSearchOfflineMixin`           wrapped class                                        0.28
+`BeamSearchOnlineMixin.beam_search`                       wrapped: refuses beams with an adapter; offline too  0.28
+`LoRARequest.lora_name`                                   the name of an adapter                               0.28
+`LoRARequest.lora_path`                                   its folder, or its name on the Hub                   0.28
+`LoRARequest.load_inplace`                                whether it may replace one                           0.28
+`RequestOutput.outputs`                                   tells that the core has failed a request             0.28
+`CompletionOutput.finish_reason`                          the same                                             0.28
 ========================================================= ==================================================== =====
 
 What is added to vLLM's objects:
@@ -30,7 +47,7 @@ What is added to vLLM's objects:
 ========================================================= ====================================================
 attribute                                                 what it is
 ========================================================= ====================================================
-`InputProcessor.loreft_adapters`                          from an adapter's name to its `BlockKeys`
+`InputProcessor.loreft`                                   what the front end knows of the adapters (`Offered`)
 ========================================================= ====================================================
 """
 
@@ -38,6 +55,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 from ...patching import wrap
@@ -51,13 +69,33 @@ def extend_front_end(init: Callable[..., Any], process_inputs: Callable[..., Any
     wrap(InputProcessor, "process_inputs", process_inputs)
 
 
-def wrap_beam_search(wrapper: Callable[..., Any]) -> None:
-    """Wrap the method by which the OpenAI server reads the parameters of a beam search, `to_beam_search_params`."""
+def extend_engines(
+    generate: Callable[..., Any],
+    add_request: Callable[..., Any],
+    add_lora: Callable[..., Any],
+    add_lora_async: Callable[..., Any],
+) -> None:
+    """Wrap what takes requests, and what loads LoRA adapters: of `AsyncLLM`, and of `LLMEngine`, which `LLM` has."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    wrap(AsyncLLM, "generate", generate)
+    wrap(AsyncLLM, "add_lora", add_lora_async)
+    wrap(LLMEngine, "add_request", add_request)
+    wrap(LLMEngine, "add_lora", add_lora)
+
+
+def wrap_beam_search(body: Callable[..., Any], online: Callable[..., Any], offline: Callable[..., Any]) -> None:
+    """Wrap the beam search: what reads its parameters over HTTP, and the search, of the server and of `LLM`."""
+    from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
+    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-    wrap(ChatCompletionRequest, "to_beam_search_params", wrapper)
-    wrap(CompletionRequest, "to_beam_search_params", wrapper)
+    wrap(ChatCompletionRequest, "to_beam_search_params", body)
+    wrap(CompletionRequest, "to_beam_search_params", body)
+    wrap(BeamSearchOnlineMixin, "beam_search", online)
+    wrap(BeamSearchOfflineMixin, "beam_search", offline)
 
 
 def http_args(body: Any) -> Mapping[str, object]:
@@ -66,11 +104,14 @@ def http_args(body: Any) -> Mapping[str, object]:
     return given or {}
 
 
-def invalid_request(message: str, parameter: str, value: object = None) -> Exception:
-    """The exception that refuses one request (over HTTP: status 400) and leaves the engine running."""
+def invalid_request(message: str, parameter: str) -> Exception:
+    """The exception that refuses one request (over HTTP: status 400) and leaves the engine running.
+
+    The message has the value; vLLM would say it a second time, however long it is.
+    """
     from vllm.exceptions import VLLMValidationError
 
-    error: Exception = VLLMValidationError(message, parameter=parameter, value=value)
+    error: Exception = VLLMValidationError(message, parameter=parameter)
     return error
 
 
@@ -82,8 +123,8 @@ def processor_of(engine: object) -> object:
 
 
 def call_core(llm: Any, method: str, *args: object) -> Any:
-    """Call a method of the core of an `LLM`. The core is in this process or, as a rule, in another."""
-    client = llm.llm_engine.engine_core
+    """Call a method of the core of an `LLM` or `LLMEngine`. The core is in this process or, as a rule, in another."""
+    client = getattr(llm, "llm_engine", llm).engine_core
     core = getattr(client, "engine_core", None)
     if core is None:
         return client.call_utility(method, *args)
@@ -104,7 +145,53 @@ async def call_cores_async(engine: Any, method: str, *args: object) -> list[Any]
     return await asyncio.gather(*(client._call_utility_async(method, *args, engine=core) for core in cores))
 
 
-def count_api_servers(args: object) -> int:
-    """How many processes serve HTTP, by the arguments of `vllm serve`; 1 if they do not say."""
-    count: int | None = getattr(args, "api_server_count", None)
-    return 1 if count is None else count
+def has_other_front_ends(engine: Any) -> bool:
+    """Whether an `AsyncLLM` shares its core with those of other API servers."""
+    count: int = engine._client_count
+    return count > 1
+
+
+def logs_stats(engine: Any) -> bool:
+    """Whether an `AsyncLLM` has metrics."""
+    found: bool = engine.log_stats
+    return found
+
+
+def serves_lora(engine: Any) -> bool:
+    """Whether vLLM's own LoRA is enabled in an `AsyncLLM`."""
+    return engine.vllm_config.lora_config is not None
+
+
+def has_failed(output: Any) -> bool:
+    """Whether the core has failed a request: what is known of it so far is `output`."""
+    return any(completion.finish_reason == "error" for completion in output.outputs)
+
+
+# `LoRARequest`: vLLM's way to say which adapter a request chooses.
+
+
+@cache
+def _our_request() -> Any:
+    """The class of the `LoRARequest`s that we make. Their names are those of our adapters."""
+    from vllm.lora.request import LoRARequest
+
+    class LoReftRequest(LoRARequest):
+        """Chooses a LoReFT adapter by its name."""
+
+    return LoReftRequest
+
+
+def make_lora_request(name: str, path_or_name: str) -> object:
+    """A `LoRARequest` that means our adapter of this name. It never reaches vLLM's LoRA."""
+    made: object = _our_request()(lora_name=name, lora_int_id=1, lora_path=path_or_name)
+    return made
+
+
+def names_adapter(lora_request: object) -> bool:
+    """Whether `make_lora_request` made this `LoRARequest`."""
+    return isinstance(lora_request, _our_request())
+
+
+def read_lora_request(lora_request: Any) -> tuple[str, str, bool]:
+    """The name and path in a `LoRARequest`, and whether it may replace the adapter that has the name."""
+    return lora_request.lora_name, lora_request.lora_path, lora_request.load_inplace
