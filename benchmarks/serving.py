@@ -82,7 +82,9 @@ def measure(group: str, ways: dict[str, dict[str, Any]], rounds: int, folder: Pa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, help="default: " + ", ".join(f"{g} {GROUPS[g]['rounds']}" for g in GROUPS))
+    parser.add_argument(
+        "--rounds", type=int, help="default: " + ", ".join(f"{g} {GROUPS[g]['rounds']}" for g in GROUPS)
+    )
     parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=list(GROUPS))
     parser.add_argument("--ways", nargs="+", help="a subset of a group's, 'base' among them")
     parser.add_argument("--layers", type=int, default=SMOLLM2["num_hidden_layers"])

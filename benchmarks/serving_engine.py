@@ -148,7 +148,7 @@ class Server:
         elif kind != "base":
             from peft_reft.serving import server, worker
 
-            self.preparing.watch(worker, "_pieces")
+            self.preparing.watch(worker.Batch, "pieces")
             self.preparing.watch(server.Server, "prepare")
             more = {"additional_config": {"loreft": {"adapters": {f"a{k}": self.path(k) for k in range(count)}}}}
         settings = {**GROUPS[group]["engine"], **more}
@@ -184,11 +184,12 @@ class Server:
         """One request alone: seconds to its first token, how many tokens came from the cache, its answer."""
         began = time.perf_counter()
         self.send(ids, new, k)
-        first = None
+        arrived: list[tuple[float, Any]] = []
         while self.engine.has_unfinished_requests():
-            for output in self.engine.step():
-                first = first or time.perf_counter() - began
-        return first or 0.0, output.num_cached_tokens, list(output.outputs[0].token_ids)
+            outputs = self.engine.step()
+            arrived += [(time.perf_counter() - began, output) for output in outputs]
+        last = arrived[-1][1]
+        return arrived[0][0], last.num_cached_tokens, list(last.outputs[0].token_ids)
 
     # The loads. `draw(n)` makes n random tokens, the same in all engines.
 
@@ -275,6 +276,10 @@ def serve(group: str, kind: str, count: int, folder: Path) -> None:
         server.active = asked["active"]
         generator = torch.Generator().manual_seed(asked["turn"])
         load = {key: value for key, value in LOADS[asked["load"]].items() if key not in ("kind", "ways")}
-        run = kinds[LOADS[asked["load"]]["kind"]]
-        found = run(lambda n: torch.randint(100, 40000, (n,), generator=generator).tolist(), **load)
+
+        def draw(n: int, generator: torch.Generator = generator) -> list[int]:
+            found: list[int] = torch.randint(100, 40000, (n,), generator=generator).tolist()
+            return found
+
+        found = kinds[LOADS[asked["load"]]["kind"]](draw, **load)
         print("RESULT " + json.dumps(found), flush=True)

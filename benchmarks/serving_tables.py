@@ -63,7 +63,9 @@ def prefix_cache(loads: dict[str, Rounds]) -> list[str]:
     for load, runs in loads.items():
         for way, found in runs.items():
             if load == "chat":
-                cells = f"computes {middle(found, 'computed'):.0f} tokens a turn, of which {middle(found, 'new'):.0f} new"
+                cells = (
+                    f"computes {middle(found, 'computed'):.0f} tokens a turn, of which {middle(found, 'new'):.0f} new"
+                )
             elif load == "document":
                 cells = f"{middle(found, 'found'):.1%} of the prompt"
             else:

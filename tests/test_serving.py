@@ -29,7 +29,7 @@ from peft_reft.serving.blocks import map_of
 from peft_reft.serving.chosen import Choice, Facts
 from peft_reft.serving.core import block_keys
 from peft_reft.serving.options import CHOICE, Options, check_request
-from peft_reft.serving.schedule import NONE, Pieces, ServedPlan, edited, group_by_weights
+from peft_reft.serving.schedule import NONE, Pieces, Plans, ServedPlan, Turns, edited, group_by_weights
 from peft_reft.serving.server import Server
 from peft_reft.serving.tables import LINEAR, Table, formula_key
 from peft_reft.serving.turns import Reading
@@ -42,7 +42,7 @@ SPECS = ["f7+l7", "f3", "l1", "l3~2", "p", "g", "g2", "all", "f2+l2+g3", "f1+g",
 @given(spec=st.sampled_from(SPECS), prompt=st.integers(1, 24), answer=st.integers(0, 8))
 @settings(deadline=None)
 def test_the_same_tokens_as_in_training(by, spec, prompt, answer):
-    """`set_of` finds for each token what `resolve` and `make_index` find for the whole row."""
+    """`sets_in` finds for each token what `resolve` and `make_index` find for the whole row."""
     groups = Positions.parse(spec).groups
     if by == "position" and any(group.count is None for group in groups):
         by = "group"
@@ -61,7 +61,7 @@ def test_the_same_tokens_as_in_training(by, spec, prompt, answer):
         rows, valid = index.rows.reshape(-1, index.rows.shape[-1]), index.valid.reshape(-1, index.rows.shape[-1])
         for number, (at, is_valid) in enumerate(zip(rows, valid)):
             wanted[at[is_valid > 0].numpy()] = number
-    found = plan.set_of(np.arange(n), begin=np.zeros(n, dtype=int), answer=np.full(n, prompt))
+    found = plan.sets_in([(prompt, n)], 0, n)
     assert found.tolist() == wanted.tolist()
     assert wanted.max(initial=NONE) < plan.sets
     assert plan.edits_answers or (wanted[prompt:] == NONE).all()
@@ -71,15 +71,11 @@ def test_the_same_tokens_as_in_training(by, spec, prompt, answer):
 @settings(deadline=None)
 def test_pieces_add_up_to_the_whole(data):
     """The same weights edit each token, however requests are cut into steps and mixed with others."""
-    plans = [
-        None,
-        *(
-            ServedPlan(Positions.parse(spec).groups, "group")
-            for spec in data.draw(st.lists(st.sampled_from(SPECS), min_size=1, max_size=3))
-        ),
-    ]
+    specs = data.draw(st.lists(st.sampled_from(SPECS), min_size=1, max_size=3))
+    distinct = [ServedPlan(Positions.parse(spec).groups, "group") for spec in specs]
+    plans = Plans(distinct, np.array([NONE, *range(len(specs))]))  # the adapter at place 0 does nothing
     prompts = data.draw(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 6)), min_size=1, max_size=4))
-    places = [data.draw(st.integers(0, len(plans) - 1)) for _ in prompts]
+    places = [data.draw(st.integers(0, len(specs))) for _ in prompts]
     lengths = [prompt + answer for prompt, answer in prompts]
     done, found = [0] * len(prompts), {}
     while done != lengths:
@@ -89,10 +85,11 @@ def test_pieces_add_up_to_the_whole(data):
             continue
         start = np.cumsum([0, *counts])[:-1]
         values = (start, counts, done, [prompt for prompt, _ in prompts], places)
-        answers = [[(prompt, prompt)] for prompt, _ in prompts]
+        answers = Turns.of([[(prompt, prompt)] for prompt, _ in prompts])
         step = Pieces(*(np.array(v, dtype=np.int64) for v in values), np.ones(len(places)), answers)
-        turns = step.by_turn()
+        turns = step.by_turn(np.ones(len(places), dtype=bool))
         rows, sets, piece = edited(turns, plans, 4)
+        assert len({*rows.tolist()}) == len(rows), "a token is edited once"
         for row, number, place in zip(rows, sets, turns.place[piece]):
             request = int(np.searchsorted(start, row, side="right")) - 1
             while not counts[request]:
@@ -103,8 +100,8 @@ def test_pieces_add_up_to_the_whole(data):
     for request, ((prompt, _), place) in enumerate(zip(prompts, places)):
         n = lengths[request]
         whole = np.full(n, NONE)
-        if plans[place] is not None:
-            whole = plans[place].set_of(np.arange(n), begin=np.zeros(n, dtype=int), answer=np.full(n, prompt))
+        if place > 0:
+            whole = distinct[place - 1].sets_in([(prompt, prompt)], 0, n)
         wanted = {(request, i): s + 4 * place for i, s in enumerate(whole) if s != NONE}
         assert {key: value for key, value in found.items() if key[0] == request} == wanted
 
@@ -186,7 +183,14 @@ def reading(spec, by, marks=True):
 
 def one_piece(count, computed, given, spans):
     """A step with one request."""
-    return Pieces(*(np.array([value]) for value in (0, count, computed, given, 0, 1.0)), [spans])
+    return Pieces(*(np.array([value]) for value in (0, count, computed, given, 0, 1.0)), Turns.of([spans]))
+
+
+def edited_in(step, plan):
+    """From the rows of a step with one request to the sets of weights that edit them."""
+    rows, sets, _ = edited(step.by_turn(np.ones(1, dtype=bool)), Plans([plan], np.zeros(1, dtype=int)), 8)
+    assert len({*rows.tolist()}) == len(rows), "a token is edited once"
+    return dict(zip(rows.tolist(), sets.tolist()))
 
 
 def cut(data, plan, of_request, ids, given):
@@ -196,9 +200,7 @@ def cut(data, plan, of_request, ids, given):
         # A step that generates has one token, because the next ones do not exist yet.
         most = given - done if done < given else 1
         count = data.draw(st.integers(1, most))
-        step = one_piece(count, done, given, of_request)
-        rows, sets, _ = edited(step.by_turn(), [plan], 8)
-        by_row = dict(zip(rows.tolist(), sets.tolist()))
+        by_row = edited_in(one_piece(count, done, given, of_request), plan)
         found += [by_row.get(n, NONE) for n in range(count)]
         done += count
     return found
@@ -234,9 +236,7 @@ def sets_of_block(groups, by, ids, given, marks, start, stop):
     """By the plain rule: the set of weights of each token of a block."""
     if marks:
         return sets_of_chat(groups, by, ids, given)[start:stop]
-    step = one_piece(len(ids), 0, given, [(given, given)])
-    rows, sets, _ = edited(step.by_turn(), [ServedPlan(groups, by)], 8)
-    by_row = dict(zip(rows.tolist(), sets.tolist()))
+    by_row = edited_in(one_piece(len(ids), 0, given, [(given, given)]), ServedPlan(groups, by))
     return [by_row.get(n, NONE) for n in range(start, stop)]
 
 
@@ -397,7 +397,7 @@ def pieces(*requests, scale=1.0):
     """The pieces of a step, from (count, computed, given, place) of each request."""
     count, computed, given, place = (np.array(values, dtype=np.int64) for values in zip(*requests))
     start, scales = np.cumsum(count) - count, np.full(len(count), scale)
-    return Pieces(start, count, computed, given, place, scales, [[(n, n)] for n in given.tolist()])
+    return Pieces(start, count, computed, given, place, scales, Turns.of([[(n, n)] for n in given.tolist()]))
 
 
 @pytest.mark.parametrize("formula", [name for name in INTERVENTIONS if name != "interchange"])

@@ -15,7 +15,7 @@ from .adapters import ServedAdapter, read_adapter
 from .chosen import Facts
 from .edits import Edits, FixedSteps, hook, send
 from .options import Options
-from .schedule import NONE, Pieces, ServedPlan, TurnPieces, Work, edited, group_by_weights, same_plans
+from .schedule import NONE, Ints, Pieces, Plans, ServedPlan, TurnPieces, Work, edited, group_by_weights
 from .tables import LINEAR, DeviceWork, FormulaKey, Table, formula_key
 
 _AT_START = "Name an adapter like it when the engine starts, or start it with enforce_eager."
@@ -25,8 +25,7 @@ _AT_START = "Name an adapter like it when the engine starts, or start it with en
 class _Alike:
     """Modules in which every adapter does the same, so that a step is prepared once for all of them."""
 
-    plans: tuple[ServedPlan | None, ...]
-    """For each place what its adapter does in these modules, None for nothing."""
+    plans: Plans
     edits: list[Edits]
     work: list[tuple[FormulaKey, DeviceWork]] = field(default_factory=list)
     """What the running step edits; the same list as `Edits.work` of each module."""
@@ -77,10 +76,15 @@ class Server:
         """From an adapter's fingerprint to its place."""
         self.at_start: dict[str, Facts] = {name: adapter.facts for name, adapter in at_start.items()}
         """The adapters that the options name."""
-        self.plans: list[dict[str, ServedPlan]] = [{} for _ in range(self.max_places)]
-        """For each place, from a module's name to what the adapter does there."""
-        self.keys: list[FormulaKey | None] = [None] * self.max_places
-        """For each place the adapter's formula."""
+        # What adapters do, and their formulas, are numbered, so that a step compares numbers.
+        self.plans: dict[ServedPlan, int] = {}
+        """The number of everything that an adapter has done in a module so far."""
+        self.plan_of: dict[str, Ints] = {}
+        """From a module's name to (places,) the number of what each adapter does there, -1 for nothing."""
+        self.formulas: dict[FormulaKey, int] = {}
+        """The number of each formula so far."""
+        self.formula_of = np.full(self.max_places, NONE)
+        """For each place the number of the adapter's formula, -1 if it is free."""
         self.edits_answers = np.zeros(self.max_places, dtype=bool)
         """For each place whether its adapter edits generated tokens."""
         self.edits: dict[str, Edits] = {}
@@ -94,8 +98,7 @@ class Server:
             self.add(name, adapter)
         self.takes_hooks = not compiles
         if graph_tokens:
-            in_use = [key for key in self.keys if key is not None]
-            distinct = list(dict.fromkeys([LINEAR, *in_use]))
+            distinct = list(dict.fromkeys([LINEAR, *self.formulas]))
             self.fixed = FixedSteps([*self.edits.values()], distinct, graph_tokens, device)
 
     def _hook(self, name: str, d: int) -> None:
@@ -103,6 +106,7 @@ class Server:
         table = Table(d=d, r=self.max_rank, sets=self.max_places * self.max_positions, device=self.device)
         edits = Edits(name, table)
         self.edits[name] = edits
+        self.plan_of[name] = np.full(self.max_places, NONE)
         self.named[edits.name] = edits
         hook(self.model.get_submodule(self._served_name(name)), edits)
 
@@ -168,15 +172,19 @@ class Server:
 
     def _set(self, place: int, plans: dict[str, ServedPlan], key: FormulaKey | None) -> None:
         """Note what the adapter at a place does, and group the modules anew."""
-        self.plans[place] = plans
-        self.keys[place] = key
+        self.formula_of[place] = NONE if key is None else self.formulas.setdefault(key, len(self.formulas))
         self.edits_answers[place] = any(plan.edits_answers for plan in plans.values())
+        alike: dict[bytes, list[str]] = {}
+        for module, of_place in self.plan_of.items():
+            plan = plans.get(module)
+            of_place[place] = NONE if plan is None else self.plans.setdefault(plan, len(self.plans))
+            alike.setdefault(of_place.tobytes(), []).append(module)
         self.alike = []
-        for of_places, modules in same_plans(self.edits, self.plans).items():
-            alike = _Alike(of_places, [self.edits[module] for module in modules])
-            self.alike.append(alike)
-            for edits in alike.edits:
-                edits.work = alike.work
+        for modules in alike.values():
+            together = _Alike(Plans([*self.plans], self.plan_of[modules[0]]), [self.edits[each] for each in modules])
+            self.alike.append(together)
+            for edits in together.edits:
+                edits.work = together.work
 
     def prepare(self, pieces: Pieces) -> None:
         """Note what the coming step edits.
@@ -191,22 +199,21 @@ class Server:
         in_prompt = pieces.computed < pieces.given
         may_edit = has_adapter & (in_prompt | self.edits_answers[pieces.place])  # (requests,)
         if may_edit.any():
-            self._prepare(pieces[may_edit].by_turn())
+            self._prepare(pieces.by_turn(may_edit))
         if self.fixed is not None:
             self.fixed.send()
 
     def _prepare(self, turns: TurnPieces) -> None:
-        keys: set[FormulaKey] = set()
-        for place in np.unique(turns.place):
-            key = self.keys[place]
-            if key is not None:
-                keys.add(key)
+        formulas = [*self.formulas]
+        in_step = np.unique(self.formula_of[turns.place]).tolist()
         for alike in self.alike:
             rows, sets, piece = edited(turns, alike.plans, self.max_positions)  # each (n,)
-            places, scale = turns.place[piece], turns.scale[piece]  # (n,) each
-            for key in keys:
-                own = np.isin(places, [place for place, each in enumerate(self.keys) if each == key])
+            scale = turns.scale[piece]  # (n,)
+            formula = self.formula_of[turns.place[piece]]  # (n,)
+            for number in in_step:
+                own = formula == number
                 if own.any():
+                    key = formulas[number]
                     work = group_by_weights(rows=rows[own], sets=sets[own], scale=scale[own])
                     alike.work.append((key, self._send(work)))
                     if self.fixed is not None:

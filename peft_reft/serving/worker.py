@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,9 @@ from .engine.config import (
     transformers_config,
 )
 from .engine.request import extra_args, given_length, keep, kept, params_of, token_ids
-from .engine.worker import config_of, device_of, model_of, most_tokens, requests_of_step, runner_of, wrap_forward
+from .engine.worker import Step, config_of, device_of, model_of, most_tokens, requests_of_step, runner_of, wrap_forward
 from .options import CHOICE, Options
-from .schedule import NONE, Pieces, Spans
+from .schedule import NONE, Pieces, Spans, Turns
 from .server import Server
 
 
@@ -62,8 +63,10 @@ def _install(worker: object, options: Options, empty: nn.Module) -> None:
     # vLLM keeps compiled graphs on disk. It must not take one that was compiled without these hooks.
     add_to_graph_key(config, "loreft_hooks", {"version": __version__, "edited_modules": sorted(server.edits)})
 
+    batch = Batch(server)
+
     def edited_forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        server.prepare(_pieces(runner, server))
+        server.prepare(batch.pieces(requests_of_step(runner)))
         try:
             return forward(*args, **kwargs)
         finally:
@@ -84,19 +87,35 @@ class _Served:
     """The answers in what it was given."""
 
 
-def _pieces(runner: object, server: Server) -> Pieces:
-    """The requests of the step that a model runner is about to run."""
-    step = requests_of_step(runner)
-    served = [_served(request, server) for request in step.requests]
-    return Pieces(
-        start=step.starts[:-1],
-        count=np.diff(step.starts),
-        computed=step.computed,
-        given=step.given,
-        place=np.array([NONE if each is None else each.place for each in served], dtype=np.int64),
-        scale=np.array([1.0 if each is None else each.scale for each in served]),
-        answers=[() if each is None else each.answers for each in served],
-    )
+class Batch:
+    """The requests of the last step, and what is known of them: most steps have the requests of the step before."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self._look([])
+
+    def pieces(self, step: Step) -> Pieces:
+        """The pieces of a step's requests."""
+        same = len(step.requests) == len(self.requests) and all(map(is_, step.requests, self.requests))
+        if not same:
+            self._look(step.requests)
+        return Pieces(
+            start=step.starts[:-1],
+            count=np.diff(step.starts),
+            computed=step.computed,
+            given=step.given,
+            place=self.place,
+            scale=self.scale,
+            turns=self.turns,
+        )
+
+    def _look(self, requests: Sequence[object]) -> None:
+        """Look at each request."""
+        served = [_served(request, self.server) for request in requests]
+        self.requests = requests
+        self.place = np.array([NONE if each is None else each.place for each in served], dtype=np.int64)
+        self.scale = np.array([1.0 if each is None else each.scale for each in served])
+        self.turns = Turns.of([() if each is None else each.answers for each in served])
 
 
 def _served(request: object, server: Server) -> _Served | None:
