@@ -9,7 +9,7 @@ A *place* is an adapter's number in the tables of weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -75,7 +75,7 @@ class ServedPlan:
             stop: index behind the last token.
         """
         found = np.full(stop - start, NONE, dtype=np.int64)
-        for begin, answer, end in _turns(spans):
+        for begin, answer, end in turns_of(spans).T.tolist():
             if begin < stop and end > start:
                 turn = Turn(begin=begin, answer=answer, stop=_NEVER, is_first=begin == 0)
                 for group, first_set in self.numbered:
@@ -170,25 +170,28 @@ class Turns:
     answer: Ints
     """The index at which the turn's answer begins."""
     end: Ints
-    """The index behind the answer; one that no request reaches if the answer goes on with what is generated."""
+    """The index behind the answer."""
 
     @staticmethod
-    def of(answers: Sequence[Spans]) -> Turns:
-        """Read the answers in what each request was given; a request without an adapter has none."""
-        found: list[tuple[int, int, int, int]] = []
-        for request, spans in enumerate(answers):
-            for begin, answer, end in _turns(spans):
-                found.append((request, begin, answer, end))
-        return Turns(*np.array(found, dtype=np.int64).reshape(-1, 4).T.copy())
+    def of(turns: Sequence[Ints]) -> Turns:
+        """Join what `turns_of` found for each request."""
+        counts = [each.shape[1] for each in turns]
+        return Turns(np.repeat(np.arange(len(counts)), counts), *np.concatenate([NO_TURNS, *turns], axis=1))
 
 
-def _turns(spans: Spans) -> Iterator[tuple[int, int, int]]:
-    """For each turn of a request the index at which it begins, at which its answer begins, and behind the answer."""
-    begin = 0
-    last = len(spans) - 1
-    for number, (answer, end) in enumerate(spans):
-        yield begin, answer, _NEVER if number == last else end
-        begin = end
+NO_TURNS = np.empty((3, 0), dtype=np.int64)
+"""Of a request without an adapter."""
+
+
+def turns_of(spans: Spans) -> Ints:
+    """Read the answers in what a request was given.
+
+    Returns:
+        (3, turns): for each turn the index at which it begins, at which its answer begins, and behind the answer. The
+        last is one that no request reaches, because that answer goes on with what is generated.
+    """
+    answers, ends = zip(*spans)
+    return np.array([[0, *ends[:-1]], answers, [*ends[:-1], _NEVER]], dtype=np.int64)
 
 
 @dataclass(frozen=True)

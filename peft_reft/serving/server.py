@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..tuner.architectures import find_targets
-from .adapters import ServedAdapter, read_adapter
+from .adapters import Reader, ServedAdapter
 from .chosen import Facts
 from .edits import Edits, FixedSteps, hook, send
 from .options import Options
@@ -66,7 +66,8 @@ class Server:
         self.named = named
         self.device = device
         self.modules = {name for name, _ in model.named_modules()}
-        at_start = {name: read_adapter(path_or_name, empty) for name, path_or_name in options.adapters.items()}
+        self.reader = Reader(empty)
+        at_start = {name: self.reader.read(path_or_name) for name, path_or_name in options.adapters.items()}
         ranks = [adapter.rank for adapter in at_start.values()]
         sets = [adapter.sets for adapter in at_start.values()]
         self.max_places = options.most_adapters + 1

@@ -13,7 +13,6 @@ from torch import nn
 
 from .. import __version__
 from ..tuner.architectures import skeleton
-from .adapters import read_adapter
 from .chosen import Choice
 from .engine.config import (
     add_to_graph_key,
@@ -28,7 +27,7 @@ from .engine.config import (
 from .engine.request import extra_args, given_length, keep, kept, params_of, token_ids
 from .engine.worker import Step, config_of, device_of, model_of, most_tokens, requests_of_step, runner_of, wrap_forward
 from .options import CHOICE, Options
-from .schedule import NONE, Pieces, Spans, Turns
+from .schedule import NO_TURNS, NONE, Ints, Pieces, Turns, turns_of
 from .server import Server
 
 
@@ -77,14 +76,17 @@ def _install(worker: object, options: Options, empty: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class _Served:
-    """What a step must know of a request with an adapter."""
+    """What a step must know of a request."""
 
     place: int
-    """The place of its adapter."""
+    """The place of its adapter, -1 for none."""
     scale: float
     """What multiplies its edits."""
-    answers: Spans
-    """The answers in what it was given."""
+    turns: Ints
+    """(3, turns) its turns, as `turns_of` finds them."""
+
+
+_BASE = _Served(NONE, 1.0, NO_TURNS)
 
 
 class Batch:
@@ -113,24 +115,27 @@ class Batch:
         """Look at each request."""
         served = [_served(request, self.server) for request in requests]
         self.requests = requests
-        self.place = np.array([NONE if each is None else each.place for each in served], dtype=np.int64)
-        self.scale = np.array([1.0 if each is None else each.scale for each in served])
-        self.turns = Turns.of([() if each is None else each.answers for each in served])
+        self.place = np.array([each.place for each in served], dtype=np.int64)
+        self.scale = np.array([each.scale for each in served])
+        self.turns = Turns.of([each.turns for each in served])
 
 
-def _served(request: object, server: Server) -> _Served | None:
-    """What a step must know of a request; None if it has no adapter. Found when it arrives, and kept with it."""
+def _served(request: object, server: Server) -> _Served:
+    """What a step must know of a request. Found when it arrives, and kept with it."""
     found: _Served | None = kept(request, "loreft_served")
-    if found is not None:
-        return found
+    if found is None:
+        found = _find(request, server)
+        keep(request, "loreft_served", found)
+    return found
+
+
+def _find(request: object, server: Server) -> _Served:
     data = extra_args(params_of(request)).get(CHOICE)
     if data is None:
-        return None
+        return _BASE
     choice = Choice.read(data)
-    answers = choice.answers(token_ids(request), given_length(request))
-    found = _Served(server.places[choice.facts.fingerprint], choice.scale, answers)
-    keep(request, "loreft_served", found)
-    return found
+    turns = turns_of(choice.answers(token_ids(request), given_length(request)))
+    return _Served(server.places[choice.facts.fingerprint], choice.scale, turns)
 
 
 def add(worker: object, name: str, path_or_name: str) -> dict[str, Any]:
@@ -141,7 +146,7 @@ def add(worker: object, name: str, path_or_name: str) -> dict[str, Any]:
     """
     server: Server = kept(worker, "loreft")
     try:
-        adapter = read_adapter(path_or_name, server.empty)
+        adapter = server.reader.read(path_or_name)
         server.add(name, adapter)
     except Exception as error:
         return {"error": str(error)}
