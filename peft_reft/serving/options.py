@@ -35,8 +35,9 @@ class Options:
             share one set (`tie` "layer" and "model"), else the number of its groups or positions. None: the largest
             number among `adapters`, at least 1.
 
-    Each edited module takes `(max_adapters + 1) * max_positions * (2 * max_rank * d + max_rank) * 4` bytes for LoReFT:
-    weights that are replaced stay until their last request ends. Each further formula in use takes memory of its own.
+    Each edited module takes `((max_adapters + 1) * max_positions + 1) * (2 * max_rank * d + max_rank) * 4` bytes for
+    LoReFT: weights that are replaced stay until their last request ends, and one set of weights edits nothing. Each
+    further formula in use takes memory of its own.
 
     Examples:
         >>> from peft_reft.serving.options import Options
