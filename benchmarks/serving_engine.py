@@ -44,7 +44,7 @@ GROUPS: dict[str, dict[str, Any]] = {
             "LoReFT f7+l7, 8": dict(loreft="f7+l7", adapters=8),
             "LoReFT f7+l7 with marks, 1": dict(loreft="marked", adapters=1),
         },
-        rounds=5,
+        rounds=3,
     ),
     "scale": dict(
         loads=("512 rows", "long prompts"),
@@ -57,7 +57,7 @@ GROUPS: dict[str, dict[str, Any]] = {
             "all, 8 of 512": dict(loreft="all", adapters=512, active=8),
             "all, 512 of 512": dict(loreft="all", adapters=512),
         },
-        rounds=3,
+        rounds=2,
     ),
 }
 LOADS: dict[str, dict[str, Any]] = {
@@ -66,7 +66,7 @@ LOADS: dict[str, dict[str, Any]] = {
     "document": dict(kind="document", documents=3, length=1040, question=24, ways=("base", "LoReFT l7, 8")),
     "two questions": dict(kind="questions", length=1040, ways=("base", "LoReFT f7+l7, 8")),
     "chat": dict(kind="chat", turns=10, message=40, new=20, ways=("base", "LoReFT f7+l7 with marks, 1")),
-    "512 rows": dict(kind="batch", requests=512, prompt=16, new=8),
+    "512 rows": dict(kind="batch", requests=512, prompt=16, new=6),
     "long prompts": dict(
         kind="batch",
         requests=8,

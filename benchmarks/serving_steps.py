@@ -3,8 +3,8 @@
     python benchmarks/serving_steps.py [--adapters 1 64 512]
 
 A step is prepared before the model runs: which of its tokens are edited, with which weights. The model has the shape
-of SmolLM2-135M; adapters have r=4. One thread, CPU time, the median and the smallest of 50 repetitions. "Same requests"
-is a step whose requests are those of the step before, as in most steps.
+of SmolLM2-135M; adapters have r=4. One thread, CPU time, the median and the smallest of 50 repetitions. "Same
+requests" is a step whose requests are those of the step before, as in most steps.
 """
 
 import argparse

@@ -83,6 +83,7 @@ def scale(load: str, runs: Rounds) -> list[str]:
         ratio = over_base(runs, way, lambda own, base: own["seconds"] / base["seconds"])
         decode, preparing = 1e3 * middle(found, "decode"), middle(found, "preparing")
         memory = [middle(found, what) / 2**20 for what in ("tables", "peak")]
-        cells = f"{decode:.0f} | {preparing:.2%} | {memory[0]:.0f} | {memory[1]:.0f}"
+        share = "–" if way == "base" else f"{preparing:.2%}"
+        cells = f"{decode:.0f} | {share} | {memory[0]:.0f} | {memory[1]:.0f}"
         lines.append(f"| {way} | {ratio} | {cells} |")
     return [*lines, ""]
