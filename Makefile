@@ -142,14 +142,14 @@ test-vllm-oldest: $(VENV)-vllm-oldest/.installed
 bench-vllm: $(VENV)-vllm/.installed
 	$(VENV)-vllm/bin/python -W ignore benchmarks/serving.py --out docs/serving.json --page docs/serving.md $(ARGS)
 
-# A card. These three need no network: the machine has Python and torch with CUDA, and what `make wheels-gpu` collected
+# A card. The last two need no network: the machine has Python and torch with CUDA, and what `make wheels-gpu` collected
 # elsewhere is carried along in GPU_WHEELS. GPU_PYTHON is that machine's version of Python.
 GPU_PYTHON ?= 3.12
 GPU_REQUIREMENTS ?= requirements-gpu.txt
 GPU_WHEELS ?= outputs/wheels
 GPU_SITE = outputs/gpu-site
 PLATFORMS = manylinux_2_28 manylinux_2_27 manylinux_2_26 manylinux_2_24 manylinux_2_17 manylinux2014 manylinux_2_5 manylinux1
-.PHONY: wheels-gpu test-gpu bench-gpu bench-vllm-gpu
+.PHONY: wheels-gpu test-gpu bench-gpu
 wheels-gpu:
 	$(PYTHON) -m pip download -q --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) --implementation cp \
 		$(PLATFORMS:%=--platform %_x86_64) -d $(GPU_WHEELS) -r $(GPU_REQUIREMENTS) $(ARGS)
@@ -165,11 +165,6 @@ test-gpu: $(GPU_SITE)/.installed
 bench-gpu: $(GPU_SITE)/.installed
 	PYTHONPATH=$(CURDIR):$(CURDIR)/$(GPU_SITE) $(PYTHON) -W ignore benchmarks/gpu.py \
 		--out docs/gpu.json --page docs/gpu.md $(ARGS)
-
-# In an environment that has vLLM with CUDA; see docs/gpu.md.
-bench-vllm-gpu:
-	PYTHONPATH=$(CURDIR) $(PYTHON) -W ignore benchmarks/serving_gpu.py \
-		--out docs/serving-gpu.json --page docs/gpu.md $(ARGS)
 
 # site/; --strict: a broken link or reference is an error.
 $(VENV)-docs/.installed: pyproject.toml constraints.txt
