@@ -47,15 +47,16 @@ tensor to another branch (a residual sum does), so the backward may not change i
 
 ## On a GPU
 
-No number on this page was measured on a GPU; [another page](gpu.md) has what is ready for one. There, a small kernel
-costs as much as its launch. An edited layer launches five kernels in the forward (gather, A h + b, times `valid`, times
-B, scatter-add) and seven in the backward.
-A decode step without edited tokens launches none. One Triton kernel could replace the five. A program for each tile of
-edited tokens would load their hidden states by index, keep the r coordinates in registers, and add the product with B
-to the same rows, which no other program touches. The present layout fits it: `rows` (n,) int64 and `valid` (n, 1),
-shared by all layers; A and B (r, d) contiguous, computed for all layers in one batched call; the edited tokens (n, d)
-saved for the backward. The kernel would pay if launches bound a step, most of all while decoding with `all` or `g`. It
-would hardly pay under CUDA graphs or `torch.compile`, which captures the forward without a break.
+No number on this page was measured on a GPU; [another page](gpu.md) has what is ready for one.
+
+On a GPU a small kernel costs as much as its launch. An edited layer launches five kernels in the forward (gather, A h
++ b, times `valid`, times B, scatter-add) and seven in the backward. A decode step without edited tokens launches none.
+One Triton kernel could replace the five. A program for each tile of edited tokens would load their hidden states by
+index, keep the r coordinates in registers, and add the product with B to the same rows, which no other program
+touches. The present layout fits it: `rows` (n,) int64 and `valid` (n, 1), shared by all layers; A and B (r, d)
+contiguous, computed for all layers in one batched call; the edited tokens (n, d) saved for the backward. The kernel
+would pay if launches bound a step, most of all while decoding with `all` or `g`. It would hardly pay under CUDA graphs
+or `torch.compile`, which captures the forward without a break.
 """.strip()
 
 

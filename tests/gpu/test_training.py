@@ -181,7 +181,7 @@ def test_quantised_base(bits, device, tmp_path):
         losses[-1].backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert losses[-1] < losses[0] and orthogonality_error(model) < 1e-5
+    assert losses[-1] < losses[0]
     model.eval()
     with torch.no_grad(), model.disable_adapter():
         torch.testing.assert_close(model(**rows).logits, before, atol=1e-2, rtol=1e-2)
