@@ -17,14 +17,16 @@ SMOLLM2 = dict(
 )
 
 
-def build(
-    sizes: Mapping[str, int], device: str = "cpu", dtype: torch.dtype = torch.float32, attention: str | None = None
-) -> LlamaForCausalLM:
-    """A frozen model with random weights, made on its device. Speed does not depend on the values."""
+def build(sizes: Mapping[str, int], device: str = "cpu", dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """A frozen model with random weights, made on its device in its type. Speed does not depend on the values."""
     torch.manual_seed(0)
-    with torch.device(device):
-        config = LlamaConfig(**sizes, attn_implementation=attention)
-        model = LlamaForCausalLM._from_config(config, dtype=dtype).eval().requires_grad_(False)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(LlamaConfig(**sizes)).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(usual)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
