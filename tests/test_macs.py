@@ -67,7 +67,7 @@ def train(model, batch):
     "settings",
     [
         {"positions": "f2+l2"},
-        {"positions": "all", "intervention": "direft", "gate": True},
+        pytest.param({"positions": "all", "intervention": "direft", "gate": True}, marks=pytest.mark.slow),
         {"positions": "l2", "runtime_config": LoReftRuntimeConfig(untouched_prompt="on")},
     ],
     ids=["f2+l2", "all, gated direft", "the untouched prompt"],
