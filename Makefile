@@ -142,6 +142,30 @@ test-vllm-oldest: $(VENV)-vllm-oldest/.installed
 bench-vllm: $(VENV)-vllm/.installed
 	$(VENV)-vllm/bin/python -W ignore benchmarks/serving.py --out docs/serving.json --page docs/serving.md $(ARGS)
 
+# A card. The last two need no network: the machine has Python and torch with CUDA, and what `make wheels-gpu` collected
+# elsewhere is carried along in GPU_WHEELS. GPU_PYTHON is that machine's version of Python.
+GPU_PYTHON ?= 3.12
+GPU_REQUIREMENTS ?= requirements-gpu.txt
+GPU_WHEELS ?= outputs/wheels
+GPU_SITE = outputs/gpu-site
+PLATFORMS = manylinux_2_28 manylinux_2_27 manylinux_2_26 manylinux_2_24 manylinux_2_17 manylinux2014 manylinux_2_5 manylinux1
+.PHONY: wheels-gpu test-gpu bench-gpu
+wheels-gpu:
+	$(PYTHON) -m pip download -q --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) --implementation cp \
+		$(PLATFORMS:%=--platform %_x86_64) -d $(GPU_WHEELS) -r $(GPU_REQUIREMENTS) $(ARGS)
+
+$(GPU_SITE)/.installed: $(GPU_REQUIREMENTS)
+	$(PYTHON) -m pip install -q --no-index --no-deps --find-links $(GPU_WHEELS) --upgrade --target $(GPU_SITE) \
+		-r $(GPU_REQUIREMENTS)
+	@touch $@
+
+test-gpu: $(GPU_SITE)/.installed
+	PYTHONPATH=$(CURDIR):$(CURDIR)/$(GPU_SITE) $(PYTHON) -m pytest tests/gpu -rs --durations=10 $(ARGS)
+
+bench-gpu: $(GPU_SITE)/.installed
+	PYTHONPATH=$(CURDIR):$(CURDIR)/$(GPU_SITE) $(PYTHON) -W ignore benchmarks/gpu.py \
+		--out docs/gpu.json --page docs/gpu.md $(ARGS)
+
 # site/; --strict: a broken link or reference is an error.
 $(VENV)-docs/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-docs

@@ -28,7 +28,6 @@ from safetensors import safe_open
 from torch import nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
-from trl.trainer.utils import add_fused_lm_head
 from workload import SMOLLM2, batch, build, leave_identity, prompts, training_step
 
 from peft_reft import LoReftConfig, LoReftRuntimeConfig
@@ -87,6 +86,8 @@ def untouched(base: nn.Module, rounds: int, rows: int = 4) -> dict[str, dict[str
 
     Both with the model's own head and with TRL's fused head, each over the floor with that head.
     """
+    from trl.trainer.utils import add_fused_lm_head  # here: `make bench-gpu` does without TRL
+
     torch.set_num_threads(1)
     found: dict[str, dict[str, float | None]] = {}
     for head in ("", ", TRL's fused head"):
@@ -150,12 +151,14 @@ class Watch(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         self.readings.append(clock())
-        return torch.zeros(len(input_ids), dtype=torch.bool)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def decode(base: nn.Module, rounds: int, new: int = 9) -> dict[str, Ratio]:
+def decode(
+    base: nn.Module, rounds: int, new: int = 9, inputs: dict[str, torch.Tensor] | None = None
+) -> dict[str, Ratio]:
     """The steps of `generate` after the first token, over the base."""
-    inputs = prompts(4, 64)
+    inputs = prompts(4, 64) if inputs is None else inputs
 
     def run(model: nn.Module) -> Callable[[], object]:
         def steps() -> tuple[tuple[float, float], tuple[float, float]]:

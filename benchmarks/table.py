@@ -47,19 +47,28 @@ tensor to another branch (a residual sum does), so the backward may not change i
 
 ## On a GPU
 
-No number on this page was measured on a GPU. There, a small kernel costs as much as its launch. An edited layer
-launches five kernels in the forward (gather, A h + b, times `valid`, times B, scatter-add) and seven in the backward.
-A decode step without edited tokens launches none. One Triton kernel could replace the five. A program for each tile of
-edited tokens would load their hidden states by index, keep the r coordinates in registers, and add the product with B
-to the same rows, which no other program touches. The present layout fits it: `rows` (n,) int64 and `valid` (n, 1),
-shared by all layers; A and B (r, d) contiguous, computed for all layers in one batched call; the edited tokens (n, d)
-saved for the backward. The kernel would pay if launches bound a step, most of all while decoding with `all` or `g`. It
-would hardly pay under CUDA graphs or `torch.compile`, which captures the forward without a break.
+No number on this page was measured on a GPU; [another page](gpu.md) has what is ready for one.
+
+On a GPU a small kernel costs as much as its launch. An edited layer launches five kernels in the forward (gather, A h
++ b, times `valid`, times B, scatter-add) and seven in the backward. A decode step without edited tokens launches none.
+One Triton kernel could replace the five. A program for each tile of edited tokens would load their hidden states by
+index, keep the r coordinates in registers, and add the product with B to the same rows, which no other program
+touches. The present layout fits it: `rows` (n,) int64 and `valid` (n, 1), shared by all layers; A and B (r, d)
+contiguous, computed for all layers in one batched call; the edited tokens (n, d) saved for the backward. The kernel
+would pay if launches bound a step, most of all while decoding with `all` or `g`. It would hardly pay under CUDA graphs
+or `torch.compile`, which captures the forward without a break.
 """.strip()
 
 
 BEGIN, END = "<!-- figures: written by benchmarks/table.py -->", "<!-- end of the figures -->"
-"""What stands around the figures in docs/untouched.md."""
+"""What stands around the figures in docs/untouched.md and docs/gpu.md."""
+
+
+def between_marks(page: Path, lines: list[str]) -> None:
+    """Put lines in place of a page's figures."""
+    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    page.write_text(before + begin + "\n".join(["", *lines]) + end + after, encoding="utf-8")
 
 
 def timed(results: dict, name: str) -> list[str]:
@@ -170,10 +179,7 @@ def main() -> None:
         lines += ["", "## Curves", "", "`make bench-curves`; a model of 4 blocks.", "", "![overhead](performance.png)"]
     Path(sys.argv[2]).write_text("\n".join(lines) + "\n")
     if "untouched" in results:
-        page = Path(sys.argv[2]).with_name("untouched.md")
-        before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-        _, end, after = rest.partition(END)
-        page.write_text(before + begin + "\n".join(["", *untouched(results)]) + end + after, encoding="utf-8")
+        between_marks(Path(sys.argv[2]).with_name("untouched.md"), untouched(results))
 
 
 if __name__ == "__main__":

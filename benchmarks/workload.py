@@ -17,10 +17,16 @@ SMOLLM2 = dict(
 )
 
 
-def build(sizes: Mapping[str, int]) -> LlamaForCausalLM:
-    """A frozen model with random weights. Speed does not depend on the values."""
+def build(sizes: Mapping[str, int], device: str = "cpu", dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """A frozen model with random weights, made on its device in its type. Speed does not depend on the values."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**sizes)).eval().requires_grad_(False)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(LlamaConfig(**sizes)).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(usual)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
@@ -32,6 +38,12 @@ def batch(rows: int, length: int, prompt: int, vocab_size: int = SMOLLM2["vocab_
     labels = ids.clone()
     labels[:, :prompt] = -100
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def batch_of(base: nn.Module, rows: int, length: int, prompt: int) -> dict[str, torch.Tensor]:
+    """`batch` with the vocabulary of a model, on its device."""
+    inputs = batch(rows, length, prompt, base.config.vocab_size)
+    return {name: tensor.to(base.device) for name, tensor in inputs.items()}
 
 
 def prompts(rows: int, length: int, vocab_size: int = SMOLLM2["vocab_size"]) -> dict[str, torch.Tensor]:

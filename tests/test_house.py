@@ -18,7 +18,7 @@ FLOORS = [
     {"config"},
     {"card"},
     {"files", "positions", "edits"},
-    {"patching", "shapes", "exporting", "runtime_config"},
+    {"patching", "shapes", "exporting", "macs", "runtime_config"},
 ]
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 # The upward arrows there are, each within a function and with a comment that says why.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..exporting import exports_to_onnx
+from ..macs import on_cpu_of_mac
 from ..shapes import Float
 from .modes import in_transform, without_autocast
 
@@ -34,7 +35,7 @@ def orthonormalise(a: Float[Tensor, "*G r d"]) -> tuple[Float[Tensor, "*G r d"],
     Returns:
         R (..., r, d) and L (..., r, r), float32.
     """
-    q, upper = torch.linalg.qr(a.mT)  # (..., d, r), (..., r, r): aᵀ = q upper
+    q, upper = on_cpu_of_mac(torch.linalg.qr, a.mT)  # (..., d, r), (..., r, r): aᵀ = q upper
     one = torch.ones((), device=a.device)
     sign = torch.copysign(one, upper.diagonal(dim1=-2, dim2=-1)).unsqueeze(-2)  # (..., 1, r)
     lower = (upper * sign.mT).mT  # (..., r, r)
@@ -81,7 +82,7 @@ class _Orthonormalise(torch.autograd.Function):
             normal = (inner.tril() + inner.tril(-1).mT) @ r  # (..., r, d)
             grad: Tensor = -normal if grad_r is None else grad_r - normal  # (..., r, d)
             if not ctx.pulled_back or torch.is_grad_enabled():  # otherwise L is I, and no derivative passes through it
-                grad = torch.linalg.solve_triangular(lower.mT, grad, upper=True)
+                grad = on_cpu_of_mac(torch.linalg.solve_triangular, lower.mT, grad, upper=True)
         return grad, None
 
 
@@ -93,9 +94,9 @@ def _in_plain_operations(a: Float[Tensor, "*G r d"]) -> Float[Tensor, "*G r d"]:
     """
     with without_autocast(a.device.type):
         _, lower = orthonormalise(a.detach())
-        x = torch.linalg.solve_triangular(lower, a, upper=False)  # (..., r, d)
-        factor = torch.linalg.cholesky(x @ x.mT)  # (..., r, r)
-        r: Tensor = torch.linalg.solve_triangular(factor, x, upper=False)  # (..., r, d)
+        x = on_cpu_of_mac(torch.linalg.solve_triangular, lower, a, upper=False)  # (..., r, d)
+        factor = on_cpu_of_mac(torch.linalg.cholesky, x @ x.mT)  # (..., r, r)
+        r: Tensor = on_cpu_of_mac(torch.linalg.solve_triangular, factor, x, upper=False)  # (..., r, d)
         return r
 
 

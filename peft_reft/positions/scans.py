@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..exporting import exports_to_onnx
+from ..macs import on_cpu_of_mac
 from ..shapes import Int
 
 
@@ -17,7 +18,8 @@ def running_max(values: Int[Tensor, "batch seq"], lowest: int) -> Int[Tensor, "b
         lowest: stands for "no value".
     """
     if not exports_to_onnx():
-        return values.cummax(1).values
+        largest: Tensor = on_cpu_of_mac(torch.cummax, values, dim=1)[0]  # (batch, seq)
+        return largest
     #   values        -1   4  -1  -1   7  -1      with lowest=-1
     #   number         0   1   1   1   2   2      of values so far
     #   sums           0   5   8                  of value - lowest, for each number

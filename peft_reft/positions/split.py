@@ -49,8 +49,18 @@ class Part:
     """Column behind each row's last token."""
     width: int
     """The most tokens of a row."""
-    is_even: bool
-    """Whether all rows have the same columns, so that a slice takes them."""
+    slice_from: int | None
+    """If all rows have the same columns: the first of them, known without a host read, so that a slice takes them."""
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all rows have the same columns."""
+        return self.slice_from is not None
+
+    def behind(self, tokens: int) -> Part:
+        """The same tokens without the first `tokens` of each row."""
+        slice_from = None if self.slice_from is None else self.slice_from + tokens
+        return Part(self.first + tokens, self.last, self.width - tokens, slice_from)
 
     @cached_property
     def columns(self) -> Int[Tensor, "batch width"]:
@@ -64,9 +74,8 @@ class Part:
 
     def take(self, tensor: Shaped[Tensor, "batch seq *rest"], fill: float) -> Shaped[Tensor, "batch width *rest"]:
         """The tokens' entries of `tensor`, `fill` where a row has no token."""
-        if self.is_even:
-            start = int(self.columns[0, 0]) if self.width else 0
-            return tensor[:, start : start + self.width]
+        if self.slice_from is not None:
+            return tensor[:, self.slice_from : self.slice_from + self.width]
         columns = self.columns.clamp(max=tensor.shape[1] - 1).to(tensor.device)  # (batch, width)
         taken = tensor[torch.arange(len(tensor), device=tensor.device).unsqueeze(1), columns]  # (batch, width, ...)
         real = self.real.to(tensor.device).reshape(*columns.shape, *[1] * (tensor.ndim - 2))  # (batch, width, 1 ...)
@@ -107,7 +116,7 @@ class Split:
             lengths = last - first
             width = max(least, int(lengths.max()))
             is_even = bool((lengths == width).all()) and bool((first == first[0]).all())
-            parts.append(Part(first, last, width, is_even))
+            parts.append(Part(first, last, width, int(first[0]) if is_even else None))
         return Split(parts[0], parts[1], seq)
 
     @property
@@ -117,12 +126,11 @@ class Split:
         return all(part.is_even for part in parts) and sum(part.width for part in parts) == self.seq
 
     def to(self, device: torch.device) -> Split:
-        """The same on another device."""
-        moved = [
-            Part(part.first.to(device), part.last.to(device), part.width, part.is_even)
-            for part in (self.untouched, self.rest)
-        ]
-        return Split(moved[0], moved[1], self.seq)
+        """The same on another device, by one copy for which the host does not wait."""
+        columns = torch.stack([self.untouched.first, self.rest.first, self.rest.last])  # (3, batch)
+        first, cut, stop = columns.to(device, non_blocking=True)
+        untouched = Part(first, cut, self.untouched.width, self.untouched.slice_from)
+        return Split(untouched, Part(cut, stop, self.rest.width, self.rest.slice_from), self.seq)
 
     @cached_property
     def _origin(self) -> Int[Tensor, "batch seq"]:

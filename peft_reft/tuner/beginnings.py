@@ -106,6 +106,7 @@ def fingerprint(module: nn.Module, samples: int = 8) -> tuple[Hashable, ...]:
         if tensor.requires_grad or tensor.numel() == 0 or tensor.is_meta:
             continue
         flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
-        seen.append(flat[:: max(1, flat.numel() // samples)][:samples].double().sum())
-    read = torch.stack([each.to(seen[0].device) for each in seen]).tolist() if seen else []
+        wide = torch.float32 if tensor.device.type == "mps" else torch.float64  # a Mac's GPU has no float64
+        seen.append(flat[:: max(1, flat.numel() // samples)][:samples].to(wide).sum())
+    read = torch.stack([each.to(seen[0]) for each in seen]).tolist() if seen else []
     return (*[(tensor.data_ptr(), tensor._version) for tensor in tensors if not tensor.requires_grad], *read)

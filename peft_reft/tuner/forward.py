@@ -392,8 +392,8 @@ class Forward:
             place_of = {name: place for place, (name, _) in enumerate(scales)}
             scale_of = dict(scales)
             self._adapters_of_rows[key] = (
-                torch.tensor([place_of.get(name, 0) for name in names], device=device),
-                torch.tensor([scale_of.get(name, 0.0) for name in names], device=device),
+                torch.tensor([place_of.get(name, 0) for name in names]).to(device, non_blocking=True),
+                torch.tensor([scale_of.get(name, 0.0) for name in names]).to(device, non_blocking=True),
             )
         return self._adapters_of_rows[key]
 

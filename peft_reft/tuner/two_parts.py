@@ -163,6 +163,7 @@ class TwoParts:
         mask[1, :2] = mask[1, -1] = 0
         half = length // 2
         split = Split.at(torch.tensor([0, 2]), torch.tensor([half, half]), torch.tensor([length, length - 1]), length)
+        split = split.to(tokens.device)
         for way in candidates:
             trial = {self.tokens_name: tokens, "attention_mask": mask}
             if way == "given":
@@ -229,7 +230,7 @@ class TwoParts:
         if shared is not None:
             before = map_states(shared.states, lambda tensor: tensor.expand(rows, -1, -1, -1))
             outputs.append(shared.output.expand(rows, *shared.output.shape[1:]))
-            part = Part(part.first + len(shared.ids), part.last, part.width - len(shared.ids), part.is_even)
+            part = part.behind(len(shared.ids))
         states = before
         if part.width:
             states, output = self.run(part, before, way)
@@ -301,13 +302,14 @@ def cut_in_two(
 
 
 def run_alone(parts: TwoParts, split: Split, way: str, key: Hashable, ids: tuple[int, ...]) -> Beginning:
-    """Run the tokens `ids`, with which all rows begin, for the first row alone."""
+    """Run the tokens `ids`, with which all rows begin, for the first row alone. `split` is on the CPU."""
     of_row = {
         name: value[:1] if name in PER_TOKEN and isinstance(value, Tensor) else value
         for name, value in parts.given.items()
     }
-    start = split.untouched.first[:1]
-    part = Part(start, start + len(ids), len(ids), is_even=True)
+    first = split.untouched.first[:1]
+    start = first.to(parts.tokens.device)
+    part = Part(start, start + len(ids), len(ids), slice_from=int(first))
     states, output = TwoParts(parts.module, of_row, parts.is_model).run(part, (), way)
     return Beginning(key, ids, states, output)
 
