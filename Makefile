@@ -166,6 +166,12 @@ bench-gpu: $(GPU_SITE)/.installed
 	PYTHONPATH=$(CURDIR):$(CURDIR)/$(GPU_SITE) $(PYTHON) -W ignore benchmarks/gpu.py \
 		--out docs/gpu.json --page docs/gpu.md $(ARGS)
 
+# Each runner of vLLM, in an environment that has vLLM 0.32 with CUDA and this package's requirements (docs/gpu.md).
+.PHONY: bench-vllm-gpu
+bench-vllm-gpu:
+	PYTHONPATH=$(CURDIR) $(PYTHON) -W ignore benchmarks/serving_gpu.py \
+		--out docs/serving-gpu.json --page docs/gpu.md $(ARGS)
+
 # site/; --strict: a broken link or reference is an error.
 $(VENV)-docs/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-docs

@@ -39,8 +39,8 @@ class Engine:
 
     def __init__(self, group: str, kind: str, count: int, folder: Path) -> None:
         serving = ["--serve", group, kind, str(count), "--folder", str(folder)]
-        command = [sys.executable, "-W", "ignore", __file__, *serving]
-        env = {**os.environ, **VLLM}
+        command = [sys.executable, "-W", "ignore", sys.argv[0], *serving]
+        env = {**os.environ, **VLLM, **GROUPS[group].get("env", {})}
         self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def answer(self) -> dict[str, float]:

@@ -120,6 +120,11 @@ def prepare(folder: Path, layers: int, engines: Iterable[tuple[str, int]]) -> No
             save_file(changed, own / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
+def peak() -> int:
+    """Bytes of memory that this process has had at most."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 class Timed:
     """Sums up the seconds spent in functions."""
 
@@ -157,9 +162,9 @@ class Server:
             self.preparing.watch(worker.Batch, "pieces")
             self.preparing.watch(server.Server, "prepare")
             more = {"additional_config": {"loreft": {"adapters": {f"a{k}": self.path(k) for k in range(count)}}}}
-        settings = {**GROUPS[group]["engine"], **more}
+        settings = {"dtype": "float32", **GROUPS[group]["engine"], **more}
         model = str(folder / "model")
-        self.llm = LLM(model, load_format="dummy", dtype="float32", skip_tokenizer_init=True, **settings)
+        self.llm = LLM(model, load_format="dummy", skip_tokenizer_init=True, **settings)
         self.engine = self.llm.llm_engine
         self.block = self.engine.vllm_config.cache_config.block_size
         self.asked = 0
@@ -222,7 +227,7 @@ class Server:
             "decode": statistics.median(decodes),
             "preparing": (self.preparing.seconds - prepared) / sum(steps),
             "tables": self.bytes_of_tables(),
-            "peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            "peak": peak(),
         }
 
     def document(
