@@ -8,7 +8,7 @@ has. Neither what vLLM says of a step's requests nor the tables of weights are t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,18 +72,13 @@ class SelfCheck:
         plan = ServedPlan(Positions.parse(spec).groups, "all")
         server.add(NAME, ServedAdapter(dict.fromkeys(self.factors, plan), self.factors, self.facts))
         self._rows: tuple[Tensor, Tensor] | None = None
-        self._handle = server.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
+        self._handle = server.model.register_forward_pre_hook(self._note_rows, with_kwargs=True)
         for name, edits in server.edits.items():
             vars(edits)["apply"] = self._noting(edits.apply, self.seen[name])
 
-    def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.note_rows(kwargs)
-
-    def note_rows(self, inputs: Mapping[str, Any]) -> None:
-        """Note the `input_ids` and `positions` that the model is given, if they are among `inputs`."""
-        positions, ids = inputs.get("positions"), inputs.get("input_ids")
-        if positions is None:
-            return
+    def _note_rows(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what the model is given."""
+        positions, ids = kwargs["positions"], kwargs.get("input_ids")
         # (rows,) each. Some models have three lines of positions, which are alike for text.
         index = positions.reshape(-1, positions.shape[-1])[0].to("cpu", copy=True)
         tokens = torch.full_like(index, TOKEN) if ids is None else ids.to("cpu", copy=True)
