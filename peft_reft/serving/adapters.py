@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,6 +201,12 @@ def fetch(path_or_name: str) -> str:
         if not os.path.isfile(os.path.join(folder, name)):
             raise ValueError(f"{path_or_name} has no {name}: it is no adapter that `save_pretrained` wrote.")
     return folder
+
+
+def fetch_early(path_or_name: str) -> None:
+    """Download an adapter from the Hub before a worker loads it: while one loads, no request goes on."""
+    with suppress(Exception):  # the worker will say what is wrong
+        fetch(path_or_name)
 
 
 def fingerprint(folder: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from .adapters import is_loreft, read_facts
+from .adapters import fetch_early, is_loreft, read_facts
 from .chosen import Facts
 from .engine.config import additional_config
 from .engine.front import (
@@ -106,7 +106,8 @@ def process_inputs(
     name = chosen[KEY]
     if offered is None:
         raise _invalid(name, f"this engine serves no LoReFT adapters. {_HOW_TO_START}")
-    if name not in offered:
+    facts = offered.facts.get(name) if isinstance(name, str) else None
+    if facts is None:
         raise unknown(name, offered)
     request = inner(processor, request_id, prompt, params, *args, **kwargs)
     if is_session(request):
@@ -114,7 +115,7 @@ def process_inputs(
             name, "a request that goes on with more input is served without an adapter (send the whole text anew)."
         )
     if PROMPT_LENGTH in chosen:
-        _check_prompt_length(chosen[PROMPT_LENGTH], given_length(request), offered.facts[name])
+        _check_prompt_length(chosen[PROMPT_LENGTH], given_length(request), facts)
     add_extra_args(request, {KEY: name})
     offered.count(name)
     return request
@@ -213,6 +214,7 @@ async def add_adapter_async(engine: object, adapter_name: str, path_or_name: str
     offered.check_new(adapter_name)
 
     async def load() -> None:
+        await asyncio.to_thread(fetch_early, path_or_name)
         answer = await _load(engine, adapter_name, path_or_name, replace)
         if "error" in answer:  # the one that was to be replaced may be gone
             await refresh(engine)
