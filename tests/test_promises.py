@@ -71,9 +71,8 @@ def test_it_is_collated_and_scheduled_alike(prompt):
     slots = DataCollatorForLoReft(lambda batch: dict(batch), config)({"input_ids": ids, "labels": labels})
     columns = slots["intervention_positions"]
     assert columns[columns >= 0].tolist() == middle(prompt)
-    index = np.arange(ids.shape[1])
     plan = ServedPlan(Positions.parse("mid3").groups, "all")
-    sets = plan.set_of(index, begin=np.zeros_like(index), answer=np.full_like(index, prompt))
+    sets = plan.sets_in([(prompt, prompt)], 0, ids.shape[1])
     assert np.flatnonzero(sets != NONE).tolist() == middle(prompt)
     assert not plan.edits_answers
 

@@ -4,6 +4,7 @@ import asyncio
 import importlib.util
 import json
 import shutil
+import sys
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -15,7 +16,9 @@ from conftest import build, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_reft import LoReftConfig
 from peft_reft.edits.formulas import INTERVENTIONS
@@ -24,17 +27,19 @@ from peft_reft.positions.index import make_index
 from peft_reft.positions.resolve import find_answers, resolve
 from peft_reft.positions.spec import Positions
 from peft_reft.serving import add_adapter_async, core, list_adapters, remove_adapter_async
-from peft_reft.serving.adapters import fingerprint, read_adapter, read_facts
+from peft_reft.serving.adapters import Reader, fingerprint, read_adapter, read_facts
 from peft_reft.serving.blocks import map_of
 from peft_reft.serving.chosen import Choice, Facts
 from peft_reft.serving.core import block_keys
+from peft_reft.serving.engine.runners import Step
 from peft_reft.serving.models import from_cli_args
 from peft_reft.serving.offered import Offered
 from peft_reft.serving.options import CHOICE, Options, check_request
-from peft_reft.serving.schedule import NONE, Pieces, ServedPlan, edited, group_by_weights
+from peft_reft.serving.schedule import NONE, Pieces, Plans, ServedPlan, Turns, edited, group_by_weights, turns_of
 from peft_reft.serving.server import Server
 from peft_reft.serving.tables import LINEAR, Table, formula_key
 from peft_reft.serving.turns import Reading
+from peft_reft.serving.worker import Batch
 from peft_reft.tuner.architectures import skeleton
 
 SPECS = ["f7+l7", "f3", "l1", "l3~2", "p", "g", "g2", "all", "f2+l2+g3", "f1+g", "l2+g2", "f4+l2~3"]
@@ -44,7 +49,7 @@ SPECS = ["f7+l7", "f3", "l1", "l3~2", "p", "g", "g2", "all", "f2+l2+g3", "f1+g",
 @given(spec=st.sampled_from(SPECS), prompt=st.integers(1, 24), answer=st.integers(0, 8))
 @settings(deadline=None)
 def test_the_same_tokens_as_in_training(by, spec, prompt, answer):
-    """`set_of` finds for each token what `resolve` and `make_index` find for the whole row."""
+    """`sets_in` finds for each token what `resolve` and `make_index` find for the whole row."""
     groups = Positions.parse(spec).groups
     if by == "position" and any(group.count is None for group in groups):
         by = "group"
@@ -63,7 +68,7 @@ def test_the_same_tokens_as_in_training(by, spec, prompt, answer):
         rows, valid = index.rows.reshape(-1, index.rows.shape[-1]), index.valid.reshape(-1, index.rows.shape[-1])
         for number, (at, is_valid) in enumerate(zip(rows, valid)):
             wanted[at[is_valid > 0].numpy()] = number
-    found = plan.set_of(np.arange(n), begin=np.zeros(n, dtype=int), answer=np.full(n, prompt))
+    found = plan.sets_in([(prompt, n)], 0, n)
     assert found.tolist() == wanted.tolist()
     assert wanted.max(initial=NONE) < plan.sets
     assert plan.edits_answers or (wanted[prompt:] == NONE).all()
@@ -73,15 +78,11 @@ def test_the_same_tokens_as_in_training(by, spec, prompt, answer):
 @settings(deadline=None)
 def test_pieces_add_up_to_the_whole(data):
     """The same weights edit each token, however requests are cut into steps and mixed with others."""
-    plans = [
-        None,
-        *(
-            ServedPlan(Positions.parse(spec).groups, "group")
-            for spec in data.draw(st.lists(st.sampled_from(SPECS), min_size=1, max_size=3))
-        ),
-    ]
+    specs = data.draw(st.lists(st.sampled_from(SPECS), min_size=1, max_size=3))
+    distinct = [ServedPlan(Positions.parse(spec).groups, "group") for spec in specs]
+    plans = Plans(distinct, np.array([NONE, *range(len(specs))]))  # the adapter at place 0 does nothing
     prompts = data.draw(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 6)), min_size=1, max_size=4))
-    places = [data.draw(st.integers(0, len(plans) - 1)) for _ in prompts]
+    places = [data.draw(st.integers(0, len(specs))) for _ in prompts]
     lengths = [prompt + answer for prompt, answer in prompts]
     done, found = [0] * len(prompts), {}
     while done != lengths:
@@ -91,10 +92,11 @@ def test_pieces_add_up_to_the_whole(data):
             continue
         start = np.cumsum([0, *counts])[:-1]
         values = (start, counts, done, [prompt for prompt, _ in prompts], places)
-        answers = [[(prompt, prompt)] for prompt, _ in prompts]
+        answers = Turns.of([turns_of([(prompt, prompt)]) for prompt, _ in prompts])
         step = Pieces(*(np.array(v, dtype=np.int64) for v in values), np.ones(len(places)), answers)
-        turns = step.by_turn()
+        turns = step.by_turn(np.ones(len(places), dtype=bool))
         rows, sets, piece = edited(turns, plans, 4)
+        assert len({*rows.tolist()}) == len(rows), "a token is edited once"
         for row, number, place in zip(rows, sets, turns.place[piece]):
             request = int(np.searchsorted(start, row, side="right")) - 1
             while not counts[request]:
@@ -105,8 +107,8 @@ def test_pieces_add_up_to_the_whole(data):
     for request, ((prompt, _), place) in enumerate(zip(prompts, places)):
         n = lengths[request]
         whole = np.full(n, NONE)
-        if plans[place] is not None:
-            whole = plans[place].set_of(np.arange(n), begin=np.zeros(n, dtype=int), answer=np.full(n, prompt))
+        if place > 0:
+            whole = distinct[place - 1].sets_in([(prompt, prompt)], 0, n)
         wanted = {(request, i): s + 4 * place for i, s in enumerate(whole) if s != NONE}
         assert {key: value for key, value in found.items() if key[0] == request} == wanted
 
@@ -188,7 +190,14 @@ def reading(spec, by, marks=True):
 
 def one_piece(count, computed, given, spans):
     """A step with one request."""
-    return Pieces(*(np.array([value]) for value in (0, count, computed, given, 0, 1.0)), [spans])
+    return Pieces(*(np.array([value]) for value in (0, count, computed, given, 0, 1.0)), Turns.of([turns_of(spans)]))
+
+
+def edited_in(step, plan):
+    """From the rows of a step with one request to the sets of weights that edit them."""
+    rows, sets, _ = edited(step.by_turn(np.ones(1, dtype=bool)), Plans([plan], np.zeros(1, dtype=int)), 8)
+    assert len({*rows.tolist()}) == len(rows), "a token is edited once"
+    return dict(zip(rows.tolist(), sets.tolist()))
 
 
 def cut(data, plan, of_request, ids, given):
@@ -198,9 +207,7 @@ def cut(data, plan, of_request, ids, given):
         # A step that generates has one token, because the next ones do not exist yet.
         most = given - done if done < given else 1
         count = data.draw(st.integers(1, most))
-        step = one_piece(count, done, given, of_request)
-        rows, sets, _ = edited(step.by_turn(), [plan], 8)
-        by_row = dict(zip(rows.tolist(), sets.tolist()))
+        by_row = edited_in(one_piece(count, done, given, of_request), plan)
         found += [by_row.get(n, NONE) for n in range(count)]
         done += count
     return found
@@ -236,9 +243,7 @@ def sets_of_block(groups, by, ids, given, marks, start, stop):
     """By the plain rule: the set of weights of each token of a block."""
     if marks:
         return sets_of_chat(groups, by, ids, given)[start:stop]
-    step = one_piece(len(ids), 0, given, [(given, given)])
-    rows, sets, _ = edited(step.by_turn(), [ServedPlan(groups, by)], 8)
-    by_row = dict(zip(rows.tolist(), sets.tolist()))
+    by_row = edited_in(one_piece(len(ids), 0, given, [(given, given)]), ServedPlan(groups, by))
     return [by_row.get(n, NONE) for n in range(start, stop)]
 
 
@@ -399,7 +404,7 @@ def pieces(*requests, scale=1.0):
     """The pieces of a step, from (count, computed, given, place) of each request."""
     count, computed, given, place = (np.array(values, dtype=np.int64) for values in zip(*requests))
     start, scales = np.cumsum(count) - count, np.full(len(count), scale)
-    return Pieces(start, count, computed, given, place, scales, [[(n, n)] for n in given.tolist()])
+    return Pieces(start, count, computed, given, place, scales, Turns.of([turns_of([(n, n)]) for n in given.tolist()]))
 
 
 @pytest.mark.parametrize("formula", [name for name in INTERVENTIONS if name != "interchange"])
@@ -411,6 +416,139 @@ def test_read_adapter(llama, empty, tmp_path, formula, tie):
     assert adapter.sets == {"layer": 1, "group": 2, "position": 3, "model": 1}[tie]
     assert adapter.rank == (8 if INTERVENTIONS[formula].has_rank else 0)
     assert next(empty.parameters()).is_meta and not any("loreft" in name for name, _ in empty.named_modules())
+
+
+@pytest.mark.parametrize("formula", [name for name in INTERVENTIONS if name != "interchange"])
+@pytest.mark.parametrize("tie", ["layer", "position", "model"])
+def test_adapters_of_one_config_are_read_into_one_model(llama, empty, tmp_path, formula, tie, monkeypatch):
+    """What is read is what a reader of its own reads, also after a file that does not fit."""
+    fields = dict(intervention=formula, tie=tie, positions="f2+l1")
+    paths = [adapter_for(llama, tmp_path, name, scale=scale, **fields) for name, scale in (("a", 0.5), ("b", 0.7))]
+    wanted = [read_adapter(path, empty) for path in paths]
+    reader = Reader(empty)
+    first = reader.read(paths[0])
+    broken = tmp_path / "broken"
+    shutil.copytree(paths[1], broken)
+    tensors = load_file(broken / "adapter_model.safetensors")
+    gone = sorted(tensors)[0]
+    save_file({name: tensor for name, tensor in tensors.items() if name != gone}, broken / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="Missing"):
+        reader.read(str(broken))
+    save_file({**tensors, gone: tensors[gone] * torch.inf}, broken / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="infinite or not a number"):
+        reader.read(str(broken))
+    monkeypatch.setattr("peft_reft.serving.adapters.PeftModel.from_pretrained", None)
+    second = reader.read(paths[1])
+    for own, other in zip((first, second), wanted):
+        assert own.facts == other.facts and own.plans == other.plans and [*own.factors] == [*other.factors]
+        for name, factors in own.factors.items():
+            assert all(map(torch.equal, factors.tensors(), other.factors[name].tensors()))
+
+
+def test_models_that_adapters_are_read_into_do_not_pile_up(llama, empty, tmp_path):
+    reader = Reader(empty)
+    for n in range(1, 12):
+        assert reader.read(adapter_for(llama, tmp_path, str(n), positions=f"f{n}", r=1)).rank == 1
+    assert len(reader.made) == 8
+
+
+class Cost(TorchDispatchMode):
+    """Notes the operations of torch that run, and the shapes of what they return."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        self.operations.append((str(function), found.shape if isinstance(found, torch.Tensor) else None))
+        return found
+
+
+def calls_in(function, *args):
+    """How many functions run, of Python and of C: stands for time, and does not depend on the machine."""
+    events = []
+    sys.setprofile(lambda frame, event, arg: events.append(event))
+    try:
+        function(*args)
+    finally:
+        sys.setprofile(None)
+    return sum(event in ("call", "c_call") for event in events)
+
+
+@pytest.mark.parametrize("spec", ["f7+l7", "all"])
+def test_a_step_costs_what_it_edits_not_what_is_loaded(llama, empty, tmp_path, spec):
+    """8 adapters that requests use, alone and among 512: the same calls, and operations on tensors of equal sizes."""
+    adapter = read_adapter(adapter_for(llama, tmp_path, positions=spec, r=4), empty)
+    costs = {}
+    for loaded, active, prompt in ((8, 8, 40), (512, 8, 40), (512, 64, 40), (512, 8, 80)):
+        loreft, model = server(llama, empty, max_adapters=512)
+        for n in range(loaded):
+            loreft.add(f"a{n}", replace(adapter, facts=replace(adapter.facts, fingerprint=f"{n}")))
+        # Half of the requests decode, the others are new.
+        kinds = [(prompt, 0, prompt), (1, 50, 40)]
+        step = pieces(*((*kinds[n % 2], loreft.places[f"{n // 2 % active}"]) for n in range(128)))
+        loreft.prepare(step)  # the first step of a plan numbers its groups
+        calls = calls_in(loreft.prepare, step)
+        with Cost() as cost:
+            model.model.layers[0](torch.zeros(int(step.count.sum()), 32))
+        gathered = [shape.numel() for name, shape in cost.operations if "index_select" in name]
+        costs[loaded, active, prompt] = calls, sum(gathered), cost.operations
+    assert costs[512, 8, 40] == costs[8, 8, 40]
+    calls, gathered, _ = costs[512, 8, 40]
+    assert {each[0] for each in costs.values()} == {calls}  # no call for each adapter, request or token
+    assert costs[512, 64, 40][1] > gathered  # the weights of more adapters
+    assert (costs[512, 8, 80][1] == gathered) is (
+        spec == "f7+l7"
+    )  # the same number of edited tokens, or twice as many
+
+
+def test_memory_is_as_documented(llama, empty, tmp_path):
+    path = adapter_for(llama, tmp_path, positions="f2+l2", tie="group", r=8)
+    loreft, _ = server(llama, empty, max_adapters=20, adapters={"a": path})
+    for edits in loreft.edits.values():
+        found = sum(tensor.nbytes for stack in edits.table.stacks.values() for tensor in stack.tensors())
+        assert found == ((20 + 1) * 2 + 1) * (2 * 8 * 32 + 8) * 4
+    # 512 adapters on SmolLM2-135M, as docs/serving.md says.
+    table = Table(576, 8, 512 + 1, torch.device("meta"))
+    table.reserve(LINEAR)
+    assert round(30 * sum(tensor.nbytes for tensor in table.stacks[LINEAR].tensors()) / 2**20) == 543
+
+
+def test_a_batch_looks_at_its_requests_when_they_change(llama, empty, tmp_path):
+    paths = {name: adapter_for(llama, tmp_path, name, scale=scale) for name, scale in (("a", 0.5), ("b", 0.7))}
+    loreft, _ = server(llama, empty, adapters=paths)
+    looked = []
+
+    class Request:
+        prompt_embeds = None
+        prompt_token_ids = (3, 4, 5)
+
+        def __init__(self, name):
+            args = {CHOICE: asdict(Choice(loreft.at_start[name]))} if name else None
+            self.params = SimpleNamespace(extra_args=args)
+
+        @property
+        def sampling_params(self):
+            looked.append(self)
+            return self.params
+
+        def __eq__(self, other):
+            raise AssertionError("requests are compared by identity")
+
+    one, two, base = Request("a"), Request("b"), Request(None)
+    batch = Batch(loreft)
+    for computed, requests in ((0, [one, base]), (3, [one, base]), (4, [two, one, base]), (5, [base, one]), (6, [])):
+        n = len(requests)
+        step = Step(requests, np.arange(n + 1), np.full(n, computed), np.full(n, 3))
+        found = batch.pieces(step)
+        places = [
+            loreft.places[fingerprint(paths["a" if each is one else "b"])] for each in requests if each is not base
+        ]
+        assert found.place[found.place != NONE].tolist() == places and len(found.place) == n
+        assert found.turns.request.tolist() == [k for k, each in enumerate(requests) if each is not base]
+        assert found.computed.tolist() == [computed] * n
+    assert [*map(id, looked)] == [*map(id, (one, base, two))]
 
 
 def test_a_step_edits_by_the_formula(llama, empty, tmp_path):

@@ -14,16 +14,23 @@ import torch
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from ..config import LoReftConfig
 from ..convert.ours import local_folder
 from ..edits.factors import Factors
+from ..files import check_finite
 from ..tuner.layer import LoReftLayer
+from ..tuner.state_dicts import is_ours, without_adapter_name
 from .chosen import Facts
 from .schedule import ServedPlan
 
 _NAME = "served"
+_MOST_MADE = 8
+"""How many models a reader keeps."""
+_ABOUT_THE_BASE = ("base_model_name_or_path", "revision")
+"""Fields of a config that change nothing in an adapter."""
 
 
 @dataclass(frozen=True)
@@ -57,44 +64,104 @@ class ServedAdapter:
         return any(plan.edits_answers for plan in self.plans.values())
 
 
-def read_adapter(path_or_name: str, empty: nn.Module) -> ServedAdapter:
-    """Read what `save_pretrained` wrote.
+class Reader:
+    """Reads adapters for one model. Adapters of one config are read into one model, which PEFT has made for the first.
 
     Args:
-        path_or_name: a folder, or a name on the Hub.
-        empty: the transformers model that the adapter is for, without weights (`skeleton`).
-
-    Raises:
-        ValueError: this is no LoReFT adapter, or it is damaged, does not fit the model or cannot be served. The
-            message says which.
+        empty: the transformers model that the adapters are for, without weights (`skeleton`).
     """
-    folder = fetch(path_or_name)
-    before = fingerprint(folder)
-    config = _config(folder, named=path_or_name)
-    for field in ("modules_to_save", "trainable_token_indices"):
-        value = getattr(config, field)
-        if value:
-            raise ValueError(
-                f"{path_or_name} has {field}={value!r}: the adapters of a server share all weights but their edits "
-                "(allowed: None)."
-            )
-    if config.intervention == "interchange":
-        raise ValueError(f"{path_or_name} has intervention='interchange': it needs hidden states of another run.")
-    try:
-        model: Any = PeftModel.from_pretrained(copy.deepcopy(empty), folder, adapter_name=_NAME, config=config)
-    except (RuntimeError, SafetensorError) as error:  # shapes that do not fit, a file cut short
-        raise ValueError(f"{path_or_name} does not fit {type(empty).__name__}: {error}") from error
-    plans: dict[str, ServedPlan] = {}
-    factors: dict[str, Factors] = {}
-    with torch.inference_mode():
-        for name, layer in _layers(model.get_base_model()):
-            plan = layer.plans[_NAME]
-            plans[name] = ServedPlan(plan.groups, plan.sharing)
-            intervention = layer.weights(_NAME).eval().requires_grad_(False)
-            factors[name] = intervention.current_factors()
-    if fingerprint(folder) != before:
-        raise ValueError(f"{path_or_name} changed while it was read. Load it again when it is complete.")
-    return ServedAdapter(plans, factors, Facts.of(config, before))
+
+    def __init__(self, empty: nn.Module) -> None:
+        self.empty = empty
+        self.made: dict[str, _Made] = {}
+        """By the config, as JSON."""
+
+    def read(self, path_or_name: str) -> ServedAdapter:
+        """Read what `save_pretrained` wrote.
+
+        Args:
+            path_or_name: a folder, or a name on the Hub.
+
+        Raises:
+            ValueError: this is no LoReFT adapter, or it is damaged, does not fit the model or cannot be served. The
+                message says which.
+        """
+        folder = fetch(path_or_name)
+        before = fingerprint(folder)
+        config = _config(folder, named=path_or_name)
+        facts = Facts.of(config, before)
+        for field in ("modules_to_save", "trainable_token_indices"):
+            value = getattr(config, field)
+            if value:
+                raise ValueError(
+                    f"{path_or_name} has {field}={value!r}: the adapters of a server share all weights but their "
+                    "edits (allowed: None)."
+                )
+        if config.intervention == "interchange":
+            raise ValueError(f"{path_or_name} has intervention='interchange': it needs hidden states of another run.")
+        recipe = json.dumps({**config.to_dict(), **dict.fromkeys(_ABOUT_THE_BASE)}, sort_keys=True)
+        made = self.made.get(recipe)
+        if made is None or not made.fill(folder):
+            try:
+                model = PeftModel.from_pretrained(copy.deepcopy(self.empty), folder, adapter_name=_NAME, config=config)
+            except (RuntimeError, SafetensorError) as error:  # shapes that do not fit, a file cut short
+                raise ValueError(f"{path_or_name} does not fit {type(self.empty).__name__}: {error}") from error
+            made = _Made(model)
+            if len(self.made) == _MOST_MADE:
+                del self.made[next(iter(self.made))]
+            self.made[recipe] = made
+        plans = {
+            name: ServedPlan(layer.plans[_NAME].groups, layer.plans[_NAME].sharing) for name, layer in made.layers
+        }
+        factors = made.factors()
+        if fingerprint(folder) != before:
+            raise ValueError(f"{path_or_name} changed while it was read. Load it again when it is complete.")
+        return ServedAdapter(plans, factors, facts)
+
+
+class _Made:
+    """A model that PEFT has made for an adapter, with its weights; other adapters of the same config fit into it."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.layers = [*_layers(model.get_base_model())]
+        for _, layer in self.layers:
+            layer.weights(_NAME).eval().requires_grad_(False)
+        self.parameters: dict[str, nn.Parameter] = {}
+        """By the name that they have in a file. Those that layers share are there once."""
+        for key, parameter in model.named_parameters():
+            if is_ours(key):
+                self.parameters[without_adapter_name(key, _NAME)] = parameter
+
+    def fill(self, folder: str) -> bool:
+        """Take over the weights of another adapter.
+
+        Returns:
+            Whether its tensors have the names and shapes that they should have. If not, nothing has changed; who makes
+            a new model for it learns what is wrong.
+
+        Raises:
+            ValueError: a value is not finite.
+        """
+        path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+        tensors = load_file(path)
+        shapes = {key: tensor.shape for key, tensor in tensors.items()}
+        if shapes != {key: parameter.shape for key, parameter in self.parameters.items()}:
+            return False
+        check_finite(tensors, path)
+        for key, tensor in tensors.items():
+            self.parameters[key].copy_(tensor)
+        return True
+
+    @torch.inference_mode()
+    def factors(self) -> dict[str, Factors]:
+        """From the name of each edited module to its tensors, which stay when the weights change."""
+        return {name: layer.weights(_NAME).current_factors().map(torch.clone) for name, layer in self.layers}
+
+
+def read_adapter(path_or_name: str, empty: nn.Module) -> ServedAdapter:
+    """Do what `Reader.read` does, for one adapter."""
+    return Reader(empty).read(path_or_name)
 
 
 def _config(folder: str, named: str) -> LoReftConfig:

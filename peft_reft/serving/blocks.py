@@ -12,12 +12,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
+from ..positions.index import Sharing
 from ..positions.spec import Positions
 from .chosen import Choice
-from .schedule import NONE, Ints, Pieces, ServedPlan, Spans, edited
+from .schedule import NONE, Ints, ServedPlan, Spans
 
 
 def map_of(choice: Choice, ids: Sequence[int] | None, given: int) -> EditedMap:
@@ -28,13 +30,13 @@ def map_of(choice: Choice, ids: Sequence[int] | None, given: int) -> EditedMap:
         ids: token ids that the request was given; None if it was given embeddings.
         given: how many tokens or embeddings it was given.
     """
-    plans = [ServedPlan(Positions.parse(spec).groups, choice.facts.sharing) for spec in choice.facts.specs]
+    plans = [_plan(spec, choice.facts.sharing) for spec in choice.facts.specs]
     spans = choice.answers(ids, given)
     return EditedMap(
         weights=f"{choice.facts.fingerprint} {choice.scale!r}",
         plans=plans,
         spans=spans,
-        sets=[_sets(plan, spans, 0, given) for plan in plans],
+        sets=[plan.sets_in(spans, 0, given) for plan in plans],
         given=given,
     )
 
@@ -60,7 +62,7 @@ class EditedMap:
         for plan, sets in zip(self.plans, self.sets):
             inside = sets[start:stop]
             if stop > self.given and plan.edits_answers:
-                inside = np.concatenate([inside, _sets(plan, self.spans, max(start, self.given), stop)])
+                inside = np.concatenate([inside, plan.sets_in(self.spans, max(start, self.given), stop)])
             of_block.append(inside)
         if all((sets == NONE).all() for sets in of_block):
             return None
@@ -73,19 +75,6 @@ class EditedMap:
         return digest.hexdigest()[:32]
 
 
-def _sets(plan: ServedPlan, spans: Spans, start: int, stop: int) -> Ints:
-    """The set of weights that edits each of the tokens `start` to `stop` of a request, -1 for none."""
-    found = np.full(stop - start, NONE, dtype=np.int64)
-    zero = np.zeros(1, dtype=np.int64)  # (1 request,)
-    pieces = Pieces(
-        start=zero,
-        count=zero + stop - start,
-        computed=zero + start,
-        given=zero,
-        place=zero,
-        scale=np.ones(1),
-        answers=[spans],
-    )
-    rows, sets, _ = edited(pieces.by_turn(), [plan], sets_per_place=0)
-    found[rows] = sets
-    return found
+@lru_cache(maxsize=1024)
+def _plan(spec: str, sharing: Sharing) -> ServedPlan:
+    return ServedPlan(Positions.parse(spec).groups, sharing)

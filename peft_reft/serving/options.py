@@ -43,8 +43,9 @@ class Options:
         resolve_from: where adapters are loaded from when a request first names them: a folder, whose folders have the
             adapters' names; or "hub" for names such as "owner/adapter". None: such requests are refused.
 
-    Each edited module takes `(max_adapters + 1) * max_positions * (2 * max_rank * d + max_rank) * 4` bytes for LoReFT:
-    weights that are replaced stay until their last request ends. Each further formula in use takes memory of its own.
+    Each edited module takes `((max_adapters + 1) * max_positions + 1) * (2 * max_rank * d + max_rank) * 4` bytes for
+    LoReFT: weights that are replaced stay until their last request ends, and one set of weights edits nothing. Each
+    further formula in use takes memory of its own.
 
     Examples:
         >>> from peft_reft.serving.options import Options

@@ -9,13 +9,14 @@ A *place* is an adapter's number in the tables of weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..positions.groups import Turn
+from ..positions.groups import Group, Turn
 from ..positions.index import Sharing, weight_sets
 from ..positions.layout import Layout
 
@@ -27,6 +28,8 @@ NONE = -1
 
 _NEVER = np.iinfo(np.int64).max // 2
 """The index behind an answer that goes on."""
+
+_EMPTY = np.empty(0, dtype=np.int64)
 
 Spans = Sequence[tuple[int, int]]
 """The answers in what a request was given: for each the index of its first token, and the index behind its last. The
@@ -50,39 +53,50 @@ class ServedPlan:
         """The number of sets of weights."""
         return weight_sets(self.groups, self.sharing)
 
-    def set_of(self, index: Ints, begin: Ints, answer: Ints) -> Ints:
-        """Find the set of weights that edits each token.
-
-        Args:
-            index: (n,) index of each token in its request.
-            begin: (n,) index at which the token's turn begins, which is a prompt and the answer behind it.
-            answer: (n,) index at which the turn's answer begins.
-
-        Returns:
-            (n,) numbers of sets, -1 for tokens that are not edited.
-        """
-        stop = np.full_like(index, _NEVER)
-        turn = Turn(begin=begin, answer=answer, stop=stop, is_first=begin == 0)  # (n,) each
-        in_answer = index >= answer  # (n,)
-        has_answers = in_answer.any()
-        has_prompts = not in_answer.all()
-        found = np.full_like(index, NONE)
+    @cached_property
+    def numbered(self) -> list[tuple[Group, int]]:
+        """The groups, and for each the set of weights of its first slot."""
+        found = []
         sets_before = 0
         for group in self.groups:
-            # Most steps decode: then the groups of the prompt have no tokens.
-            may_edit = has_answers if group.decodes else has_prompts
-            if may_edit:
-                span = group.span(turn)
-                inside = (index >= span.lower) & (index < span.upper)  # (n,)
-                chosen: Ints | int = sets_before
-                if self.sharing == "position":
-                    chosen = sets_before + index - span.start  # (n,)
-                found = np.where(inside, chosen, found)
+            found.append((group, sets_before))
             if self.sharing == "position":
                 sets_before += group.count or 0
             elif self.sharing == "group":
                 sets_before += 1
         return found
+
+    def sets_in(self, spans: Spans, start: int, stop: int) -> Ints:
+        """The set of weights that edits each of the tokens `start` to `stop` of a request, -1 for none.
+
+        Args:
+            spans: the answers in what the request was given.
+            start: index of the first token.
+            stop: index behind the last token.
+        """
+        found = np.full(stop - start, NONE, dtype=np.int64)
+        for begin, answer, end in turns_of(spans).T.tolist():
+            if begin < stop and end > start:
+                turn = Turn(begin=begin, answer=answer, stop=_NEVER, is_first=begin == 0)
+                for group, first_set in self.numbered:
+                    span = group.span(turn)
+                    lower = max(span.lower, begin, start)
+                    upper = max(min(span.upper, end, stop), lower)
+                    inside = slice(lower - start, upper - start)
+                    found[inside] = first_set
+                    if self.sharing == "position":
+                        found[inside] += np.arange(lower, upper) - span.start
+        return found
+
+
+@dataclass(frozen=True)
+class Plans:
+    """What the adapters of all places do in one module."""
+
+    distinct: Sequence[ServedPlan]
+    """What there is to do. Most adapters do the same as others."""
+    of_place: Ints
+    """(places,) for each place an index in `distinct`, -1 if its adapter does nothing here."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +130,11 @@ def group_by_weights(rows: Ints, sets: Ints, scale: Floats) -> Work:
         scale: (n,) what multiplies its edit.
     """
     order = np.argsort(sets, kind="stable")  # (n,)
-    distinct, counts = np.unique(sets, return_counts=True)  # (s,) each
+    ordered = sets[order]  # (n,)
+    is_first = np.concatenate([[True], ordered[1:] != ordered[:-1]])  # (n,) whether another set begins
+    begins = np.flatnonzero(is_first)  # (s,)
+    distinct = ordered[begins]  # (s,)
+    counts = np.diff(begins, append=len(sets))  # (s,)
     width = -(-len(rows) // len(distinct))  # rounded up
     heights = -(-counts // width)  # (s,) how many lines each set takes, rounded up
     first = np.cumsum(heights) - heights  # (s,) the first of them
@@ -142,6 +160,41 @@ def _count_up(counts: Ints) -> Ints:
 
 
 @dataclass(frozen=True)
+class Turns:
+    """The turns of several requests, one behind the other. All arrays are (turns,) int64."""
+
+    request: Ints
+    """Which of the requests the turn belongs to."""
+    begin: Ints
+    """The index at which the turn begins, 0 for the first."""
+    answer: Ints
+    """The index at which the turn's answer begins."""
+    end: Ints
+    """The index behind the answer."""
+
+    @staticmethod
+    def of(turns: Sequence[Ints]) -> Turns:
+        """Join what `turns_of` found for each request."""
+        counts = [each.shape[1] for each in turns]
+        return Turns(np.repeat(np.arange(len(counts)), counts), *np.concatenate([NO_TURNS, *turns], axis=1))
+
+
+NO_TURNS = np.empty((3, 0), dtype=np.int64)
+"""Of a request without an adapter."""
+
+
+def turns_of(spans: Spans) -> Ints:
+    """Read the answers in what a request was given.
+
+    Returns:
+        (3, turns): for each turn the index at which it begins, at which its answer begins, and behind the answer. The
+        last is one that no request reaches, because that answer goes on with what is generated.
+    """
+    answers, ends = zip(*spans)
+    return np.array([[0, *ends[:-1]], answers, [*ends[:-1], _NEVER]], dtype=np.int64)
+
+
+@dataclass(frozen=True)
 class Pieces:
     """The requests of a step. Each has a piece in it: `count` tokens from index `computed` on.
 
@@ -160,51 +213,35 @@ class Pieces:
     """The place of the request's adapter, -1 for none."""
     scale: Floats
     """What multiplies the adapter's edits."""
-    answers: Sequence[Spans]
-    """The answers in what each request was given."""
+    turns: Turns
+    """The turns of all requests."""
 
-    def __getitem__(self, which: NDArray[np.bool_]) -> Pieces:
-        """The requests for which `which` (requests,) is True."""
-        return Pieces(
-            start=self.start[which],
-            count=self.count[which],
-            computed=self.computed[which],
-            given=self.given[which],
-            place=self.place[which],
-            scale=self.scale[which],
-            answers=[spans for spans, chosen in zip(self.answers, which) if chosen],
-        )
-
-    def by_turn(self) -> TurnPieces:
-        """Cut the pieces where one turn ends and the next begins.
+    def by_turn(self, which: NDArray[np.bool_]) -> TurnPieces:
+        """Cut pieces where one turn ends and the next begins.
 
         The answers of a request are from index 4 to 6, and from 9 on. A piece with the indices 2 to 9 is cut in two:
 
             index  0  1  2  3  4  5  6  7  8  9
             token  u  u  u  u  a  a  a  u  u  a
             piece        1  1  1  1  1  2  2  2
+
+        Args:
+            which: (requests,) the requests whose pieces count.
         """
-        found: list[tuple[int, int, int, int, int, int]] = []
-        lists = [array.tolist() for array in (self.start, self.count, self.computed)]
-        for request, (start, count, computed, spans) in enumerate(zip(*lists, self.answers)):
-            piece_ends = computed + count
-            begin = 0
-            for number, (answer, end) in enumerate(spans):
-                is_last = number == len(spans) - 1
-                stop = piece_ends if is_last else min(end, piece_ends)
-                first = max(begin, computed)
-                if first < stop:
-                    found.append((start + first - computed, stop - first, first, begin, answer, request))
-                begin = end
-        columns = np.array(found, dtype=np.int64).reshape(-1, 6).T
+        turns, request = self.turns, self.turns.request
+        computed = self.computed[request]  # (turns,)
+        first = np.maximum(turns.begin, computed)
+        stop = np.minimum(turns.end, computed + self.count[request])
+        kept = (first < stop) & which[request]
+        request, first = request[kept], first[kept]  # (pieces,) each
         return TurnPieces(
-            start=columns[0],
-            count=columns[1],
-            first=columns[2],
-            begin=columns[3],
-            answer=columns[4],
-            place=self.place[columns[5]],
-            scale=self.scale[columns[5]],
+            start=self.start[request] + first - computed[kept],
+            count=stop[kept] - first,
+            first=first,
+            begin=turns.begin[kept],
+            answer=turns.answer[kept],
+            place=self.place[request],
+            scale=self.scale[request],
         )
 
 
@@ -228,57 +265,41 @@ class TurnPieces:
     """What multiplies the adapter's edits."""
 
 
-def edited(turns: TurnPieces, plans: Sequence[ServedPlan | None], sets_per_place: int) -> tuple[Ints, Ints, Ints]:
-    """Find the edited tokens of a step in one module.
+def edited(turns: TurnPieces, plans: Plans, sets_per_place: int) -> tuple[Ints, Ints, Ints]:
+    """Find the edited tokens of a step in one module. What is not edited costs nothing.
 
     Args:
         turns: the pieces that may be edited.
-        plans: for each place what its adapter does in the module, None for nothing.
+        plans: what the adapters do in the module.
         sets_per_place: the adapter at place n has the sets of weights from `n * sets_per_place` on.
 
     Returns:
         The rows of the edited tokens in the step, the set of weights of each, and the index of its piece; (n,) each.
     """
-    rank = _count_up(turns.count)  # (tokens,) of each token in its piece
-    rows = np.repeat(turns.start, turns.count) + rank
-    index = np.repeat(turns.first, turns.count) + rank
-    begin = np.repeat(turns.begin, turns.count)
-    answer = np.repeat(turns.answer, turns.count)
-    piece = np.repeat(np.arange(len(turns.count)), turns.count)
-    place = turns.place[piece]
-
-    # Adapters that do the same are looked at together.
-    places_of: dict[ServedPlan, list[int]] = {}
-    for each in np.unique(turns.place).tolist():
-        plan = plans[each]
-        if plan is not None:
-            places_of.setdefault(plan, []).append(each)
-
-    sets = np.full_like(rows, NONE)
-    for plan, places in places_of.items():
-        own = np.isin(place, places)  # (tokens,)
-        of_adapter = plan.set_of(index=index[own], begin=begin[own], answer=answer[own])
-        of_table = of_adapter + place[own] * sets_per_place
-        sets[own] = np.where(of_adapter == NONE, NONE, of_table)
-    is_edited = sets != NONE
-    return rows[is_edited], sets[is_edited], piece[is_edited]
-
-
-def same_plans(
-    modules: Iterable[str], plans: Sequence[dict[str, ServedPlan]]
-) -> dict[tuple[ServedPlan | None, ...], list[str]]:
-    """Group modules in which every adapter does the same: a step is prepared once for all of them.
-
-    Args:
-        modules: the names of all edited modules.
-        plans: for each place, from a module's name to what the adapter does there. A module that is missing is not
-            edited.
-
-    Returns:
-        From what the adapters do, place by place, to the names of the modules.
-    """
-    found: dict[tuple[ServedPlan | None, ...], list[str]] = {}
-    for module in modules:
-        of_places = tuple(of_place.get(module) for of_place in plans)
-        found.setdefault(of_places, []).append(module)
-    return found
+    ends = turns.first + turns.count  # (pieces,)
+    of_piece = plans.of_place[turns.place]  # (pieces,)
+    rows, sets, pieces = [_EMPTY], [_EMPTY], [_EMPTY]
+    for number in np.unique(of_piece[of_piece != NONE]).tolist():  # adapters that do the same are looked at together
+        plan = plans.distinct[number]
+        own = np.flatnonzero(of_piece == number)  # (own,)
+        first, stop, begin, answer = (each[own] for each in (turns.first, ends, turns.begin, turns.answer))
+        has_answers = (stop > answer).any()
+        has_prompts = (first < answer).any()
+        turn = Turn(begin=begin, answer=answer, stop=np.full_like(first, _NEVER), is_first=begin == 0)
+        for group, first_set in plan.numbered:
+            may_edit = has_answers if group.decodes else has_prompts
+            if not may_edit:
+                continue
+            span = group.span(turn)  # (own,) each
+            lower = np.maximum(span.lower, first)
+            counts = np.maximum(np.minimum(span.upper, stop) - lower, 0)
+            inside = np.repeat(np.arange(len(own)), counts)  # (n,) of each edited token
+            index = lower[inside] + _count_up(counts)
+            piece = own[inside]
+            rows.append(turns.start[piece] + index - first[inside])
+            of_adapter: Ints | int = first_set
+            if plan.sharing == "position":
+                of_adapter = first_set + index - np.broadcast_to(span.start, len(own))[inside]
+            sets.append(turns.place[piece] * sets_per_place + of_adapter)
+            pieces.append(piece)
+    return np.concatenate(rows), np.concatenate(sets), np.concatenate(pieces)

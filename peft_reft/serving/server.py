@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from ..tuner.architectures import find_targets
-from .adapters import ServedAdapter, read_adapter
+from .adapters import Reader, ServedAdapter
 from .chosen import Facts
 from .edits import Edits, FixedSteps, hook, send
 from .options import KEY, Options
-from .schedule import NONE, Pieces, ServedPlan, TurnPieces, Work, edited, group_by_weights, same_plans
+from .schedule import NONE, Ints, Pieces, Plans, ServedPlan, TurnPieces, Work, edited, group_by_weights
 from .tables import LINEAR, DeviceWork, FormulaKey, Table, formula_key
 
 _AT_START = "Name an adapter like it when the engine starts, or start it with enforce_eager."
@@ -28,8 +28,7 @@ _ANSWERS = (
 class _Alike:
     """Modules in which every adapter does the same, so that a step is prepared once for all of them."""
 
-    plans: tuple[ServedPlan | None, ...]
-    """For each place what its adapter does in these modules, None for nothing."""
+    plans: Plans
     edits: list[Edits]
     """Of those modules that are here."""
     work: list[tuple[FormulaKey, DeviceWork]] = field(default_factory=list)
@@ -75,7 +74,8 @@ class Server:
         self.named = named
         self.device = device
         self.modules = {name for name, _ in model.named_modules()}
-        at_start = {name: read_adapter(path_or_name, empty) for name, path_or_name in options.adapters.items()}
+        self.reader = Reader(empty)
+        at_start = {name: self.reader.read(path_or_name) for name, path_or_name in options.adapters.items()}
         ranks = [adapter.rank for adapter in at_start.values()]
         sets = [adapter.sets for adapter in at_start.values()]
         self.max_places = options.most_adapters + 1
@@ -85,10 +85,15 @@ class Server:
         """From an adapter's fingerprint to its place."""
         self.at_start: dict[str, Facts] = {name: adapter.facts for name, adapter in at_start.items()}
         """The adapters that the options name."""
-        self.plans: list[dict[str, ServedPlan]] = [{} for _ in range(self.max_places)]
-        """For each place, from a module's name to what the adapter does there."""
-        self.keys: list[FormulaKey | None] = [None] * self.max_places
-        """For each place the adapter's formula."""
+        # What adapters do, and their formulas, are numbered, so that a step compares numbers.
+        self.plans: dict[ServedPlan, int] = {}
+        """The number of everything that an adapter has done in a module so far."""
+        self.plan_of: dict[str, Ints] = {}
+        """From a module's name to (places,) the number of what each adapter does there, -1 for nothing."""
+        self.formulas: dict[FormulaKey, int] = {}
+        """The number of each formula so far."""
+        self.formula_of = np.full(self.max_places, NONE)
+        """For each place the number of the adapter's formula, -1 if it is free."""
         self.edits_answers = np.zeros(self.max_places, dtype=bool)
         """For each place whether its adapter edits generated tokens."""
         self.edits: dict[str, Edits] = {}
@@ -107,8 +112,7 @@ class Server:
             self.add(name, adapter)
         self.takes_hooks = not compiles
         if graph_tokens and not self.graphs_lack_edits:
-            in_use = [key for key in self.keys if key is not None]
-            distinct = list(dict.fromkeys([LINEAR, *in_use]))
+            distinct = list(dict.fromkeys([LINEAR, *self.formulas]))
             self.fixed = FixedSteps([*self.edits.values()], distinct, graph_tokens, device)
 
     def _hook(self, name: str, d: int) -> None:
@@ -188,17 +192,24 @@ class Server:
 
     def _set(self, place: int, plans: dict[str, ServedPlan], key: FormulaKey | None) -> None:
         """Note what the adapter at a place does, and group the modules anew."""
-        self.plans[place] = plans
-        self.keys[place] = key
+        self.formula_of[place] = NONE if key is None else self.formulas.setdefault(key, len(self.formulas))
         self.edits_answers[place] = any(plan.edits_answers for plan in plans.values())
-        self.alike = []
         # Also the modules that other stages of a pipeline hold: all stages must say alike which steps avoid graphs.
-        modules_of_all = dict.fromkeys([*self.edits, *(module for of_place in self.plans for module in of_place)])
-        for of_places, modules in same_plans(modules_of_all, self.plans).items():
-            alike = _Alike(of_places, [self.edits[module] for module in modules if module in self.edits])
-            self.alike.append(alike)
-            for edits in alike.edits:
-                edits.work = alike.work
+        for module in (*self.edits, *plans):
+            if module not in self.plan_of:
+                self.plan_of[module] = np.full(self.max_places, NONE)
+        alike: dict[bytes, list[str]] = {}
+        for module, of_place in self.plan_of.items():
+            plan = plans.get(module)
+            of_place[place] = NONE if plan is None else self.plans.setdefault(plan, len(self.plans))
+            alike.setdefault(of_place.tobytes(), []).append(module)
+        self.alike = []
+        for modules in alike.values():
+            plans_of_all = Plans([*self.plans], self.plan_of[modules[0]])
+            together = _Alike(plans_of_all, [self.edits[each] for each in modules if each in self.edits])
+            self.alike.append(together)
+            for edits in together.edits:
+                edits.work = together.work
 
     def prepare(self, pieces: Pieces) -> bool:
         """Note what the coming step edits.
@@ -215,7 +226,7 @@ class Server:
         has_adapter = pieces.place != NONE
         in_prompt = pieces.computed < pieces.given
         may_edit = has_adapter & (in_prompt | self.edits_answers[pieces.place])  # (requests,)
-        edits_tokens = may_edit.any() and self._prepare(pieces[may_edit].by_turn())
+        edits_tokens = may_edit.any() and self._prepare(pieces.by_turn(may_edit))
         if self.fixed is not None:
             self.fixed.send()
         return bool(edits_tokens and self.graphs_lack_edits)
@@ -223,20 +234,19 @@ class Server:
     def _prepare(self, turns: TurnPieces) -> bool:
         """Note the edits of a step's turns. Returns whether there are any."""
         edits_tokens = False
-        keys: set[FormulaKey] = set()
-        for place in np.unique(turns.place):
-            key = self.keys[place]
-            if key is not None:
-                keys.add(key)
+        formulas = [*self.formulas]
+        in_step = np.unique(self.formula_of[turns.place]).tolist()
         for alike in self.alike:
             rows, sets, piece = edited(turns, alike.plans, self.max_positions)  # each (n,)
-            places, scale = turns.place[piece], turns.scale[piece]  # (n,) each
             edits_tokens = edits_tokens or len(rows) > 0
             if not alike.edits:
                 continue
-            for key in keys:
-                own = np.isin(places, [place for place, each in enumerate(self.keys) if each == key])
+            scale = turns.scale[piece]  # (n,)
+            formula = self.formula_of[turns.place[piece]]  # (n,)
+            for number in in_step:
+                own = formula == number
                 if own.any():
+                    key = formulas[number]
                     work = group_by_weights(rows=rows[own], sets=sets[own], scale=scale[own])
                     alike.work.append((key, self._send(work)))
                     if self.fixed is not None:

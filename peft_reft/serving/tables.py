@@ -86,8 +86,10 @@ class Table:
             corner = [slice(0, size) for size in own.shape[1:]]  # the adapter's rank may be smaller than the stack's
             stack[sets] = 0
             stack[(sets, *corner)] = own
-        self.rank = max(self.rank, factors.rank or 0)
-        self.used = {each: self._narrow(stack) for each, stack in self.stacks.items()}
+        rank = max(self.rank, factors.rank or 0)
+        if rank > self.rank or key not in self.used:
+            self.rank = rank
+            self.used = {each: self._narrow(stack) for each, stack in self.stacks.items()}
 
     def _narrow(self, stack: Factors) -> Factors:
         """Cut a stack to the largest rank in use, which is the dimension behind the sets."""

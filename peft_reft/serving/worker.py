@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,6 @@ from torch import nn
 
 from .. import __version__
 from ..tuner.architectures import skeleton
-from .adapters import read_adapter
 from .chosen import Choice
 from .engine.config import (
     add_to_graph_key,
@@ -27,7 +27,7 @@ from .engine.request import extra_args, given_length, keep, kept, params_of, tok
 from .engine.runners import Step, runner_of
 from .engine.worker import config_of, is_placeholder
 from .options import CHOICE, Options
-from .schedule import NONE, Pieces, Spans
+from .schedule import NO_TURNS, NONE, Ints, Pieces, Turns, turns_of
 from .selfcheck import SelfCheck
 from .server import Server
 
@@ -63,8 +63,10 @@ def _install(worker: object, options: Options, empty: nn.Module) -> None:
     # vLLM keeps compiled graphs on disk. It must not take one that was compiled without these hooks.
     add_to_graph_key(config, "loreft_hooks", {"version": __version__, "edited_modules": sorted(server.edits)})
 
+    batch = Batch(server)
+
     def begin(step: Step) -> bool:
-        return server.prepare(_pieces(step, server))
+        return server.prepare(batch.pieces(step))
 
     runner.wrap_steps(begin, end=server.clear)
 
@@ -77,43 +79,66 @@ def _blocks_elsewhere(model: nn.Module) -> set[str]:
 
 @dataclass(frozen=True)
 class _Served:
-    """What a step must know of a request with an adapter."""
+    """What a step must know of a request."""
 
     place: int
-    """The place of its adapter."""
+    """The place of its adapter, -1 for none."""
     scale: float
     """What multiplies its edits."""
-    answers: Spans
-    """The answers in what it was given."""
+    turns: Ints
+    """(3, turns) its turns, as `turns_of` finds them."""
 
 
-def _pieces(step: Step, server: Server) -> Pieces:
-    """The requests of a step, as the server reads them."""
-    served = [_served(request, server) for request in step.requests]
-    return Pieces(
-        start=step.starts[:-1],
-        count=np.diff(step.starts),
-        computed=step.computed,
-        given=step.given,
-        place=np.array([NONE if each is None else each.place for each in served], dtype=np.int64),
-        scale=np.array([1.0 if each is None else each.scale for each in served]),
-        answers=[() if each is None else each.answers for each in served],
-    )
+_BASE = _Served(NONE, 1.0, NO_TURNS)
 
 
-def _served(request: object, server: Server) -> _Served | None:
-    """What a step must know of a request; None if it has no adapter. Found when it arrives, and kept with it."""
+class Batch:
+    """The requests of the last step, and what is known of them: most steps have the requests of the step before."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self._look([])
+
+    def pieces(self, step: Step) -> Pieces:
+        """The pieces of a step's requests."""
+        same = len(step.requests) == len(self.requests) and all(map(is_, step.requests, self.requests))
+        if not same:
+            self._look(step.requests)
+        return Pieces(
+            start=step.starts[:-1],
+            count=np.diff(step.starts),
+            computed=step.computed,
+            given=step.given,
+            place=self.place,
+            scale=self.scale,
+            turns=self.turns,
+        )
+
+    def _look(self, requests: Sequence[object]) -> None:
+        """Look at each request."""
+        served = [_served(request, self.server) for request in requests]
+        self.requests = requests
+        self.place = np.array([each.place for each in served], dtype=np.int64)
+        self.scale = np.array([each.scale for each in served])
+        self.turns = Turns.of([each.turns for each in served])
+
+
+def _served(request: object, server: Server) -> _Served:
+    """What a step must know of a request. Found when it arrives, and kept with it."""
     found: _Served | None = kept(request, "loreft_served")
-    if found is not None:
-        return found
+    if found is None:
+        found = _find(request, server)
+        keep(request, "loreft_served", found)
+    return found
+
+
+def _find(request: object, server: Server) -> _Served:
     data = extra_args(params_of(request)).get(CHOICE)
     if data is None:
-        return None
+        return _BASE
     choice = Choice.read(data)
-    answers = choice.answers(token_ids(request), given_length(request))
-    found = _Served(server.places[choice.facts.fingerprint], choice.scale, answers)
-    keep(request, "loreft_served", found)
-    return found
+    turns = turns_of(choice.answers(token_ids(request), given_length(request)))
+    return _Served(server.places[choice.facts.fingerprint], choice.scale, turns)
 
 
 def add(worker: object, name: str, path_or_name: str) -> dict[str, Any]:
@@ -124,7 +149,7 @@ def add(worker: object, name: str, path_or_name: str) -> dict[str, Any]:
     """
     server: Server = kept(worker, "loreft")
     try:
-        adapter = read_adapter(path_or_name, server.empty)
+        adapter = server.reader.read(path_or_name)
         server.add(name, adapter)
     except Exception as error:
         return {"error": str(error)}
