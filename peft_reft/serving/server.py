@@ -196,8 +196,9 @@ class Server:
         self.formula_of[place] = NONE if key is None else self.formulas.setdefault(key, len(self.formulas))
         self.edits_answers[place] = any(plan.edits_answers for plan in plans.values())
         # Also the modules that other stages of a pipeline hold: all stages must say alike which steps avoid graphs.
-        for module in plans.keys() - self.plan_of.keys():
-            self.plan_of[module] = np.full(self.max_places, NONE)
+        for module in (*self.edits, *plans):
+            if module not in self.plan_of:
+                self.plan_of[module] = np.full(self.max_places, NONE)
         alike: dict[bytes, list[str]] = {}
         for module, of_place in self.plan_of.items():
             plan = plans.get(module)
@@ -205,10 +206,10 @@ class Server:
             alike.setdefault(of_place.tobytes(), []).append(module)
         self.alike = []
         for modules in alike.values():
-            here = [self.edits[module] for module in modules if module in self.edits]
-            together = _Alike(Plans([*self.plans], self.plan_of[modules[0]]), here)
+            plans_of_all = Plans([*self.plans], self.plan_of[modules[0]])
+            together = _Alike(plans_of_all, [self.edits[each] for each in modules if each in self.edits])
             self.alike.append(together)
-            for edits in here:
+            for edits in together.edits:
                 edits.work = together.work
 
     def prepare(self, pieces: Pieces) -> bool:

@@ -2,7 +2,6 @@
 
 import gc
 
-import numpy as np
 import pytest
 import torch
 from conftest import build, randomise
@@ -229,8 +228,7 @@ def test_blocks_have_one_hash_if_and_only_if_their_edits_are_the_same(ids, spec,
         served = ServedPlan(groups, sharing)
         for start in range(0, len(ids) - block + 1, block):
             hashes.append(hash_block(compute_block_hash, None, tokens[start : start + block]))
-            index = np.arange(start, start + block)
-            plain.append(served.set_of(index, np.zeros_like(index), np.full_like(index, length)).tolist())
+            plain.append(served.sets_in([(length, length)], start, start + block).tolist())
         both.append(list(zip(plain, hashes)))
         for number, (sets, value) in enumerate(both[-1]):
             untouched = compute_block_hash(None, ids[number * block : (number + 1) * block])
