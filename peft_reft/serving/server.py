@@ -120,7 +120,6 @@ class Server:
         table = Table(d=d, r=self.max_rank, sets=self.max_places * self.max_positions, device=self.device)
         edits = Edits(name, table)
         self.edits[name] = edits
-        self.plan_of[name] = np.full(self.max_places, NONE)
         self.named[edits.name] = edits
         hook(self.model.get_submodule(self._served_name(name)), edits)
 
