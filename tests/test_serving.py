@@ -982,8 +982,8 @@ def test_lora_modules_on_the_command_line(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").write_text(json.dumps({"peft_type": peft_type}))
 
-    def args(config, *names):
-        modules = [SimpleNamespace(name=name, path=str(tmp_path / name)) for name in names]
+    def args(config, *names, base=None):
+        modules = [SimpleNamespace(name=name, path=str(tmp_path / name), base_model_name=base) for name in names]
         return SimpleNamespace(lora_modules=modules or None, additional_config=config)
 
     def read(given):
@@ -999,6 +999,8 @@ def test_lora_modules_on_the_command_line(tmp_path):
     assert read(args(config, "emoji")) == (config, [])
     with pytest.raises(ValueError, match=r"--lora-modules emoji=.*: loreft.adapters has 'emoji' from elsewhere"):
         read(args({"loreft": {"adapters": {"emoji": "elsewhere"}}}, "emoji"))
+    with pytest.raises(ValueError, match=r"--lora-modules emoji: base_model_name='tiny'"):
+        read(args({}, "emoji", base="tiny"))
 
 
 def test_serving_needs_no_vllm_until_vllm_calls_it():

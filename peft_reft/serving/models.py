@@ -40,9 +40,17 @@ def from_cli_args(inner: Callable[..., Any], args: object, *more: Any, **kwargs:
     They become `adapters` in `additional_config["loreft"]`, which every process of the engine reads at its start.
 
     Raises:
-        ValueError: `adapters` has another one of the same name.
+        ValueError: `adapters` has another one of the same name, or a base model is given.
     """
-    ours = {name: path for name, path in lora_modules(args).items() if is_loreft(path)}
+    ours: dict[str, str] = {}
+    for name, path, base in lora_modules(args):
+        if is_loreft(path):
+            if base is not None:
+                raise ValueError(
+                    f"--lora-modules {name}: base_model_name={base!r}; the parent of a LoReFT adapter is the first "
+                    "served name (allowed: leave it out)."
+                )
+            ours[name] = path
     if ours:
         config = config_on_command_line(args)
         options = config.get(KEY, {})

@@ -13,6 +13,7 @@ attribute                                                 used for              
 `Namespace.lora_modules`                                  the adapters on the command line                     0.28
 `Namespace.additional_config`                             where they go                                        0.28
 `LoRAModulePath.path`                                     its folder, or its name on the Hub                   0.28
+`LoRAModulePath.base_model_name`                          is refused: the parent is the first served name       0.28
 `OpenAIServingModels.__init__`                            wrapped: our adapters become models                  0.28
 `OpenAIServingModels.lora_requests`                       gains an entry for each of our adapters              0.28
 `OpenAIServingModels.base_model_paths`                    names that an adapter must not have                  0.28
@@ -69,9 +70,9 @@ def extend_server(
 # The command line.
 
 
-def lora_modules(args: Any) -> dict[str, str]:
-    """From the name of each adapter on the command line to its folder or name on the Hub."""
-    return {each.name: each.path for each in getattr(args, "lora_modules", None) or []}
+def lora_modules(args: Any) -> list[tuple[str, str, str | None]]:
+    """Of each adapter on the command line the name, its folder or name on the Hub, and its base model if one is given."""
+    return [(each.name, each.path, each.base_model_name) for each in getattr(args, "lora_modules", None) or []]
 
 
 def config_on_command_line(args: Any) -> dict[str, Any]:
