@@ -71,7 +71,7 @@ def extend_server(
 
 
 def lora_modules(args: Any) -> list[tuple[str, str, str | None]]:
-    """Of each adapter on the command line the name, its folder or name on the Hub, and its base model if one is given."""
+    """Of each adapter on the command line: its name, its folder or name on the Hub, its base model if one is given."""
     return [(each.name, each.path, each.base_model_name) for each in getattr(args, "lora_modules", None) or []]
 
 
