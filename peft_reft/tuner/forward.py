@@ -96,16 +96,11 @@ class Attachment:
         """What trials have shown of running a forward in two parts (`TwoParts.ways`)."""
         self.beginnings = Beginnings()
         """What the base has computed of beginnings that rows share."""
-        self.managers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.managers: list[weakref.ref[Any]] = []
         """transformers' managers of continuous batching for this model (`paged`)."""
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh: dict[str, Any] = {
-            "source_runs": [],
-            "first_batch": None,
-            "beginnings": Beginnings(),
-            "managers": weakref.WeakSet(),
-        }
+        fresh: dict[str, Any] = {"source_runs": [], "first_batch": None, "beginnings": Beginnings(), "managers": []}
         return {**self.__dict__, **fresh}
 
 

@@ -63,9 +63,11 @@ def init_batching(
                 f"{name}={getattr(chosen, name)!r}: a compiled step does not know which of its tokens LoReFT edits "
                 "(allowed: None; `compile_config` of the generation config and `default_compile_level` set it, too)."
             )
-    if manager not in attachment.managers:
-        attachment.managers.add(manager)
+    living = [each for each in attachment.managers if each() is not None]
+    if all(each() is not manager for each in living):  # a persistent manager is given again
+        living.append(weakref.ref(manager))
         _Shares(model, manager)
+    attachment.managers = living
     return manager
 
 
@@ -99,8 +101,9 @@ def pieces_of_step(attachment: Attachment, given: dict[str, Any]) -> Pieces:
         ValueError: no manager of the model has the cache of this forward.
     """
     tokens: Tensor = given["input_ids"]  # (1, seq)
-    for manager in attachment.managers:
-        processor = manager.batch_processor
+    for each in attachment.managers:
+        manager = each()
+        processor = None if manager is None else manager.batch_processor
         if processor is None or processor.cache is not given.get("cache"):
             continue
         step = processor.inputs_and_outputs
