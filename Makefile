@@ -71,10 +71,12 @@ test-oldest: $(VENV)-oldest/.installed
 		--deselect tests/test_registration.py::test_import_is_silent $(ARGS)
 
 # docs/support.md and .json, from the results of the tests.
-support-table: $(BIN)/.installed $(VENV)-extras/.installed
+support-table: $(BIN)/.installed $(VENV)-extras/.installed $(VENV)-vllm/.installed $(VENV)-vllm-oldest/.installed
 	rm -f docs/support.json
 	$(BIN)/python -m pytest -n 2 -m cell --support-table
 	GPTQMODEL_CPU_WORKERS=2 $(VENV)-extras/bin/python -m pytest tests/extras -m cell --support-table
+	$(VENV)-vllm/bin/python -m pytest tests/serving -W default -m cell --support-table
+	$(VENV)-vllm-oldest/bin/python -m pytest tests/serving/test_equal.py -W default -m cell --support-table
 
 # The paper's experiments at small scale, with their figures and results in docs/; about two hours on one core. DATA is a
 # folder with trec/, cola/, alice/, gsm8k/, german/ and ultrafeedback_1k/. Run again, it goes on where it was stopped.

@@ -47,7 +47,11 @@ SECTIONS = {
     "Device layouts": "",
     "Beside LoRA": "",
     "Generation": "Logits of every step equal those of one forward over prompt and completion.",
+    "Serving with vLLM": "Tokens and log-probabilities equal those of `PeftModel.generate`. It has its own versions.",
 }
+
+SERVING = "Serving with vLLM"
+"""The section of tests/serving, which other environments run than the other tests."""
 
 UNTRIED = {
     ("Quantised bases", "AWQ"): (
@@ -109,7 +113,9 @@ class Writer:
             if not any(report.skipped for report in reports):  # else another environment is to say
                 row = dict(section=section, name=name, verdict=verdict(reports), tests=len(reports))
                 rows[section, name] = row
-        versions = known["versions"] | installed() | {"Python": platform.python_version()}
+        versions = known["versions"]
+        if any(section != SERVING for section, _ in self.reports):
+            versions |= installed() | {"Python": platform.python_version()}
         results = {"versions": versions, "rows": [rows[key] for key in sorted(rows)]}
         DOCS.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from vllm.exceptions import VLLMValidationError
 
+from peft_reft.serving.engine.config import version
 from peft_reft.tuner.layer import LoReftLayer
 from serving.engines import ADAPTERS, answer, ask, check, engine, params, prompt_of, steps
 
@@ -17,6 +18,7 @@ def everything(llama):
 
 
 @pytest.mark.parametrize("name", [None, *ADAPTERS])
+@pytest.mark.cell("Serving with vLLM", f"vLLM {version()}: formulas, positions, ways of tying")
 def test_adapter(llama, everything, name):
     requests = [(prompt_of(length, length), name) for length in LENGTHS]
     check(llama, requests, ask(everything, requests, 6), 6)

@@ -36,16 +36,19 @@ def make_buffers(worker):
 
 TENSORS = dict(tensor_parallel_size=2)
 STAGES = dict(pipeline_parallel_size=2)
+COMPILED = dict(enforce_eager=False)
+TENSORS_CELL = pytest.mark.cell("Serving with vLLM", "several workers: tensor parallel")
+STAGES_CELL = pytest.mark.cell("Serving with vLLM", "several workers: pipeline parallel")
 
 
 @pytest.mark.parametrize(
     "layout",
     [
-        TENSORS,
-        STAGES,
-        *(pytest.param(dict(each, enforce_eager=False), marks=pytest.mark.slow) for each in (TENSORS, STAGES)),
+        pytest.param(TENSORS, id="tensors", marks=TENSORS_CELL),
+        pytest.param(STAGES, id="stages", marks=STAGES_CELL),
+        pytest.param(COMPILED | TENSORS, id="tensors, compiled", marks=[TENSORS_CELL, pytest.mark.slow]),
+        pytest.param(COMPILED | STAGES, id="stages, compiled", marks=[STAGES_CELL, pytest.mark.slow]),
     ],
-    ids=["tensors", "stages", "tensors, compiled", "stages, compiled"],
 )
 def test_two_workers(llama, two_workers, layout):
     """Each tensor-parallel rank edits alike; each stage of a pipeline edits its own blocks. Adapters come and go."""
@@ -77,6 +80,7 @@ def test_a_module_that_no_stage_has_is_refused_at_the_start(llama, two_workers):
 
 
 @pytest.mark.parametrize("drafts", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.cell("Serving with vLLM", "speculative decoding, drafts of n-grams")
 def test_drafts(llama, drafts):
     """Drafts that are verified are edited as answers are; after others the next step counts as if they had not been.
 
@@ -107,6 +111,7 @@ def test_drafts(llama, drafts):
 
 
 @pytest.mark.slow
+@pytest.mark.cell("Serving with vLLM", "several workers: data parallel")
 def test_two_cores(llama, two_workers, monkeypatch):
     """Data parallel: each core has the adapters, also those that are added and removed while the engine runs."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")

@@ -214,6 +214,7 @@ def test_an_engine_without_adapters_says_so(opt, llm):
         ("cache_config.kv_sharing_fast_prefill", True, "kv_sharing_fast_prefill=True"),
     ],
 )
+@pytest.mark.cell("Serving with vLLM", "`{field}={value!r}`", refused="docs/serving.md says why")
 def test_engines_that_are_refused(field, value, message):
     config = SimpleNamespace(
         parallel_config=SimpleNamespace(

@@ -14,6 +14,7 @@ TESTS = ["test_engines.py::test_preemption", "test_graphs.py::test_the_last_toke
 
 
 @pytest.mark.skipif(SECOND_RUNNER, reason="all tests run on it")
+@pytest.mark.cell("Serving with vLLM", "vLLM's second model runner")
 def test_second_runner():
     """Two tests in which the runners differ most: lengths that grow by preemption, and how a graph is chosen."""
     env = dict(
