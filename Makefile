@@ -140,7 +140,7 @@ test-vllm: $(VENV)-vllm/.installed
 test-vllm-oldest: $(VENV)-vllm-oldest/.installed
 	$(VENV)-vllm-oldest/bin/python -m pytest tests/serving -n 2 --dist loadfile -W default -m "slow or not slow" $(ARGS)
 
-# Beside vLLM's own LoRA; about 40 minutes on two cores that have nothing else to do.
+# Beside vLLM's own LoRA; up to an hour on two cores that have nothing else to do. ARGS='--groups scale': a part.
 bench-vllm: $(VENV)-vllm/.installed
 	$(VENV)-vllm/bin/python -W ignore benchmarks/serving.py --out docs/serving.json --page docs/serving.md $(ARGS)
 

@@ -84,13 +84,17 @@ def run(model, prompts, config=None, **more):
 
 
 @pytest.mark.cell("Device layouts", "Continuous batching (`generate_batch`, `init_continuous_batching`)")
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    "spec", [spec if spec in ("f3+l2", "g2", "all") else pytest.param(spec, marks=pytest.mark.slow) for spec in SPECS]
+)
 def test_each_request_is_answered_as_alone(spec):
     model = adapted(spec)
     check(model, requests(), run(model, requests()))
 
 
-@pytest.mark.parametrize("family", ["gpt2", pytest.param("gemma3", marks=pytest.mark.slow), "qwen2"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "qwen2"))]
+)
 def test_families(family):
     model = adapted("f2+l2+g", family)
     check(model, requests(), run(model, requests()))
@@ -100,9 +104,9 @@ def test_families(family):
     "fields",
     [
         dict(tie="position", positions="f3+l2"),
-        dict(tie="group", positions="p+g2"),
         dict(positions={"0": "f5", "1-": "l2+g1"}),
-        dict(intervention="red", r=8, positions="f2+l1"),
+        pytest.param(dict(tie="group", positions="p+g2"), marks=pytest.mark.slow),
+        pytest.param(dict(intervention="red", r=8, positions="f2+l1"), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -111,7 +115,7 @@ def test_weights_of_their_own(fields):
     check(model, requests(), run(model, requests()))
 
 
-@pytest.mark.parametrize("spec", ["f3+l2", "l1+g2", "p+g"])
+@pytest.mark.parametrize("spec", ["f3+l2", *(pytest.param(spec, marks=pytest.mark.slow) for spec in ("l1+g2", "p+g"))])
 def test_turns_of_a_chat(spec):
     """Marks say where the answers in a request are. A turn shares the blocks of the turn before."""
     model = adapted(spec, **MARKS)
@@ -156,7 +160,14 @@ def matches(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize(("spec", "shared"), [("l2", 36), ("g", 36), ("f3+l2", 36), ("p", 36), ("f40+l40", 20)])
+@pytest.mark.parametrize(
+    ("spec", "shared"),
+    [
+        ("l2", 36),
+        ("f40+l40", 20),
+        *(pytest.param(spec, 36, marks=pytest.mark.slow) for spec in ("g", "f3+l2", "p")),
+    ],
+)
 def test_blocks_are_shared_up_to_the_first_edit_that_differs(matches, spec, shared):
     """Two questions to one document, one after the other in one run; then the first one to the base.
 

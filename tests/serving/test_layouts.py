@@ -45,7 +45,7 @@ STAGES_CELL = pytest.mark.cell("Serving with vLLM", "several workers: pipeline p
     "layout",
     [
         pytest.param(TENSORS, id="tensors", marks=TENSORS_CELL),
-        pytest.param(STAGES, id="stages", marks=STAGES_CELL),
+        pytest.param(STAGES, id="stages", marks=[STAGES_CELL, pytest.mark.slow]),
         pytest.param(COMPILED | TENSORS, id="tensors, compiled", marks=[TENSORS_CELL, pytest.mark.slow]),
         pytest.param(COMPILED | STAGES, id="stages, compiled", marks=[STAGES_CELL, pytest.mark.slow]),
     ],
@@ -79,7 +79,8 @@ def test_a_module_that_no_stage_has_is_refused_at_the_start(llama, two_workers):
             pass
 
 
-@pytest.mark.parametrize("drafts", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("drafts", [3, 1])
 @pytest.mark.cell("Serving with vLLM", "speculative decoding, drafts of n-grams")
 def test_drafts(llama, drafts):
     """Drafts that are verified are edited as answers are; after others the next step counts as if they had not been.
