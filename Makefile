@@ -135,10 +135,10 @@ ifeq ($(RUNNER),2)
 SECOND_RUNNER = VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR)/tests/serving/triton_on_cpu:$(PYTHONPATH)
 endif
 test-vllm: $(VENV)-vllm/.installed
-	$(SECOND_RUNNER) $(VENV)-vllm/bin/python -m pytest tests/serving -n 2 --dist loadfile -W default -m "slow or not slow" $(ARGS)
+	$(SECOND_RUNNER) $(VENV)-vllm/bin/python -m pytest tests/serving -n 2 --dist loadfile --no-loadscope-reorder -W default -m "slow or not slow" $(ARGS)
 
 test-vllm-oldest: $(VENV)-vllm-oldest/.installed
-	$(VENV)-vllm-oldest/bin/python -m pytest tests/serving -n 2 --dist loadfile -W default -m "slow or not slow" $(ARGS)
+	$(VENV)-vllm-oldest/bin/python -m pytest tests/serving -n 2 --dist loadfile --no-loadscope-reorder -W default -m "slow or not slow" $(ARGS)
 
 # Beside vLLM's own LoRA; up to an hour on two cores that have nothing else to do. ARGS='--groups scale': a part.
 bench-vllm: $(VENV)-vllm/.installed
