@@ -319,6 +319,7 @@ def test_quickstart(model_id, tmp_path):
     assert [line for line in out.splitlines() if not re.match(own, line)] == []
 
 
+@pytest.mark.slow
 def test_ask(tmp_path, adapter):
     out = run_example("examples/ask.py", adapter, "a b", "c")
     assert len(out.splitlines()) == 2

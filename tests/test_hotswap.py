@@ -41,7 +41,7 @@ def test_a_swapped_in_adapter_computes_as_a_loaded_one(tmp_path, fields):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("warm", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_hotswap_under_compile(tmp_path, warm):
     """The compiled graph runs with the new weights, and nothing is compiled again."""
     first, expected_first = saved(tmp_path, "first", 1)

@@ -50,6 +50,7 @@ def data(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_glue(encoder, data, tmp_path):
     arguments = ["--data", data, "--model", encoder, "--output", tmp_path / "out", "--steps", 2, "--batch", 4]
     arguments += ["--learning-rates", "1e-3", "3e-3", "--seeds", 1, 2, "--r", 2]

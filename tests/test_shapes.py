@@ -125,6 +125,7 @@ def test_the_plugin_checks_every_module(request):
                 assert hasattr(each, "__wrapped__"), f"{name}.{each.__name__}"
 
 
+@pytest.mark.slow
 def test_shapes_hold_at_every_call():
     # torch.compile cannot trace the checks. Other families have the same shapes.
     options = ["-n", "0", "-p", "shape_checks", "-k", "not compile and not graph and not gemma3 and not gpt2"]
