@@ -23,6 +23,8 @@ NAMES = ["f7+l7", "f+l+g", "gN", "all", "by position", "per layer", "attention",
 def two_workers(monkeypatch):
     """Two workers on one machine, which do not claim processors of their own."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    # An engine that was here before may have had vLLM keep what it read of the environment.
+    monkeypatch.setattr("vllm.envs.VLLM_CPU_OMP_THREADS_BIND", "nobind", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
@@ -44,7 +46,7 @@ STAGES_CELL = pytest.mark.cell("Serving with vLLM", "several workers: pipeline p
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param(TENSORS, id="tensors", marks=TENSORS_CELL),
+        pytest.param(TENSORS, id="tensors", marks=[TENSORS_CELL, pytest.mark.slow]),
         pytest.param(STAGES, id="stages", marks=[STAGES_CELL, pytest.mark.slow]),
         pytest.param(COMPILED | TENSORS, id="tensors, compiled", marks=[TENSORS_CELL, pytest.mark.slow]),
         pytest.param(COMPILED | STAGES, id="stages, compiled", marks=[STAGES_CELL, pytest.mark.slow]),
