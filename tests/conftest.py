@@ -64,6 +64,21 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
     return model
 
 
+def greedy_answer(model: torch.nn.Module, prompt: list[int], tokens: int) -> tuple[list[int], list[float]]:
+    """Greedy tokens and their log-probabilities from `generate`, for one prompt alone."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    found = out.sequences[0, len(prompt) :].tolist()
+    return found, [logits[0].log_softmax(-1)[token].item() for logits, token in zip(out.logits, found)]
+
+
 def randomise(model: torch.nn.Module, scale: float = 0.5, seed: int = 1) -> None:
     """Give every adapter weight a random value, so that edits are large enough to see."""
     generator = torch.Generator().manual_seed(seed)

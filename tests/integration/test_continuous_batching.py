@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from conftest import build, randomise
+from conftest import build, greedy_answer, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
@@ -55,25 +55,10 @@ def small(**more):
     return ContinuousBatchingConfig(**{**sizes, **more})
 
 
-def alone(model, prompt, tokens=NEW):
-    """The answer of `generate` to one prompt, and its log-probabilities."""
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=tokens,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    found = out.sequences[0, len(prompt) :].tolist()
-    return found, [logits[0].log_softmax(-1)[token].item() for logits, token in zip(out.logits, found)]
-
-
 def check(model, prompts, outputs, tokens=NEW):
     assert len(outputs) == len(prompts)
     for prompt, output in zip(prompts, outputs):
-        wanted = alone(model, prompt, tokens)
+        wanted = greedy_answer(model, prompt, tokens)
         assert output.error is None and output.prompt_ids == prompt
         assert output.generated_tokens == wanted[0]
         assert output.logprobs == pytest.approx(wanted[1], abs=2e-4)
@@ -143,7 +128,7 @@ def test_several_answers_to_a_prompt():
     model = adapted("f3+l2+g2")
     prompts = [words(9, 1), words(14, 2)]
     outputs = run(model, prompts, num_return_sequences=3, do_sample=True, top_k=1)
-    wanted = [alone(model, prompt)[0] for prompt in prompts for _ in range(3)]
+    wanted = [greedy_answer(model, prompt, NEW)[0] for prompt in prompts for _ in range(3)]
     assert [output.generated_tokens for output in outputs] == wanted
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 import transformers
-from conftest import randomise
+from conftest import greedy_answer, randomise
 from peft import PeftModel, get_peft_model
 
 from peft_reft import LoReftConfig
@@ -95,17 +95,7 @@ class Served:
         if key not in self.models:
             base = self.load()
             self.models[key] = PeftModel.from_pretrained(base, self.adapters[adapter]).eval() if adapter else base
-        ids = torch.tensor([prompt])
-        out = self.models[key].generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        found = out.sequences[0, len(prompt) :].tolist()
-        return found, [logits[0].log_softmax(-1)[t].item() for logits, t in zip(out.logits, found)]
+        return greedy_answer(self.models[key], prompt, tokens)
 
 
 # Every formula, group, union, value of `tie` and component; a spec or rank for each layer.
