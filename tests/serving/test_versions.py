@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from peft_reft.serving.engine.config import NEWEST, OLDEST, is_seen, version
+from peft_reft.serving.schedule import NONE
 from serving.engines import ask, check, engine, prompt_of
 
 NAMES = ["f7+l7", "all"]
@@ -47,8 +49,8 @@ def test_an_engine_that_was_not_tested_checks_itself(llama, unseen, compiled):
 FAULTS = {
     "computed": lambda pieces: replace(pieces, computed=pieces.computed + pieces.count),
     "computed, answers": lambda pieces: replace(pieces, computed=pieces.computed + (pieces.computed >= pieces.given)),
-    "rows": lambda pieces: replace(pieces, start=pieces.start[::-1]),
-    "nothing": lambda pieces: pieces[pieces.count < 0],
+    "rows": lambda pieces: replace(pieces, start=pieces.start + 1),
+    "nothing": lambda pieces: replace(pieces, place=np.full_like(pieces.place, NONE)),
 }
 
 
