@@ -61,6 +61,12 @@ class AdapterFiles:
         config, weights = (_content(folder, name) for name in _FILES)
         return AdapterFiles(config, weights, where=path_or_name)
 
+    def write(self, folder: str) -> None:
+        """Write them into a folder."""
+        for name, content in zip(_FILES, (self.config, self.weights)):
+            with open(os.path.join(folder, name), "wb") as file:
+                file.write(content)
+
     @property
     def named(self) -> str:
         """What messages call the adapter."""

@@ -11,6 +11,7 @@ from integration.training import arguments
 from serving.engines import FAMILIES
 from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 TRAINERS = {"GRPO": (GRPOTrainer, GRPOConfig), "RLOO": (RLOOTrainer, RLOOConfig)}
 ENGINE = dict(enforce_eager=True, block_size=32, disable_log_stats=True)
@@ -26,21 +27,47 @@ CHATS = [{"prompt": [*(HISTORY if n % 2 else []), *asked]} for n, asked in enume
 """Every second one has an answered turn before."""
 
 
-def save_model(folder, tokenizer, family="qwen2"):
-    """Save a tiny random model with its tokenizer. A quarter of its words end an answer, so answers are ragged."""
+def save_model(folder, tokenizer, ends, family="qwen2", **more):
+    """Save a tiny random model with its tokenizer.
+
+    Args:
+        folder: where.
+        tokenizer: its tokenizer.
+        ends: the tokens that end an answer.
+        family: of the model.
+        more: sizes of the model.
+    """
     name, sizes = FAMILIES[family]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**{**sizes, "vocab_size": len(tokenizer)})
+    config = getattr(transformers, f"{name}Config")(**{**sizes, "vocab_size": len(tokenizer), **more})
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     with torch.no_grad():  # a freshly initialised model of this size says the same token to every prompt
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(4)
-    ends = [2, *range(len(tokenizer) - 16, len(tokenizer))]
-    model.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=ends)
+    model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=ends)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def writer(what_to_write):
+    """A logits processor of vLLM that makes each request write the tokens which a function gives for its prompt."""
+
+    class Write(AdapterLogitsProcessor):
+        def is_argmax_invariant(self):
+            return False
+
+        def new_req_logits_processor(self, params):
+            return write
+
+    def write(prompt_ids, output_ids, logits):
+        token = what_to_write(prompt_ids)[len(output_ids)]
+        logits.fill_(-torch.inf)
+        logits[token] = 0.0
+        return logits
+
+    return Write
 
 
 def alternating(completions, **kwargs):

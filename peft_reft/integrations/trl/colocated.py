@@ -1,4 +1,4 @@
-"""The engine in the trainer's own process (`vllm_mode="colocate"`): our plugin runs in it, and requests have the policy.
+"""The engine in the trainer's own process (`vllm_mode="colocate"`): requests have the policy.
 
 TRL makes it by `LLM(...)`, with fixed arguments. While it does so, `LLM` means a subclass, which adds the arguments
 that the plugin needs. The subclass also names the adapter in each request. So nobody who generates with the trainer's
@@ -7,15 +7,15 @@ engine gets the base model's answers by mistake.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ...patching import replaced
-from ...serving import add_adapter
+from ...serving import AdapterFiles, add_adapter
 from ...serving.options import KEY, PROMPT_LENGTH
-from .policy import AdapterBytes, Policy
+from .policy import Policy
 from .turns import Histories
 
 NAME = "policy"
@@ -30,7 +30,7 @@ class Colocated:
     def __init__(self, generation: Any) -> None:
         self.generation = generation
 
-    def send(self, files: AdapterBytes) -> None:
+    def send(self, files: AdapterFiles) -> None:
         """Replace the adapter in the engine. Cached blocks that the earlier one has edited are not found again."""
         generation = self.generation
         if generation.enable_sleep_mode:
@@ -39,9 +39,7 @@ class Colocated:
             empty_cache()  # as TRL does
             generation.llm.wake_up(tags=["weights"])
             generation._llm_weights_sleeping = False
-        with tempfile.TemporaryDirectory() as folder:
-            files.write(folder)
-            add_adapter(generation.llm, NAME, folder, replace=True)
+        add_adapter(generation.llm, NAME, files, replace=True)
 
 
 def start(inner: Callable[[Any], None], generation: Any, policy: Policy, arguments: Mapping[str, Any]) -> Colocated:
@@ -56,7 +54,7 @@ def start(inner: Callable[[Any], None], generation: Any, policy: Policy, argumen
     from trl.generation import vllm_generation
 
     # The engine reads the adapter when it starts: its rank, which modules it edits, and whether it edits answers.
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryDirectory(prefix="loreft-") as folder:
         policy.files(generation).write(folder)
         make = partial(_make, policy=policy, folder=folder, dtype=_dtype(generation), more=arguments)
         with replaced(vllm_generation, "LLM", make):

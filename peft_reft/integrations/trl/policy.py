@@ -4,36 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save
 from torch import Tensor
 
 from ...config import LoReftConfig
+from ...serving import AdapterFiles
 from ...tuner.layer import LoReftLayer
 from ...tuner.state_dicts import is_ours
 
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
-
-
-class AdapterBytes(NamedTuple):
-    """The files of an adapter."""
-
-    config: bytes
-    weights: bytes
-
-    def write(self, folder: str) -> None:
-        """Write them into a folder."""
-        for name, content in zip((CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME), self):
-            with open(os.path.join(folder, name), "wb") as file:
-                file.write(content)
 
 
 @dataclass(frozen=True)
@@ -94,7 +80,7 @@ class Policy:
                     "on what was saved."
                 )
 
-    def files(self, generation: Any) -> AdapterBytes:
+    def files(self, generation: Any) -> AdapterFiles:
         """The files that `save_pretrained` would write now.
 
         Under ZeRO-3 and FSDP all processes must call it, because it gathers the adapter's parameters.
@@ -111,7 +97,7 @@ class Policy:
         config = copy.copy(self.config)
         config.inference_mode = True
         text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
-        return AdapterBytes(text.encode(), save(_without_aliases(tensors), metadata={"format": "pt"}))
+        return AdapterFiles(text.encode(), save(_without_aliases(tensors), metadata={"format": "pt"}))
 
     def _tensors(self, generation: Any) -> dict[str, Tensor]:
         """LoReFT's tensors of all adapters, whole, by the keys of the model's state dict."""
