@@ -49,6 +49,7 @@ def test_the_files_are_those_of_save_pretrained(fields, tmp_path):
     PeftModel.from_pretrained(build("llama"), tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:Adapter name 'ref' should not be contained in the prefix:UserWarning")
 def test_the_files_are_those_of_the_active_adapter(tmp_path):
     """TRL keeps a copy under another name as its reference."""
     model = adapted(positions="f2+l2")
@@ -76,6 +77,7 @@ def test_adapters_that_an_engine_cannot_serve_are_refused(fields, message):
         Policy.of(adapted(**fields))
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model:UserWarning")
 def test_a_base_that_lora_has_changed_is_refused():
     base = get_peft_model(build("llama"), LoraConfig(task_type="CAUSAL_LM", r=4)).base_model.model

@@ -33,11 +33,9 @@ def config(spec, **more):
 
 
 @pytest.mark.parametrize("which", ["GRPO", pytest.param("RLOO", marks=pytest.mark.slow)])
-@pytest.mark.cell(
-    "Trainers: preferences and reinforcement", "{which} with colocated vLLM: rollouts come from the policy"
-)
+@pytest.mark.cell("Trainers: preferences and reinforcement", "{which} × vLLM, colocated: after each update")
 def test_each_rollout_comes_from_the_policy(which, folder, tokenizer, tmp_path, monkeypatch):
-    """After each of three updates the log-probabilities agree; those of the base and of the last policy are far off."""
+    """After each of three updates log-probabilities agree; those of the base and of the last policy are far off."""
     settings = dict(max_steps=3, learning_rate=0.05)
     with make(which, folder, tokenizer, config("f7+l7"), PLAIN, tmp_path, **settings) as trainer:
         watch = Watch(trainer, monkeypatch)
@@ -57,7 +55,7 @@ def test_each_rollout_comes_from_the_policy(which, folder, tokenizer, tmp_path, 
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.cell(
     "Trainers: preferences and reinforcement",
-    "GRPO with colocated vLLM: chats of several turns, {spec}",
+    "GRPO × vLLM, colocated: chats of several turns, {spec}",
 )
 def test_chats(spec, folder, tokenizer, tmp_path, monkeypatch):
     settings = dict(max_steps=2, learning_rate=0.05)
@@ -74,7 +72,7 @@ def test_chats(spec, folder, tokenizer, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("marks", [True, False], ids=["marks", "no marks"])
 @pytest.mark.parametrize("spec", ["f7+l7", "l7+g"])
-@pytest.mark.cell("Trainers: preferences and reinforcement", "GRPO with colocated vLLM and tools: {spec}, {marks}")
+@pytest.mark.cell("Trainers: preferences and reinforcement", "GRPO × vLLM, colocated: tools, {spec}, marks: {marks}")
 def test_tools(spec, marks, tmp_path, monkeypatch):
     """Calls and results stand between answers. Without marks all of it is an answer, as in training."""
     tokenizer = qwen_like()
@@ -186,12 +184,9 @@ def test_what_a_user_says_counts(folder, tokenizer, tmp_path):
         prompt = {"prompt_token_ids": ids}
         assert generation.llm.generate([prompt], params, use_tqdm=False)[0].outputs[0].token_ids == edited
         assert generation.llm.generate(prompt, [params], use_tqdm=False)[0].outputs[0].token_ids == edited
-        chat = [{"role": "user", "content": LONG}]
-        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        output = generation.llm.chat([{"role": "user", "content": LONG}], params, use_tqdm=False)[0]
         with torch.no_grad():
-            logits = trainer.model.eval()(torch.tensor([text])).logits[0, -1]
-        output = generation.llm.chat(chat, params, use_tqdm=False)[0]
-        assert output.prompt_token_ids == text
+            logits = trainer.model.eval()(torch.tensor([output.prompt_token_ids])).logits[0, -1]
         assert output.outputs[0].token_ids[0] == logits.argmax().item()
         with pytest.raises(ValueError, match="beam search"):
             generation.llm.beam_search([prompt], params)
