@@ -29,7 +29,7 @@ def train(rank, folder, port, stage):
         engine.step()
     with deepspeed.zero.GatheredParameters(list(weights.values())):
         adapter = {name: p.detach().clone() for name, p in weights.items()}
-    torch.save((sharded, adapter), f"{folder}/{rank}.pt")
+    torch.save((sharded, adapter, layouts.sent(model, zero_stage=stage)), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -47,8 +47,9 @@ def test_two_processes_train_as_one(stage, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)  # see test_distributed.py
     _, expected = layouts.train(layouts.adapted(), layouts.batch())
     for rank in range(layouts.WORLD):
-        sharded, adapter = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        sharded, adapter, sent = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert sharded == (stage == 3)
-        assert adapter.keys() == expected.keys()
+        assert adapter.keys() == expected.keys() and len(sent) == len(adapter)
+        assert all(tensor.numel() for tensor in sent.values())  # for rollouts in vLLM
         for name, tensor in expected.items():
             torch.testing.assert_close(adapter[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
