@@ -157,6 +157,11 @@ test-rollouts: $(VENV)-trl-vllm/.installed
 bench-vllm: $(VENV)-vllm/.installed
 	$(VENV)-vllm/bin/python -W ignore benchmarks/serving.py --out docs/serving.json --page docs/serving.md $(ARGS)
 
+# What it costs to bring a policy to a colocated engine; ten minutes.
+.PHONY: bench-rollouts
+bench-rollouts: $(VENV)-trl-vllm/.installed
+	$(VENV)-trl-vllm/bin/python -W ignore benchmarks/rollouts.py --out docs/rollouts.json --page docs/trainers.md $(ARGS)
+
 # A card. The last two need no network: the machine has Python and torch with CUDA, and what `make wheels-gpu` collected
 # elsewhere is carried along in GPU_WHEELS. GPU_PYTHON is that machine's version of Python.
 GPU_PYTHON ?= 3.12

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import build, randomise
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from peft_reft import LoReftConfig
 from peft_reft.integrations.trl.policy import Policy
@@ -84,6 +85,22 @@ def test_a_base_that_lora_has_changed_is_refused():
     model = get_peft_model(base, LoReftConfig(task_type="CAUSAL_LM", r=4), adapter_name="second")
     with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj belongs to another method of PEFT"):
         Policy.of(model)
+
+
+@pytest.mark.parametrize("size", ["5GB", "50KB"], ids=["one file", "shards"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_base_that_was_changed_in_memory_is_refused(size, dtype, tmp_path):
+    """The engine loads it from disk."""
+    build("llama").save_pretrained(tmp_path, max_shard_size=size)
+    assert (tmp_path / "model.safetensors").exists() == (size == "5GB")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    base.lm_head.float()  # as some trainers do
+    policy = Policy.of(get_peft_model(base, LoReftConfig(task_type="CAUSAL_LM")))
+    with torch.no_grad():
+        base.model.layers[1].self_attn.v_proj.weight.add_(0.01)
+    message = rf"the engine loads the base model from {tmp_path}, where model\.layers\.1\.self_attn\.v_proj\.weight"
+    with pytest.raises(ValueError, match=message):
+        policy.check()
 
 
 def test_two_active_adapters_are_refused():

@@ -1,20 +1,24 @@
 """`vllm_mode="colocate"`: rollouts come from the policy as it is, to the last digit that the engine allows."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from integration.test_tools import CALL, CALLS, lookup, qwen_like
 from integration.training import WARNINGS, assert_all_moved
 from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer
 from trl.generation import vllm_generation
 from vllm import LLM
 
+import peft_reft.integrations.trl
 from peft_reft import LoReftConfig
 from peft_reft.integrations.trl import colocated, rollouts_in_vllm
 from peft_reft.integrations.trl.turns import Histories
 
-from .trainers import CHATS, ENGINE, LONG, PLAIN, Watch, make, save_model, writer
+from .trainers import CHATS, ENGINE, LONG, PLAIN, Watch, alternating, make, save_model, shut_down, writer
 
 pytestmark = WARNINGS
 
@@ -190,6 +194,36 @@ def test_what_a_user_says_counts(folder, tokenizer, tmp_path):
         assert output.outputs[0].token_ids[0] == logits.argmax().item()
         with pytest.raises(ValueError, match="beam search"):
             generation.llm.beam_search([prompt], params)
+
+
+@pytest.mark.slow
+def test_the_page(folder, tmp_path, monkeypatch):
+    """The block of docs/trainers.md runs as it stands there, but for the engine's arguments."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(peft_reft.integrations.trl, "rollouts_in_vllm", partial(rollouts_in_vllm, **ENGINE))
+    trainers = []
+
+    class Trainer(GRPOTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            trainers.append(self)
+
+    page = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text(encoding="utf-8")
+    block = page.partition("### Rollouts in vLLM")[2].partition("```py\n")[2].partition("```")[0]
+    small = dict(bf16=False, use_cpu=True, report_to="none", max_completion_length=4)
+    names = dict(
+        GRPOConfig=partial(GRPOConfig, **small),
+        GRPOTrainer=Trainer,
+        model_id=folder,
+        reward=alternating,
+        prompts=Dataset.from_list(PLAIN * 2),
+        config=config("f7+l7"),
+    )
+    try:
+        exec(block, names)
+        assert trainers[0].state.global_step == 2
+    finally:
+        shut_down(trainers[0])
 
 
 def test_a_trainer_that_cannot_be_served_is_refused(folder, tokenizer, tmp_path):

@@ -96,9 +96,14 @@ def make(which, folder, tokenizer, peft_config, rows, tmp_path, model=None, edit
     try:
         yield trainer
     finally:
-        trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()
-        del trainer.vllm_generation
-        gc.collect()
+        shut_down(trainer)
+
+
+def shut_down(trainer):
+    """End the engine of a trainer."""
+    trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()
+    del trainer.vllm_generation
+    gc.collect()
 
 
 class Watch:

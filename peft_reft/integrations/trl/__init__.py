@@ -9,6 +9,7 @@ module       its one job
 ============ ==============================================================================================
 `start`      wraps TRL's `VLLMGeneration`, which all of its trainers use that generate with vLLM, but for online DPO
 `policy`     the adapter that is trained: whether an engine can serve it, and its files
+`base`       whether the base model is still the one that the engine loads from disk
 `turns`      where the prompt of a request ends that goes on behind the result of a tool
 `colocated`  the engine in the trainer's own process (`vllm_mode="colocate"`)
 ============ ==============================================================================================

@@ -18,6 +18,7 @@ from ...config import LoReftConfig
 from ...serving import AdapterFiles
 from ...tuner.layer import LoReftLayer
 from ...tuner.state_dicts import is_ours
+from .base import check_base
 
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
@@ -79,6 +80,8 @@ class Policy:
                     "engine loads the base model without it. Merge it (`merge_and_unload`), save the model, and train "
                     "on what was saved."
                 )
+        base = self.model.get_base_model()
+        check_base(base, base.name_or_path)
 
     def files(self, generation: Any) -> AdapterFiles:
         """The files that `save_pretrained` would write now.
