@@ -4,9 +4,9 @@
     python benchmarks/rollouts.py --layers 2 --rounds 3
 
 One process has one engine, with a model of SmolLM2-135M's shape and random weights in 16 bits. A round synchronises
-every policy once, by TRL's own `VLLMGeneration.sync_weights`: for LoReFT as `rollouts_in_vllm()` has it, for LoRA as TRL
-has it (merge, send all weights, drop the prefix cache, unmerge). So a slow moment of the machine hits all alike. Before
-each round the policies change, as by a training step.
+every policy once, by TRL's `VLLMGeneration.sync_weights`: for LoReFT as `rollouts_in_vllm()` has it, for LoRA as TRL
+has it (merge, send all weights, drop the prefix cache, unmerge). So a slow moment of the machine hits all alike.
+Before each round the policies change, as by a training step.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ POLICIES: dict[str, Any] = {
 REFERENCE = "LoRA, r=8"
 
 
-def generation_of(model: Any, mode: str = "colocate") -> VLLMGeneration:
+def generation_of(model: Any) -> VLLMGeneration:
     """What a trainer of TRL makes for rollouts, with an engine of its own."""
     accelerator = Accelerator(cpu=True)
-    return VLLMGeneration(model, accelerator, None, mode=mode, max_model_length=512, max_num_seqs=8)
+    return VLLMGeneration(model, accelerator, None, mode="colocate", max_model_length=512, max_num_seqs=8)
 
 
 def sharing(engine: VLLMGeneration, model: Any) -> VLLMGeneration:

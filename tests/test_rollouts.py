@@ -103,6 +103,13 @@ def test_a_base_that_was_changed_in_memory_is_refused(size, dtype, tmp_path):
         policy.check()
 
 
+def test_an_adapter_without_a_peft_model_is_refused():
+    model = build("llama")
+    model.add_adapter(LoReftConfig(task_type="CAUSAL_LM", r=4))
+    with pytest.raises(ValueError, match=r"the model \(LlamaForCausalLM\) has LoReFT, but"):
+        Policy.of(model)
+
+
 def test_two_active_adapters_are_refused():
     model = adapted(positions="f2")
     model.add_adapter("second", LoReftConfig(task_type="CAUSAL_LM", r=2, positions="l1"))

@@ -110,6 +110,7 @@ def test_tools(spec, marks, tmp_path, monkeypatch):
             assert max(watch.different) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_prefix_cache_outlives_updates(folder, tokenizer, tmp_path):
     """Blocks without edits stay; those that an earlier policy has edited are not found again."""
     rows = [{"prompt": LONG}, {"prompt": f"z {LONG}"}]
@@ -128,6 +129,7 @@ def test_the_prefix_cache_outlives_updates(folder, tokenizer, tmp_path):
     assert cached == {"f2+l2": [0, 0], "l7": [64, 64]}
 
 
+@pytest.mark.slow
 def test_other_methods_go_the_way_of_trl(folder, tokenizer, tmp_path, monkeypatch):
     """LoRA is merged and all weights are sent, although `rollouts_in_vllm` was called."""
     sent = []
@@ -149,6 +151,7 @@ def test_other_methods_go_the_way_of_trl(folder, tokenizer, tmp_path, monkeypatc
     assert "model.embed_tokens.weight" in sent
 
 
+@pytest.mark.slow
 def test_the_engine_sleeps_at_level_1(folder, tokenizer, tmp_path, monkeypatch):
     """Level 2 would lose the base's weights. A CPU cannot free memory, but the engine's core sleeps and wakes."""
     with make("GRPO", folder, tokenizer, config("f7+l7"), PLAIN, tmp_path, max_steps=3, learning_rate=0.05) as trainer:
@@ -170,6 +173,7 @@ def test_the_engine_sleeps_at_level_1(folder, tokenizer, tmp_path, monkeypatch):
     assert max(watch.different) < CLOSE and min(watch.from_last) > 1e-2
 
 
+@pytest.mark.slow
 def test_what_a_user_says_counts(folder, tokenizer, tmp_path):
     """Requests keep the arguments that a user gives, and a user may generate with the trainer's engine."""
     extra = {"extra_args": {"loreft_scale": 0.0}, "temperature": 0.0}

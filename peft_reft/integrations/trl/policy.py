@@ -33,17 +33,20 @@ class Policy:
 
     @staticmethod
     def of(model: Any) -> Policy | None:
-        """The policy in a trainer's model; None if no adapter of LoReFT is active in it.
+        """The policy in a trainer's model; None if the model has no adapter of LoReFT.
 
         Raises:
             ValueError: an engine would compute something else than the model. The message says why.
         """
-        if not isinstance(model, PeftModel):
+        if not any(isinstance(module, LoReftLayer) for module in model.modules()):
             return None
-        configs = model.peft_config
-        names = [name for name in model.active_adapters if isinstance(configs.get(name), LoReftConfig)]
+        active = model.active_adapters if isinstance(model, PeftModel) else []
+        names = [name for name in active if isinstance(model.peft_config.get(name), LoReftConfig)]
         if not names:
-            return None
+            raise ValueError(
+                f"use_vllm=True: the model ({type(model).__name__}) has LoReFT, but no such adapter of its own is "
+                "active (allowed: a PeftModel whose active adapter is of LoReFT)."
+            )
         if len(model.active_adapters) > 1:
             raise ValueError(
                 f"use_vllm=True: the adapters {', '.join(model.active_adapters)} are active, and a request to the "
