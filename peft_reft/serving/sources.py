@@ -37,8 +37,8 @@ class AdapterFiles:
         ValueError: one of the two is no `bytes`.
     """
 
-    config: bytes
-    weights: bytes
+    config: bytes = field(repr=False)
+    weights: bytes = field(repr=False)
     where: str = field(default="", compare=False, kw_only=True)
 
     def __post_init__(self) -> None:

@@ -12,6 +12,8 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+import requests
+
 KEY = "a-key"
 NAME = "tiny"
 
@@ -46,7 +48,29 @@ def server(folder, log: Path, arguments=(), **environment):
 def call(address, path, key=KEY, **body):
     """Status and text of a call; without a body it is a GET."""
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    request = urllib.request.Request(f"{address}{path}", json.dumps(body).encode() if body else None, headers)
+    return _answer(urllib.request.Request(f"{address}{path}", json.dumps(body).encode() if body else None, headers))
+
+
+def send(address, path, key=KEY, **fields):
+    """Status and text of a call whose body is a form. Each field is a text, or the name and content of a file."""
+    body, headers = form_of(**fields)
+    headers["Authorization"] = f"Bearer {key}"
+    return _answer(urllib.request.Request(f"{address}{path}", body, headers))
+
+
+def sent(files, name, **more):
+    """The fields of the form that sends an adapter."""
+    return {"name": name, "config": ("config", files.config), "weights": ("weights", files.weights), **more}
+
+
+def form_of(**fields):
+    """The body of a form, and the header that goes with it."""
+    parts = {name: (None, value) if isinstance(value, str) else value for name, value in fields.items()}
+    made = requests.Request("POST", "http://x", files=parts).prepare()
+    return made.body, {"Content-Type": made.headers["Content-Type"]}
+
+
+def _answer(request):
     try:
         with urllib.request.urlopen(request) as answer:
             return answer.status, answer.read().decode()
