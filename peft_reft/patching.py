@@ -184,6 +184,12 @@ PATCHES: dict[str, Patch] = {
     "module.LLM": Patch(
         "trl", "1.16", "`_init_vllm` gives it fixed arguments; the plugin needs more.", "when the engine is made"
     ),
+    "module.VLLMClient": Patch(
+        "trl",
+        "1.16",
+        "`_init_vllm` has it join the server by NCCL; an adapter goes by HTTP.",
+        "when the client is made",
+    ),
 }
 
 

@@ -100,8 +100,9 @@ def make(which, folder, tokenizer, peft_config, rows, tmp_path, model=None, edit
 
 
 def shut_down(trainer):
-    """End the engine of a trainer."""
-    trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()
+    """End the engine of a trainer, if it is in this process."""
+    if trainer.args.vllm_mode == "colocate":
+        trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()
     del trainer.vllm_generation
     gc.collect()
 

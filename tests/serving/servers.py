@@ -19,14 +19,15 @@ NAME = "tiny"
 
 
 @contextmanager
-def server(folder, log: Path, arguments=(), **environment):
-    """Serve the model in `folder` as "tiny". Yields the server's address."""
+def server(folder, log: Path, arguments=(), key=KEY, **environment):
+    """Serve the model in `folder` as "tiny". Yields the server's address. Without a `key` it answers to everybody."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, __file__, folder, "--served-model-name", NAME, "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--api-key", KEY]
+    command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", "256", "--block-size", "32", "--generation-config", "vllm", *arguments]
+    command += ["--api-key", key] if key else []
     env = {**os.environ, "VLLM_PLUGINS": "loreft", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **environment}
     with log.open("w") as file:
         process = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)

@@ -12,6 +12,7 @@ module       its one job
 `base`       whether the base model is still the one that the engine loads from disk
 `turns`      where the prompt of a request ends that goes on behind the result of a tool
 `colocated`  the engine in the trainer's own process (`vllm_mode="colocate"`)
+`server`     a server of vLLM (`vllm_mode="server"`)
 ============ ==============================================================================================
 """
 

@@ -56,13 +56,13 @@ def start(inner: Callable[[Any], None], generation: Any, policy: Policy, argumen
     # The engine reads the adapter when it starts: its rank, which modules it edits, and whether it edits answers.
     with TemporaryDirectory(prefix="loreft-") as folder:
         policy.files(generation).write(folder)
-        make = partial(_make, policy=policy, folder=folder, dtype=_dtype(generation), more=arguments)
+        make = partial(_make, policy=policy, folder=folder, dtype=dtype_of(generation), more=arguments)
         with replaced(vllm_generation, "LLM", make):
             inner(generation)
     return Colocated(generation)
 
 
-def _dtype(generation: Any) -> str:
+def dtype_of(generation: Any) -> str:
     """The dtype in which the trainer computes. By default vLLM makes 16 bits of a checkpoint's 32."""
     mixed = _MIXED.get(generation.accelerator.mixed_precision)
     return mixed or str(generation.model.get_base_model().dtype).removeprefix("torch.")

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from ...patching import wrap
-from . import colocated
+from . import colocated, server
 from .policy import Policy
 
 _SENDS = "_peft_reft_sends"
@@ -41,9 +41,10 @@ def _start(engine_arguments: dict[str, Any], inner: Callable[[Any], None], gener
     if policy is None:
         inner(generation)
         return
-    if generation.mode != "colocate":
-        raise ValueError(f"vllm_mode={generation.mode!r} with LoReFT: not supported (allowed: 'colocate').")
-    way = colocated.start(inner, generation, policy, engine_arguments)
+    if generation.mode == "server":
+        way: colocated.Colocated | server.Served = server.start(inner, generation, policy)
+    else:
+        way = colocated.start(inner, generation, policy, engine_arguments)
     setattr(generation, _SENDS, (policy, way))
 
 
