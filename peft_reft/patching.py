@@ -1,7 +1,8 @@
 """Every method of another library that this package wraps or adds, on one page.
 
-No file of another library is changed, and every wrapper calls the original, or raises. The functions below accept only
-names that `PATCHES` lists, so the table is complete.
+No file of another library is changed, and every wrapper calls the original, or raises. (The one of
+`VLLMGeneration.sync_weights` does something else instead.) The functions below accept only names that `PATCHES` lists,
+so the table is complete.
 
 If `Owner.name` is *wrapped*, `Owner.name(*args)` calls `wrapper(original, *args)`.
 """
@@ -9,10 +10,12 @@ If `Owner.name` is *wrapped*, `Owner.name(*args)` calls `wrapper(original, *args
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial, wraps
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -173,6 +176,20 @@ PATCHES: dict[str, Patch] = {
         "vllm", "0.28", "The steps of a beam search have longer and longer prompts: it is refused.", _WITH_THE_ENGINE
     ),
     "BeamSearchOfflineMixin.beam_search": Patch("vllm", "0.28", "The same for `LLM`.", _WITH_THE_ENGINE),
+    # When `integrations.trl.rollouts_in_vllm` is called.
+    "VLLMGeneration._init_vllm": Patch("trl", "1.16", "The engine that it makes serves adapters."),
+    "VLLMGeneration.sync_weights": Patch(
+        "trl", "1.16", "It would merge the adapter into the weights. A LoReFT adapter alone is sent instead."
+    ),
+    "module.LLM": Patch(
+        "trl", "1.16", "`_init_vllm` gives it fixed arguments; the plugin needs more.", "when the engine is made"
+    ),
+    "module.VLLMClient": Patch(
+        "trl",
+        "1.16",
+        "`_init_vllm` has it join the server by NCCL; an adapter goes by HTTP.",
+        "when the client is made",
+    ),
 }
 
 
@@ -205,6 +222,23 @@ def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
     setattr(wrapped, _ORIGINAL, original)
     setattr(owner, name, wrapped)
+
+
+def is_wrapped(owner: type, name: str) -> bool:
+    """Whether `wrap` has wrapped a method of a class."""
+    return hasattr(getattr(owner, name), _ORIGINAL)
+
+
+@contextmanager
+def replaced(owner: ModuleType, name: str, value: object) -> Iterator[None]:
+    """Have `owner.name` be `value` within a `with` block."""
+    check_listed(type(owner), name)
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def add_method(owner: type, name: str, function: Callable[..., Any]) -> None:

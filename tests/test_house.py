@@ -12,7 +12,8 @@ ROOT = Path(peft_reft.__file__).parent
 FLOORS = [
     {"__init__"},
     {"register", "cli"},
-    {"integrations", "serving"},
+    {"integrations"},
+    {"serving"},
     {"convert", "tools"},
     {"tuner"},
     {"config"},

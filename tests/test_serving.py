@@ -27,7 +27,7 @@ from peft_reft.positions.index import make_index
 from peft_reft.positions.resolve import find_answers, resolve
 from peft_reft.positions.spec import Positions
 from peft_reft.serving import add_adapter_async, core, list_adapters, remove_adapter_async
-from peft_reft.serving.adapters import Reader, fingerprint, read_adapter, read_facts
+from peft_reft.serving.adapters import Reader, read_adapter
 from peft_reft.serving.blocks import map_of
 from peft_reft.serving.chosen import Choice, Facts
 from peft_reft.serving.core import block_keys
@@ -37,6 +37,7 @@ from peft_reft.serving.offered import Offered
 from peft_reft.serving.options import CHOICE, Options, check_request
 from peft_reft.serving.schedule import NONE, Pieces, Plans, ServedPlan, Turns, edited, group_by_weights, turns_of
 from peft_reft.serving.server import Server
+from peft_reft.serving.sources import AdapterFiles, fingerprint, from_message, read_facts, to_message
 from peft_reft.serving.tables import LINEAR, Table, formula_key
 from peft_reft.serving.turns import Reading
 from peft_reft.serving.worker import Batch
@@ -450,6 +451,21 @@ def test_models_that_adapters_are_read_into_do_not_pile_up(llama, empty, tmp_pat
     for n in range(1, 12):
         assert reader.read(adapter_for(llama, tmp_path, str(n), positions=f"f{n}", r=1)).rank == 1
     assert len(reader.made) == 8
+
+
+def test_files_that_are_sent_are_read_as_their_folder(llama, empty, tmp_path, monkeypatch):
+    """Equal in fingerprint, specs and weights; the model is made once, and no file is left behind."""
+    paths = [adapter_for(llama, tmp_path, str(n), positions="f2+l1", scale=0.1 * n) for n in (1, 2)]
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    reader = Reader(empty)
+    for path in paths:
+        from_folder, sent = read_adapter(path, empty), reader.read(from_message(to_message(AdapterFiles.read(path))))
+        assert sent.facts == from_folder.facts and sent.plans == from_folder.plans
+        for name, factors in sent.factors.items():
+            assert all(map(torch.equal, factors.tensors(), from_folder.factors[name].tensors()))
+        assert not [*(tmp_path / "temporary").iterdir()]
+    assert len(reader.made) == 1
 
 
 class Cost(TorchDispatchMode):

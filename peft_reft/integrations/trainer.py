@@ -19,7 +19,7 @@ from ..tools.chat import loreft_configs, set_marks, warn_of_limits
 from ..tools.collator import DataCollatorForLoReft
 from .cards import CompleteCards
 from .first_forwards import FirstForwards, attachment_of
-from .trainer_checks import CheckGradients, refuse_packing
+from .trainer_checks import CheckGradients, refuse_merged_rollouts, refuse_packing
 
 
 class FindMarksAndLogFirstRow(TrainerCallback):
@@ -33,9 +33,15 @@ class FindMarksAndLogFirstRow(TrainerCallback):
         self.first_forwards: FirstForwards | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Set the marks of adapters that have none."""
+        """Set the marks of adapters that have none.
+
+        Raises:
+            ValueError: rollouts would need a merge that is not possible (`trainer_checks`).
+        """
         tokenizer = kwargs.get("processing_class")
         attachment = attachment_of(model)
+        if attachment is not None and model is not None:
+            refuse_merged_rollouts(args, model, list(loreft_configs(model)))
         if attachment is None or not attachment.has_answers or tokenizer is None:
             return
         unmarked = [name for name, config in loreft_configs(model).items() if config.response_template is None]

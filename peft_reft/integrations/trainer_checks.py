@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
 
 from ..config import LoReftConfig
+from ..patching import is_wrapped
 from ..tuner.layer import LoReftLayer
+from ..tuner.merging import ROLLOUTS, why_not_merge
 
 _SHOWN = 8  # names in a warning
 _WITHOUT_GRAD = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
@@ -42,6 +46,28 @@ def refuse_packing(args: Any, config: LoReftConfig) -> None:
             "`generate` does. Nothing in such a row shows it. Use truncation_mode='keep_start', or leave long rows "
             "out.",
             stacklevel=2,
+        )
+
+
+def refuse_merged_rollouts(args: Any, model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse rollouts in vLLM for which TRL would merge adapters that cannot be merged, before an engine starts.
+
+    Args:
+        args: of a trainer.
+        model: its model.
+        names: of the adapters of LoReFT in it.
+
+    Raises:
+        ValueError: names the line that is missing in the user's script.
+    """
+    vllm_generation = sys.modules.get("trl.generation.vllm_generation")
+    if not getattr(args, "use_vllm", False) or vllm_generation is None:
+        return
+    reason = why_not_merge(model, names)
+    if reason is not None and not is_wrapped(vllm_generation.VLLMGeneration, "sync_weights"):
+        raise ValueError(
+            f"use_vllm=True: TRL would merge LoReFT into the weights and send these, but {reason}. Call `{ROLLOUTS}` "
+            "before the trainer is made, and the adapter alone is sent."
         )
 
 

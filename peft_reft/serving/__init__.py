@@ -2,8 +2,9 @@
 
 `pip install "peft-reft[vllm]"` registers the plugin, and vLLM calls `register` in each of its processes. Adapters are
 named at the start (`--additional-config '{"loreft": {"adapters": {"emoji": "PATH"}}}'`) or while the engine runs
-(`add_adapter`, `remove_adapter`). A request chooses one by name (`SamplingParams(extra_args={"loreft": "emoji"})`;
-over HTTP, `"vllm_xargs": {"loreft": "emoji"}`). See docs/serving.md.
+(`add_adapter`, `remove_adapter`), as a folder or as the content of its files (`AdapterFiles`). A request chooses one
+by name (`SamplingParams(extra_args={"loreft": "emoji"})`; over HTTP, `"vllm_xargs": {"loreft": "emoji"}`). See
+docs/serving.md.
 
 ============== ============================================================= ===============
 module         its one job                                                   runs in
@@ -18,7 +19,8 @@ module         its one job                                                   run
 `worker`       hooks the loaded model; prepares each step                    worker
 `endpoints`    routes of our own to load and drop adapters                   API server
 `options`      `additional_config["loreft"]` and its checks                  everywhere
-`adapters`     reads an adapter for serving                                  everywhere
+`sources`      an adapter's files, in a folder, on the Hub or sent           everywhere
+`adapters`     reads an adapter for serving                                  worker
 `turns`        where prompts and answers are                                 everywhere
 `chosen`       what is known of an adapter; what a request has chosen        everywhere
 `blocks`       the keys of cached blocks: what is edited in them             front end, core
@@ -41,8 +43,10 @@ from .frontend import (
     remove_adapter_async,
 )
 from .plugin import register
+from .sources import AdapterFiles
 
 __all__ = [
+    "AdapterFiles",
     "add_adapter",
     "add_adapter_async",
     "list_adapters",

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import LoReftConfig
-from ..convert.ours import local_folder
 from ..edits.factors import Factors
 from ..files import check_finite
 from ..tuner.layer import LoReftLayer
 from ..tuner.state_dicts import is_ours, without_adapter_name
 from .chosen import Facts
 from .schedule import ServedPlan
+from .sources import AdapterFiles, Source, fingerprint
 
 _NAME = "served"
 _MOST_MADE = 8
@@ -77,37 +75,33 @@ class Reader:
         self.made: dict[str, _Made] = {}
         """By the config, as JSON."""
 
-    def read(self, path_or_name: str) -> ServedAdapter:
+    def read(self, source: Source) -> ServedAdapter:
         """Read what `save_pretrained` wrote.
 
         Args:
-            path_or_name: a folder, or a name on the Hub.
+            source: a folder, or a name on the Hub; or the files themselves.
 
         Raises:
             ValueError: this is no LoReFT adapter, or it is damaged, does not fit the model or cannot be served. The
                 message says which.
         """
-        folder = fetch(path_or_name)
-        before = fingerprint(folder)
-        config = _config(folder, named=path_or_name)
-        facts = Facts.of(config, before)
+        files = AdapterFiles.read(source) if isinstance(source, str) else source
+        config = files.parsed_config()
+        facts = Facts.of(config, files.fingerprint)
         for field in ("modules_to_save", "trainable_token_indices"):
             value = getattr(config, field)
             if value:
                 raise ValueError(
-                    f"{path_or_name} has {field}={value!r}: the adapters of a server share all weights but their "
+                    f"{files.named} has {field}={value!r}: the adapters of a server share all weights but their "
                     "edits (allowed: None)."
                 )
         if config.intervention == "interchange":
-            raise ValueError(f"{path_or_name} has intervention='interchange': it needs hidden states of another run.")
+            raise ValueError(f"{files.named} has intervention='interchange': it needs hidden states of another run.")
         recipe = json.dumps({**config.to_dict(), **dict.fromkeys(_ABOUT_THE_BASE)}, sort_keys=True)
         made = self.made.get(recipe)
-        if made is None or not made.fill(folder):
-            try:
-                model = PeftModel.from_pretrained(copy.deepcopy(self.empty), folder, adapter_name=_NAME, config=config)
-            except (RuntimeError, SafetensorError) as error:  # shapes that do not fit, a file cut short
-                raise ValueError(f"{path_or_name} does not fit {type(self.empty).__name__}: {error}") from error
-            made = _Made(model)
+        tensors = files.parsed_weights()
+        if made is None or not made.fill(tensors, files.weights_file):
+            made = _Made(self._load(config, files))
             if len(self.made) == _MOST_MADE:
                 del self.made[next(iter(self.made))]
             self.made[recipe] = made
@@ -115,9 +109,19 @@ class Reader:
             name: ServedPlan(layer.plans[_NAME].groups, layer.plans[_NAME].sharing) for name, layer in made.layers
         }
         factors = made.factors()
-        if fingerprint(folder) != before:
-            raise ValueError(f"{path_or_name} changed while it was read. Load it again when it is complete.")
+        if isinstance(source, str) and fingerprint(source) != facts.fingerprint:
+            raise ValueError(f"{source} changed while it was read. Load it again when it is complete.")
         return ServedAdapter(plans, factors, facts)
+
+    def _load(self, config: LoReftConfig, files: AdapterFiles) -> PeftModel:
+        """Have PEFT load an adapter into a copy of the empty model. PEFT reads weights from folders only."""
+        with TemporaryDirectory(prefix="loreft-") as folder:
+            with open(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), "wb") as file:
+                file.write(files.weights)
+            try:
+                return PeftModel.from_pretrained(copy.deepcopy(self.empty), folder, adapter_name=_NAME, config=config)
+            except (RuntimeError, SafetensorError) as error:  # shapes that do not fit
+                raise ValueError(f"{files.named} does not fit {type(self.empty).__name__}: {error}") from error
 
 
 class _Made:
@@ -134,22 +138,24 @@ class _Made:
             if is_ours(key):
                 self.parameters[without_adapter_name(key, _NAME)] = parameter
 
-    def fill(self, folder: str) -> bool:
+    def fill(self, tensors: dict[str, Tensor], where: str) -> bool:
         """Take over the weights of another adapter.
 
+        Args:
+            tensors: by the name that they have in a file.
+            where: what messages call the file.
+
         Returns:
-            Whether its tensors have the names and shapes that they should have. If not, nothing has changed; who makes
-            a new model for it learns what is wrong.
+            Whether the tensors have the names and shapes that they should have. If not, nothing has changed; who makes
+            a new model for them learns what is wrong.
 
         Raises:
             ValueError: a value is not finite.
         """
-        path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-        tensors = load_file(path)
         shapes = {key: tensor.shape for key, tensor in tensors.items()}
         if shapes != {key: parameter.shape for key, parameter in self.parameters.items()}:
             return False
-        check_finite(tensors, path)
+        check_finite(tensors, where)
         for key, tensor in tensors.items():
             self.parameters[key].copy_(tensor)
         return True
@@ -160,62 +166,9 @@ class _Made:
         return {name: layer.weights(_NAME).current_factors().map(torch.clone) for name, layer in self.layers}
 
 
-def read_adapter(path_or_name: str, empty: nn.Module) -> ServedAdapter:
+def read_adapter(source: Source, empty: nn.Module) -> ServedAdapter:
     """Do what `Reader.read` does, for one adapter."""
-    return Reader(empty).read(path_or_name)
-
-
-def _config(folder: str, named: str) -> LoReftConfig:
-    """The config in `folder`. `named` is how the user calls the adapter, for the message of an error."""
-    config = LoReftConfig.from_pretrained(folder)
-    if not isinstance(config, LoReftConfig):
-        raise ValueError(f"{named} holds an adapter of type {config.peft_type}, not of LoReFT.")
-    return config
-
-
-def is_loreft(path_or_name: str) -> bool:
-    """Whether this is a LoReFT adapter: a folder, or a name on the Hub, whose config says so."""
-    try:
-        folder = local_folder(path_or_name, [CONFIG_NAME])
-        with open(os.path.join(folder, CONFIG_NAME), encoding="utf-8") as file:
-            config = json.load(file)
-    except (OSError, ValueError):  # the errors of the Hub are OSErrors; whoever loads it will say what is wrong
-        return False
-    return isinstance(config, dict) and config.get("peft_type") == "LOREFT"
-
-
-def read_facts(path_or_name: str) -> Facts:
-    """What must be known of an adapter without its weights.
-
-    Raises:
-        ValueError: this is no LoReFT adapter.
-    """
-    folder = fetch(path_or_name)
-    return Facts.of(_config(folder, named=path_or_name), fingerprint(folder))
-
-
-def fetch(path_or_name: str) -> str:
-    """The local folder of an adapter. Raises ValueError if a file is missing, and names that file."""
-    folder = local_folder(path_or_name, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME])
-    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-        if not os.path.isfile(os.path.join(folder, name)):
-            raise ValueError(f"{path_or_name} has no {name}: it is no adapter that `save_pretrained` wrote.")
-    return folder
-
-
-def fetch_early(path_or_name: str) -> None:
-    """Download an adapter from the Hub before a worker loads it: while one loads, no request goes on."""
-    with suppress(Exception):  # the worker will say what is wrong
-        fetch(path_or_name)
-
-
-def fingerprint(folder: str) -> str:
-    """A digest of an adapter's files: equal files have the same in every folder and every process."""
-    digest = hashlib.sha256()
-    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-        with open(os.path.join(folder, name), "rb") as file:
-            digest.update(file.read())
-    return digest.hexdigest()[:32]
+    return Reader(empty).read(source)
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, LoReftLayer]]:

@@ -30,6 +30,7 @@ from .engine.core import (
 from .engine.request import adapter_of, add_extra_args, extra_args, given_length, keep, kept, params_of, token_ids
 from .options import CHOICE, KEY, PROMPT_LENGTH, SCALE, Options, check_name
 from .selfcheck import ANSWER, NAME, OTHER_TOKEN, TOKEN
+from .sources import Message, from_message, path_of
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Adapters:
     named: dict[str, Facts]
     """From an adapter's name to its facts."""
     paths: dict[str, str]
-    """From an adapter's name to the folder, or the name on the Hub, that it was loaded from."""
+    """From an adapter's name to the folder, or the name on the Hub, that it was loaded from; or `SENT`."""
     checked: bool = False
     """Whether the engine has begun to check itself."""
     coming: dict[str, str] = field(default_factory=dict)
@@ -63,13 +64,13 @@ def start(inner: Callable[..., Any], core: object, *args: Any, **kwargs: Any) ->
     return found
 
 
-def add(core: object, name: str, path_or_name: str, replace: bool) -> dict[str, Any]:
+def add(core: object, name: str, message: Message, replace: bool) -> dict[str, Any]:
     """Have the workers load an adapter (`EngineCore.loreft_add`).
 
     Args:
         core: vLLM's `EngineCore`.
         name: what requests will call it.
-        path_or_name: a folder, or a name on the Hub.
+        message: a folder, or a name on the Hub; or the files themselves (`adapters.to_message`).
         replace: whether it takes the place of the adapter that has its name.
 
     Returns:
@@ -81,13 +82,14 @@ def add(core: object, name: str, path_or_name: str, replace: bool) -> dict[str, 
     except ValueError as error:
         return {"error": str(error)}
     _drop_unused(core, adapters)
-    answers: list[dict[str, Any]] = call_workers(core, "loreft_add", name, path_or_name)
+    path = path_of(from_message(message))
+    answers: list[dict[str, Any]] = call_workers(core, "loreft_add", name, message)
     answer = next((each for each in answers if "error" in each), answers[0])
     if any(each != answers[0] for each in answers) and "error" not in answer:
-        answer = {"error": f"{path_or_name} changed while it was read. Load it again when it is complete."}
+        answer = {"error": f"{path} changed while it was read. Load it again when it is complete."}
     if "error" not in answer:
         adapters.named[name] = Facts.read(answer)
-        adapters.paths[name] = path_or_name
+        adapters.paths[name] = path
     _drop_unused(core, adapters)  # what it replaces; or what only some of the workers could load
     return answer
 

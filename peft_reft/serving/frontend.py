@@ -8,7 +8,6 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from .adapters import fetch_early, is_loreft, read_facts
 from .chosen import Facts
 from .engine.config import additional_config
 from .engine.front import (
@@ -26,6 +25,7 @@ from .engine.front import (
 from .engine.request import add_extra_args, extra_args, given_length, is_session, keep, kept
 from .offered import Offered
 from .options import KEY, PROMPT_LENGTH, Options, check_request, shorten
+from .sources import Source, fetch_early, is_loreft, path_of, read_facts, to_message
 
 _HOW_TO_START = f"Start it with additional_config={{'{KEY}': {{'adapters': {{NAME: FOLDER}}}}}}."
 _BEAMS = "beam search cannot be combined with an adapter, because its steps are requests of their own."
@@ -176,13 +176,14 @@ def list_adapters(engine: object) -> list[str]:
     return sorted(_offered(engine).facts)
 
 
-def add_adapter(llm: object, adapter_name: str, path_or_name: str, replace: bool = False) -> None:
+def add_adapter(llm: object, adapter_name: str, source: Source, replace: bool = False) -> None:
     """Load an adapter into a running engine.
 
     Args:
         llm: vLLM's `LLM`.
         adapter_name: the name by which requests choose it.
-        path_or_name: the folder that `save_pretrained` wrote, or the adapter's name on the Hub.
+        source: the folder that `save_pretrained` wrote, or the adapter's name on the Hub; or the content of its two
+            files (`AdapterFiles`), if the engine cannot read them.
         replace: whether it takes the place of the adapter that has its name. Requests that run go on with the old one.
 
     Raises:
@@ -191,7 +192,8 @@ def add_adapter(llm: object, adapter_name: str, path_or_name: str, replace: bool
     """
     offered = _offered(llm)
     offered.check_new(adapter_name)
-    _note_added(offered, adapter_name, path_or_name, call_core(llm, "loreft_add", adapter_name, path_or_name, replace))
+    answer = call_core(llm, "loreft_add", adapter_name, to_message(source), replace)
+    _note_added(offered, adapter_name, source, answer)
 
 
 def remove_adapter(llm: object, adapter_name: str) -> None:
@@ -208,31 +210,31 @@ def remove_adapter(llm: object, adapter_name: str) -> None:
     _note_removed(offered, adapter_name, call_core(llm, "loreft_remove", adapter_name))
 
 
-async def add_adapter_async(engine: object, adapter_name: str, path_or_name: str, replace: bool = False) -> None:
+async def add_adapter_async(engine: object, adapter_name: str, source: Source, replace: bool = False) -> None:
     """Do what `add_adapter` does, for vLLM's `AsyncLLM`, on which the server runs."""
     offered = _offered(engine)
     offered.check_new(adapter_name)
 
     async def load() -> None:
-        await asyncio.to_thread(fetch_early, path_or_name)
-        answer = await _load(engine, adapter_name, path_or_name, replace)
+        await asyncio.to_thread(fetch_early, source)
+        answer = await _load(engine, adapter_name, source, replace)
         if "error" in answer:  # the one that was to be replaced may be gone
             await refresh(engine)
-        _note_added(offered, adapter_name, path_or_name, answer)
+        _note_added(offered, adapter_name, source, answer)
 
     # The core goes on loading if the caller gives up waiting, so this goes on, too.
     await asyncio.shield(asyncio.ensure_future(load()))
 
 
-async def _load(engine: object, name: str, path_or_name: str, replace: bool) -> dict[str, Any]:
+async def _load(engine: object, name: str, source: Source, replace: bool) -> dict[str, Any]:
     """Have every core of an `AsyncLLM` load an adapter, or none. Returns what `core.add` returns."""
-    answers: list[dict[str, Any]] = await call_cores_async(engine, "loreft_add", name, path_or_name, replace)
+    answers: list[dict[str, Any]] = await call_cores_async(engine, "loreft_add", name, to_message(source), replace)
     answer = next((each for each in answers if "error" in each), answers[0])
     loaded = [each for each in answers if "error" not in each]
     if loaded and any(each != answers[0] for each in answers):
         await call_cores_async(engine, "loreft_remove", name)
         if "error" not in answer:
-            answer = {"error": f"{path_or_name} changed while it was read. Load it again when it is complete."}
+            answer = {"error": f"{path_of(source)} changed while it was read. Load it again when it is complete."}
     return answer
 
 
@@ -274,11 +276,11 @@ def _offered(engine: object) -> Offered:
     return offered
 
 
-def _note_added(offered: Offered, name: str, path_or_name: str, answer: dict[str, Any]) -> None:
+def _note_added(offered: Offered, name: str, source: Source, answer: dict[str, Any]) -> None:
     """Let requests choose an adapter that the engine has loaded; ValueError if it could not load it."""
     if "error" in answer:
         raise ValueError(answer["error"])
-    offered.note(name, Facts.read(answer), path_or_name)
+    offered.note(name, Facts.read(answer), path_of(source))
 
 
 def _note_removed(offered: Offered, name: str, error: str | None) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 from . import frontend
-from .adapters import is_loreft
 from .engine.config import additional_config
 from .engine.front import logs_stats, names_adapter, read_lora_request, serves_lora
 from .engine.openai import (
@@ -32,6 +31,7 @@ from .engine.openai import (
 from .finding import find
 from .frontend import add_adapter_async, offered_by, refresh_if_shared, remove_adapter_async
 from .options import KEY, Options
+from .sources import is_loreft
 
 
 def from_cli_args(inner: Callable[..., Any], args: object, *more: Any, **kwargs: Any) -> Any:

@@ -13,10 +13,10 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME
 
-from .adapters import is_loreft
 from .chosen import Facts
 from .engine.openai import base_names, lora_names, offer
 from .options import HUB, Options
+from .sources import is_loreft
 
 _FOLDER_NAME = re.compile(r"\w[\w.-]*")
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -29,7 +29,7 @@ class Offered:
     Args:
         options: how adapters are served.
         facts: from an adapter's name to its facts.
-        paths: from an adapter's name to its folder, or its name on the Hub.
+        paths: from an adapter's name to its folder, or its name on the Hub; `SENT` if its files were sent.
     """
 
     options: Options

@@ -30,6 +30,7 @@ from .options import CHOICE, Options
 from .schedule import NO_TURNS, NONE, Ints, Pieces, Turns, turns_of
 from .selfcheck import SelfCheck
 from .server import Server
+from .sources import Message, from_message
 
 
 def load_model(inner: Callable[..., None], worker: object, *args: Any, **kwargs: Any) -> None:
@@ -141,7 +142,7 @@ def _find(request: object, server: Server) -> _Served:
     return _Served(server.places[choice.facts.fingerprint], choice.scale, turns)
 
 
-def add(worker: object, name: str, path_or_name: str) -> dict[str, Any]:
+def add(worker: object, name: str, message: Message) -> dict[str, Any]:
     """Load an adapter (`Worker.loreft_add`).
 
     Returns:
@@ -149,7 +150,7 @@ def add(worker: object, name: str, path_or_name: str) -> dict[str, Any]:
     """
     server: Server = kept(worker, "loreft")
     try:
-        adapter = server.reader.read(path_or_name)
+        adapter = server.reader.read(from_message(message))
         server.add(name, adapter)
     except Exception as error:
         return {"error": str(error)}

@@ -10,7 +10,13 @@ from torch import nn
 from .folding import NEW_BIAS, SHARED_WEIGHT, projection_of
 from .layer import LoReftLayer
 
-_ADVICE = "Keep the adapter beside the model; `unload()` gives the base model back without it."
+ROLLOUTS = "peft_reft.integrations.trl.rollouts_in_vllm()"
+"""The line that TRL's rollouts in vLLM need."""
+
+_ADVICE = (
+    "Keep the adapter beside the model; `unload()` gives the base model back without it. (For TRL's rollouts in vLLM "
+    f"call `{ROLLOUTS}` before the trainer is made: then nothing is merged.)"
+)
 _OF_BLOCK = "a block's output is edited, which no single weight makes (allowed: 'attention', 'mlp')"
 
 
@@ -33,23 +39,43 @@ def merge_layers(
     Raises:
         ValueError: one of the layers cannot be merged; no weight has changed.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoReftLayer)]
-    chosen = [layer for layer in layers if layer.plans.keys() & names]
+    reason = why_not_merge(model, names, new_parameters)
+    if reason is not None:
+        raise ValueError(f"LoReFT cannot be merged into the weights: {reason}. {_ADVICE}")
+    chosen = _layers_of(model, names)
+    for layer, shares in zip(chosen, _share_weights(model, chosen)):
+        layer.merge(safe_merge, adapter_names, new_parameters=True, shared=shares)
+
+
+def why_not_merge(model: nn.Module, names: Sequence[str], new_parameters: bool = False) -> str | None:
+    """Why `merge_layers` would refuse to fold adapters into the weights of `model`; None if it would not."""
+    chosen = _layers_of(model, names)
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     blocks = {id(block) for each in lists for block in each}
     for layer in chosen:
-        _refuse(_OF_BLOCK if id(layer.block) in blocks else layer.why_not_merge(names))
-    uses = _uses_of_parameters(model)
-    sharing = {layer for layer in chosen if uses[id(projection_of(layer.block).weight)] > 1}
+        reason = _OF_BLOCK if id(layer.block) in blocks else layer.why_not_merge(names)
+        if reason is not None:
+            return reason
     if not new_parameters:
-        for layer in chosen:
+        for layer, shares in zip(chosen, _share_weights(model, chosen)):
             map_name = type(projection_of(layer.block)).__name__
-            if layer in sharing:
-                _refuse(SHARED_WEIGHT.format(map_name))
-            elif layer.gains_bias(names):
-                _refuse(NEW_BIAS.format(map_name))
-    for layer in chosen:
-        layer.merge(safe_merge, adapter_names, new_parameters=True, shared=layer in sharing)
+            if shares:
+                return SHARED_WEIGHT.format(map_name)
+            if layer.gains_bias(names):
+                return NEW_BIAS.format(map_name)
+    return None
+
+
+def _layers_of(model: nn.Module, names: Sequence[str]) -> list[LoReftLayer]:
+    """The layers that have any of the adapters."""
+    layers = [module for module in model.modules() if isinstance(module, LoReftLayer)]
+    return [layer for layer in layers if layer.plans.keys() & names]
+
+
+def _share_weights(model: nn.Module, layers: Sequence[LoReftLayer]) -> list[bool]:
+    """For each layer, whether the weight of its linear map has another use in the model."""
+    uses = _uses_of_parameters(model)
+    return [uses[id(projection_of(layer.block).weight)] > 1 for layer in layers]
 
 
 def _uses_of_parameters(model: nn.Module) -> Counter[int]:
@@ -58,8 +84,3 @@ def _uses_of_parameters(model: nn.Module) -> Counter[int]:
     for module in model.modules():
         uses.update(id(parameter) for parameter in module._parameters.values() if parameter is not None)
     return uses
-
-
-def _refuse(reason: str | None) -> None:
-    if reason is not None:
-        raise ValueError(f"LoReFT cannot be merged into the weights: {reason}. {_ADVICE}")

@@ -29,7 +29,7 @@ def train(rank, folder, port, stage):
         engine.step()
     with deepspeed.zero.GatheredParameters(list(weights.values())):
         adapter = {name: p.detach().clone() for name, p in weights.items()}
-    torch.save((sharded, adapter), f"{folder}/{rank}.pt")
+    torch.save((sharded, adapter, layouts.sent(model, zero_stage=stage)), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -47,8 +47,12 @@ def test_two_processes_train_as_one(stage, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)  # see test_distributed.py
     _, expected = layouts.train(layouts.adapted(), layouts.batch())
     for rank in range(layouts.WORLD):
-        sharded, adapter = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        sharded, adapter, sent = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert sharded == (stage == 3)
         assert adapter.keys() == expected.keys()
+        assert sent.keys() == {name.replace(".default", "") for name in adapter}  # for rollouts in vLLM
+        for name in adapter:
+            if not name.endswith(".R"):  # in a file its rows are orthonormal
+                assert torch.equal(sent[name.replace(".default", "")], adapter[name])
         for name, tensor in expected.items():
             torch.testing.assert_close(adapter[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

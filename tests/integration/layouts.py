@@ -5,21 +5,26 @@ import os
 import socket
 import time
 import traceback
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from conftest import VOCAB, build, randomise
 from peft import get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointWrapper,
     apply_activation_checkpointing,
 )
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from trl.distributed import DistributedBackend
+from trl.generation.vllm_generation import VLLMGeneration
 
 from peft_reft import LoReftConfig, LoReftRuntimeConfig
+from peft_reft.integrations.trl.policy import Policy
 
 WORLD, STEPS, PROMPTS = 2, 5, (7, 4)
 
@@ -46,6 +51,17 @@ def adapted(**kwargs):
 
 def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sent(model, fsdp_version=None, zero_stage=0):
+    """The tensors that TRL's rollouts in vLLM are sent, by the keys of a file."""
+    plugin = None if fsdp_version is None else SimpleNamespace(fsdp_version=fsdp_version)
+    deepspeed = None if not zero_stage else SimpleNamespace(zero_stage=zero_stage)
+    state = SimpleNamespace(deepspeed_plugin=deepspeed, fsdp_plugin=plugin)
+    generation = object.__new__(VLLMGeneration)  # its constructor makes an engine
+    generation.accelerator = SimpleNamespace(state=state, device=torch.device("cpu"))
+    generation._dist = DistributedBackend(generation.accelerator)
+    return load(Policy.of(model).files(generation).weights)
 
 
 def train(model, inputs, call=None, steps=STEPS):
@@ -108,7 +124,16 @@ def fsdp(rank, checkpointing=None, **kwargs):
     full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     full = {name.replace("_checkpoint_wrapped_module.", ""): tensor for name, tensor in full.items()}
     saved = get_peft_model_state_dict(model, state_dict=full) if rank == 0 else {}
-    return gradients, adapter, logits, saved
+    return gradients, adapter, logits, saved, sent(model, fsdp_version=2)
+
+
+def fsdp1_sent(rank):
+    """The first FSDP, whose blocks hold flat parameters."""
+    model = adapted()
+    base = model.get_base_model()
+    for n, block in enumerate(base.model.layers):
+        base.model.layers[n] = FullyShardedDataParallel(block, use_orig_params=True, device_id=torch.device("cpu"))
+    return (sent(model, fsdp_version=1),)
 
 
 def fsdp_checkpointing(rank):

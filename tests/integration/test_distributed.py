@@ -20,6 +20,7 @@ SCENARIOS = [
     "fsdp_checkpointing",
     "fsdp_torch_checkpointing",
     "fsdp_nothing",
+    "fsdp1_sent",
     "tensor_parallel",
     "ddp_untouched",
     "fsdp_untouched",
@@ -141,7 +142,7 @@ def test_a_rank_that_edits_nothing_holds_up_no_other(results, scenario):
 @pytest.mark.cell("Device layouts", "FSDP2: full state dict saved, loaded in one process")
 @pytest.mark.parametrize("scenario", ["fsdp", "fsdp_checkpointing", "fsdp_torch_checkpointing"])
 def test_a_sharded_adapter_is_saved_whole(results, scenario, tmp_path):
-    _, _, logits, saved = results(scenario)[0]
+    _, _, logits, saved, _ = results(scenario)[0]
     names = {name.replace(".default", "") for name in layouts.train(layouts.adapted(), layouts.batch(), steps=1)[1]}
     assert set(saved) == names
     for name, tensor in saved.items():
@@ -152,6 +153,21 @@ def test_a_sharded_adapter_is_saved_whole(results, scenario, tmp_path):
     loaded = PeftModel.from_pretrained(build("llama"), tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(loaded(**layouts.batch()).logits, logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.cell("Device layouts", "FSDP2: what rollouts in vLLM are sent")
+@pytest.mark.parametrize("scenario", ["fsdp", "fsdp_torch_checkpointing"])
+def test_every_rank_sends_the_whole_adapter(results, scenario):
+    first, second = results(scenario)
+    assert_close(first[4], first[3], rtol=0, atol=0)
+    assert_close(second[4], first[3], rtol=0, atol=0)
+
+
+@pytest.mark.cell("Device layouts", "FSDP1: what rollouts in vLLM are sent")
+def test_every_rank_of_fsdp1_sends_the_whole_adapter(results):
+    expected = layouts.sent(layouts.adapted())
+    for found in results("fsdp1_sent"):
+        assert_close(found[0], expected, rtol=0, atol=0)
 
 
 @pytest.mark.cell("Device layouts", 'tensor parallel (`tp_plan="auto"`)')

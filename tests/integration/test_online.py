@@ -157,13 +157,26 @@ def test_truncated_answers_may_be_masked(make, spy):
     assert spy.train == spy.rollout
 
 
+@BOTH
 @pytest.mark.cell(
     "Trainers: preferences and reinforcement",
-    "GRPO with vLLM weight sync",
+    "GRPO, RLOO × vLLM, without `rollouts_in_vllm()`",
     refused="an edit at a few tokens cannot be merged into weights",
 )
-def test_weights_cannot_be_pushed_to_vllm(make):
+def test_weights_cannot_be_pushed_to_vllm(make, which):
     """TRL merges before it pushes weights. If that passed silently, vLLM would roll out the base model."""
-    trainer = make((GRPOTrainer, GRPOConfig))
-    with pytest.raises(ValueError, match="cannot be merged"):
+    trainer = make(which)
+    with pytest.raises(ValueError, match=r"cannot be merged.*rollouts_in_vllm\(\)"):
         trainer.model.merge_adapter()
+    with pytest.raises(ValueError, match=r"^use_vllm=True.*a block's output is edited.*rollouts_in_vllm\(\)"):
+        make(which, use_vllm=True)  # before an engine starts; this environment has no vLLM
+
+
+@BOTH
+def test_adapters_that_can_be_merged_are_left_to_trl(make, which):
+    peft_config = LoReftConfig(task_type="CAUSAL_LM", r=4, positions="all", component="mlp", intervention="direft")
+    model = build("llama")
+    for block in model.model.layers:
+        block.mlp.down_proj.bias = torch.nn.Parameter(torch.zeros(block.mlp.down_proj.out_features))
+    with pytest.raises(ImportError, match="vLLM is not available"):
+        make(which, model=model, peft_config=peft_config, use_vllm=True)

@@ -19,8 +19,10 @@ import torch
 import transformers
 from conftest import greedy_answer, randomise
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load, save
 
 from peft_reft import LoReftConfig
+from peft_reft.serving import AdapterFiles
 
 SECOND_RUNNER = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 """Whether vLLM's second model runner runs (`make test-vllm RUNNER=2`)."""
@@ -149,6 +151,12 @@ def make(family: str, folder: str) -> Served:
     path = os.path.join(folder, family)
     model.save_pretrained(path)
     return Served(family, path)
+
+
+def padded(folder: str, padding: int) -> AdapterFiles:
+    """The files of an adapter with so many characters in the metadata of its weights."""
+    files = AdapterFiles.read(folder)
+    return AdapterFiles(files.config, save(load(files.weights), {"format": "pt", "padding": "x" * padding}))
 
 
 def quick_alone(quick, cases):

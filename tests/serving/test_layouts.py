@@ -8,13 +8,14 @@ from vllm import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from peft_reft.serving import (
+    AdapterFiles,
     add_adapter,
     add_adapter_async,
     list_adapters,
     remove_adapter,
     remove_adapter_async,
 )
-from serving.engines import answer, ask, check, engine, params, prompt_of, steps
+from serving.engines import answer, ask, check, engine, padded, params, prompt_of, steps
 
 NAMES = ["f7+l7", "f+l+g", "gN", "all", "by position", "per layer", "attention", "mlp", "by name", "red"]
 
@@ -69,6 +70,10 @@ def test_two_workers(llama, two_workers, layout):
         add_adapter(llm, "later", llama.adapters["later"])
         requests = [(prompt_of(30, 9), name) for name in ("later", "all", None)]
         check(llama, requests, ask(llm, requests, 6), 6)
+        # Files that are sent, larger than a piece of the memory (24 MiB) by which vLLM's processes share messages.
+        add_adapter(llm, "later", padded(llama.adapters["all"], 30_000_000), replace=True)
+        requests = [(prompt_of(30, 9), "later"), (prompt_of(31, 9), "all"), (prompt_of(32, 9), "later")]
+        check(llama, [(prompt, "all") for prompt, _ in requests], ask(llm, requests, 6), 6)
         remove_adapter(llm, "later")
         assert list_adapters(llm) == sorted(NAMES)
 
@@ -150,6 +155,13 @@ def test_two_cores(llama, two_workers, monkeypatch):
             await all_of(engine, "a", [None, *names])
             await add_adapter_async(engine, "later", llama.adapters["later"])
             await all_of(engine, "b", ["later", None, "all"])
+            await add_adapter_async(engine, "later", padded(llama.adapters["later"], 30_000_000), replace=True)
+            await all_of(engine, "d", ["later", None, "all"])
+            cut = AdapterFiles(b'{"peft_type": "LOREFT"}', b"cut")
+            with pytest.raises(ValueError, match="damaged or cut short"):
+                await add_adapter_async(engine, "later", cut, replace=True)
+            assert list_adapters(engine) == sorted(["later", *names])
+            await all_of(engine, "e", ["later"])
             broken = os.path.join(llama.folder, "nothing")
             with pytest.raises(ValueError, match="nothing"):
                 await add_adapter_async(engine, "broken", broken)

@@ -1,14 +1,18 @@
 """Adapters are added to a running engine and dropped; unknown ones are refused."""
 
+import os
 import shutil
 from functools import reduce
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load, save
 from vllm.exceptions import VLLMValidationError
 
-from peft_reft.serving import add_adapter, list_adapters, remove_adapter
+from peft_reft.serving import AdapterFiles, add_adapter, list_adapters, remove_adapter
 from peft_reft.serving.engine.config import check_engine
 from serving.engines import answer, ask, check, engine, make, params, prompt_of
 
@@ -57,7 +61,7 @@ def test_another_adapter_of_the_same_name(opt, llm):
     remove_adapter(llm, "twice")
 
 
-@pytest.mark.parametrize("then", ["replaced", "removed"])
+@pytest.mark.parametrize("then", ["replaced", "replaced by files", "removed"])
 def test_requests_finish_on_the_weights_that_they_began_with(opt, llm, then):
     """Also those that wait, and what they cache is not read under the new weights."""
     opt.add("old", positions="f4+g", seed=21)
@@ -73,8 +77,10 @@ def test_requests_finish_on_the_weights_that_they_began_with(opt, llm, then):
         done.update({int(output.request_id): output for output in core.step() if output.finished})
 
     run()
-    if then == "replaced":
-        add_adapter(llm, "changes", opt.adapters["new"], replace=True)
+    replaced = then != "removed"
+    if replaced:
+        new = opt.adapters["new"]
+        add_adapter(llm, "changes", AdapterFiles.read(new) if "files" in then else new, replace=True)
         for n, prompt in enumerate(prompts):
             core.add_request(str(3 + n), {"prompt_token_ids": prompt}, params("changes", 8))
     else:
@@ -84,8 +90,8 @@ def test_requests_finish_on_the_weights_that_they_began_with(opt, llm, then):
         run()
     names = ["old"] * 3 + ["new"] * 3
     check(opt, list(zip(prompts * 2, names)), [done[n] for n in sorted(done)], 8)
-    assert len(done) == (6 if then == "replaced" else 3)
-    if then == "replaced":
+    assert len(done) == (6 if replaced else 3)
+    if replaced:
         remove_adapter(llm, "changes")
 
 
@@ -110,6 +116,90 @@ def test_aborted_requests(opt, llm, steps_before):
         opt.add(name, positions="f2", seed=len(name))
         add_adapter(llm, "other", opt.adapters[name], replace=True)
     remove_adapter(llm, "other")
+
+
+def policies(served, number):
+    """An adapter as training changes it step by step, each time as the files that are sent, and what it is called.
+
+    All have one config, as those of a run have; transformers reads them from a folder.
+    """
+    files = AdapterFiles.read(served.add("policy 0", positions="f4+g", seed=30))
+    for n in range(number):
+        generator = torch.Generator().manual_seed(n)
+        moved = {name: t + 0.3 * torch.randn(t.shape, generator=generator) for name, t in load(files.weights).items()}
+        files = AdapterFiles(files.config, save(moved, {"format": "pt"}))
+        folder = Path(served.folder).parent / f"policy {n}"
+        folder.mkdir(exist_ok=True)
+        (folder / "adapter_config.json").write_bytes(files.config)
+        (folder / "adapter_model.safetensors").write_bytes(files.weights)
+        served.adapters[f"policy {n}"] = str(folder)
+        yield f"policy {n}", files
+
+
+def held(llm):
+    """How much the engine holds of adapters: places, models that adapters are read into, and what the core knows."""
+
+    def in_worker(worker):
+        server = worker.loreft
+        return len(server.places), len(server.reader.made), len(server.plans), len(server.formulas)
+
+    adapters = llm.llm_engine.engine_core.engine_core.loreft
+    return llm.collective_rpc(in_worker)[0], len(adapters.named), len(adapters.paths), len(adapters.coming)
+
+
+def test_files_that_are_sent_again_and_again(opt, llm):
+    """As training sends its policy. Each rollout comes from the newest one, reads no block of an older one, and
+    nothing piles up; the same files once more change nothing, and their blocks stay.
+    """
+    prompt, other = prompt_of(80, 60), prompt_of(81, 61)
+    before = None
+    for n, (name, files) in enumerate(policies(opt, 50)):
+        add_adapter(llm, "policy", files, replace=True)
+        (output,) = ask(llm, [(prompt, "policy")], 4)
+        assert output.num_cached_tokens == 0
+        check(opt, [(prompt, name)], [output], 4)
+        if n == 1:
+            before = held(llm)
+    assert before is not None and held(llm) == before
+    add_adapter(llm, "policy", AdapterFiles(files.config, files.weights), replace=True)
+    (again,) = ask(llm, [(prompt, "policy")], 4)
+    assert again.num_cached_tokens == 64
+    add_adapter(llm, "policy", opt.adapters[name], replace=True)  # the equal folder has the same fingerprint
+    (again,) = ask(llm, [(prompt, "policy")], 4)
+    assert again.num_cached_tokens == 64
+    check(opt, [(prompt, name)], [again], 4)
+    assert [each.num_cached_tokens for each in ask(llm, [(other, None), (other, None)], 1)][-1] == 64
+    add_adapter(llm, "policy", AdapterFiles.read(opt.adapters["first"]), replace=True)
+    assert ask(llm, [(other, None)], 1)[0].num_cached_tokens == 64  # the base's blocks stay
+    remove_adapter(llm, "policy")
+    assert list_adapters(llm) == ["first"]
+
+
+def test_files_that_cannot_be_served_change_nothing(opt, llm, tmp_path):
+    good = AdapterFiles.read(opt.add("sent", positions="f2+g", seed=31))
+    add_adapter(llm, "sent", good)
+    state, tensors = held(llm), load(good.weights)
+    infinite = save({name: tensor * torch.inf for name, tensor in tensors.items()})
+    torch.save(tensors, tmp_path / "pickle")
+    for config, weights, message in (
+        (good.config, good.weights[:-9], "^adapter_model.safetensors is damaged or cut short"),
+        (good.config, (tmp_path / "pickle").read_bytes(), "adapter_model.safetensors is damaged or cut short"),
+        (good.config, b"", "adapter_model.safetensors is damaged or cut short"),
+        (good.config, infinite, "^adapter_model.safetensors .*infinite or not a number"),
+        (good.config.replace(b'"r": 4', b'"r": 3'), good.weights, "The adapter that was sent does not fit"),
+        (b"[]", good.weights, "adapter_config.json cannot be used: expected an object, found list"),
+        (b"\xff", good.weights, "adapter_config.json cannot be used"),
+        (good.config.replace(b"LOREFT", b"LORA"), good.weights, "type LORA, not of LoReFT"),
+        (good.config.replace(b'"r": 4', b'"r": 0'), good.weights, "adapter_config.json cannot be used: r=0"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            add_adapter(llm, "sent", AdapterFiles(config, weights), replace=True)
+        assert os.sep not in str(error.value).replace("https://", "")  # no folder that the sender does not know
+        check(opt, [(PROMPT, "sent")], ask(llm, [(PROMPT, "sent")], 5), 5)
+    with pytest.raises(ValueError, match="weights is of type str: expected what is in the file, as bytes"):
+        AdapterFiles(good.config, "adapter")
+    assert held(llm)[1:] == state[1:] and held(llm)[0][0] == state[0][0]
+    remove_adapter(llm, "sent")
 
 
 def test_a_folder_that_changes_while_it_is_served(opt, llm, tmp_path):

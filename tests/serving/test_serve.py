@@ -11,9 +11,13 @@ from functools import partial
 
 import openai
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
+from peft_reft.serving import AdapterFiles
+from peft_reft.serving.endpoints import Endpoints
 from serving.engines import make, prompt_of
-from serving.servers import KEY, at_once, call, server
+from serving.servers import KEY, at_once, call, form_of, send, sent, server
 
 PROMPTS = [prompt_of(9, n) for n in range(4)]
 
@@ -323,3 +327,45 @@ def test_an_engine_in_another_process(served, tmp_path):
 
 def test_routes_want_the_key(address):
     assert post(address, "/v1/loreft_adapters", key="another")[0] == 401
+    assert send(address, "/v1/loreft_adapters", key="another", name="x")[0] == 401
+
+
+def test_an_adapter_is_sent(served, client, address):
+    """There need be no disk that both sides see. Each one that comes replaces the one before."""
+    files = [AdapterFiles.read(served.add(f"sent {n}", positions="f3+g", seed=60 + n)) for n in range(3)]
+    for n, each in enumerate(files):
+        status, said = send(address, "/v1/loreft_adapters", **sent(each, "sent", load_inplace="true"))
+        assert status == 200, said
+        check(served, complete(client, PROMPTS[0], "sent"), PROMPTS[0], f"sent {n}")
+        check(served, complete(client, PROMPTS[1], None, model="sent"), PROMPTS[1], f"sent {n}")
+    assert models(client)["sent"].root == "sent at run time"
+    for wrong, message in (
+        (sent(files[0], "sent"), "There is an adapter 'sent' already"),
+        (sent(files[0], name=""), "an adapter's name is a string"),
+        (sent(files[0], name="tiny"), "the name of the base model"),
+        (sent(files[0], "sent", load_inplace="yes"), "load_inplace='yes': expected true or false"),
+        (sent(files[0], "sent", replace="true"), "There is no field replace"),
+        ({"name": "sent", "load_inplace": "true"}, "config is missing, or no file"),
+        ({"config": ("c", files[0].config)}, "name is missing, or no text"),
+        (sent(files[0], "sent", load_inplace="true", weights=("w", files[0].weights[:-5])), "damaged or cut short"),
+        (sent(files[0], "sent", load_inplace="true", config=("c", b"{")), "adapter_config.json cannot be used"),
+    ):
+        status, said = send(address, "/v1/loreft_adapters", **wrong)
+        assert status == 400 and message in json.loads(said)["error"]["message"], said
+        check(served, complete(client, PROMPTS[0], "sent"), PROMPTS[0], "sent 2")
+    status, said = post(address, "/v1/loreft_adapters", name="sent")  # JSON
+    assert status == 400 and "name is missing" in said["error"]["message"]
+    assert call(address, "/v1/unload_loreft_adapter", loreft_name="sent")[0] == 200
+
+
+def test_a_body_that_is_too_large_or_no_form(monkeypatch):
+    monkeypatch.setattr("peft_reft.serving.endpoints.MOST_BYTES", 100_000)
+    app = FastAPI()
+    Endpoints().attach_router(app)
+    body, headers = form_of(**sent(AdapterFiles(b"{}", b"x" * 200_000), "x"))
+    for wrong, message in (
+        (body, "allowed: 100000 bytes"),
+        (b"no form", "The body cannot be read: Invalid multipart data"),
+    ):
+        answer = TestClient(app).post("/v1/loreft_adapters", content=wrong, headers=headers)
+        assert answer.status_code == 400 and message in answer.json()["error"]["message"]

@@ -8,8 +8,9 @@ from functools import partial
 import pytest
 from peft import LoraConfig, get_peft_model
 
+from peft_reft.serving import AdapterFiles
 from serving.engines import make, prompt_of
-from serving.servers import at_once, call, server
+from serving.servers import at_once, call, send, sent, server
 
 pytestmark = pytest.mark.slow
 PROMPT = prompt_of(9, 1)
@@ -79,6 +80,11 @@ def test_what_one_server_does_all_know(served, address):
         assert models(address) == {("emoji", "late", "lora", "tiny")}
         by_all(served, address, "late", adapter)
         by_all(served, address, "tiny", adapter, vllm_xargs={"loreft": "late"})
+    for adapter in ("late", "later"):  # sent as bytes to one of them
+        form = sent(AdapterFiles.read(served.adapters[adapter]), "late", load_inplace="true")
+        assert send(address, "/v1/loreft_adapters", **form)[0] == 200
+        assert models(address) == {("emoji", "late", "lora", "tiny")}
+        by_all(served, address, "late", adapter)
     status, said = call(address, "/v1/load_loreft_adapter", loreft_name="lora", loreft_path=served.adapters["late"])
     assert status == 400 and "There is a LoRA adapter 'lora' already" in said
     assert call(address, "/v1/unload_loreft_adapter", loreft_name="late")[0] == 200
