@@ -147,6 +147,8 @@ def held(llm):
     return llm.collective_rpc(in_worker)[0], len(adapters.named), len(adapters.paths), len(adapters.coming)
 
 
+@pytest.mark.slow
+@pytest.mark.cell("Serving with vLLM", "adapters that are sent as bytes, and replaced at each step of a training")
 def test_files_that_are_sent_again_and_again(opt, llm):
     """As training sends its policy. Each rollout comes from the newest one, reads no block of an older one, and
     nothing piles up; the same files once more change nothing, and their blocks stay.
