@@ -9,12 +9,18 @@ import pathlib
 import re
 import warnings
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from conftest import DIMENSIONS
 from peft import get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl.chat_template_utils import (
+    get_training_chat_template,
+    is_chat_template_prefix_preserving,
+    supports_tool_calling,
+)
 
 from peft_reft import LoReftConfig, chat_marks
 from peft_reft.integrations.trainer import FindMarksAndLogFirstRow
@@ -210,12 +216,38 @@ def check(name, special):
     assert len(answers) == 2
     assert all("kilometre 17" in text and "Where" not in text for text in answers)
     assert all("kilometre" not in text for text in prompts)
-    return tokenizer, found
+    return compare_rollout(tokenizer, found)
+
+
+def compare_rollout(tokenizer, found):
+    """Compare a rollout with a tool, as TRL's GRPO puts it together, and the forward that trains on it.
+
+    Return whether TRL takes the template.
+    """
+    if not supports_tool_calling(tokenizer):
+        return False
+    try:
+        template = None
+        if not is_chat_template_prefix_preserving(tokenizer):
+            template = get_training_chat_template(tokenizer)
+        options = dict(tools=[TOOL], chat_template=template, add_generation_prompt=True, return_dict=False)
+        prompt = tokenizer.apply_chat_template([message("user", "Say 3 words, please")], **options)
+        trainer = SimpleNamespace(_is_vlm=False, processing_class=tokenizer, _tokenizer=tokenizer)
+        trainer.chat_template, trainer.chat_template_kwargs = template, {}
+        suffix = trl.GRPOTrainer._get_tool_suffix_ids(trainer, [{"role": "tool", "name": "weather", "content": "12"}])
+    except (TypeError, ValueError):  # TRL's own, for templates in which a turn is no beginning of the next
+        return False
+    call, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("I call it", "It is 12."))
+    second = [*prompt, *call, *suffix]
+    for given, whole in ((prompt, [*prompt, *call]), (second, [*second, *answer])):
+        marks = found.response_template, found.instruction_template
+        assert answers_of(whole, *marks, given=len(given)) == answers_of(whole, *marks)
+    return True
 
 
 @pytest.mark.parametrize("name", QUICK)
 def test_prompt_and_conversation_agree(name):
-    check(name, special=True)
+    assert check(name, special=True) == (name in ("gptoss", "qwen2_5", "qwen3_training"))
 
 
 @pytest.mark.slow

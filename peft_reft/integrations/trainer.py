@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from ..config import LoReftConfig
 from ..positions.chat.template import find_marks
+from ..positions.rollouts import Rollouts
 from ..tools.chat import loreft_configs, set_marks, warn_of_limits
 from ..tools.collator import DataCollatorForLoReft
 from .cards import CompleteCards
@@ -75,12 +76,13 @@ class FindMarksAndLogFirstRow(TrainerCallback):
             logs=state.is_world_process_zero,
         )
         attachment.first_batch = self.first_forwards
+        attachment.rollouts = Rollouts() if attachment.has_answers else None
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Drop what training kept of shared beginnings. If no document had a mark, say so in the config (`[]`)."""
         attachment = attachment_of(model)
         if attachment is not None:
-            attachment.first_batch = None
+            attachment.first_batch = attachment.rollouts = None
             attachment.beginnings.clear()
         if self.first_forwards is not None and (names := self.first_forwards.adapters_without_marks()):
             set_marks(model, [], [], names)

@@ -24,6 +24,7 @@ module         its one job
 `generation`   the position source of a step of `generate`
 `cached`       the position source of a forward behind a filled cache
 `memory`       what a cache holds
+`rollouts`     prompts of rollouts, checked against the forward that trains on them
 `index`        from slots to the rows of hidden states that one layer edits
 ============== =====================================================================================
 """

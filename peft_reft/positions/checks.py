@@ -24,7 +24,8 @@ def refuse_or_warn(wanted: Wanted, training: bool, is_prompt: bool) -> None:
         raise ValueError(
             f"LoReFT cannot tell where the prompts end, which positions={spec!r} needs: the model is in training, "
             f"and got neither `labels` nor `{POSITIONS}`, and no header of a chat template is known. (Label "
-            "smoothing, `compute_loss_func` and some trainers keep labels from the model.) " + WAYS_OUT
+            "smoothing, `compute_loss_func` and some trainers keep labels from the model. A forward that only scores, "
+            "as in a reward function, belongs under `torch.no_grad()`.) " + WAYS_OUT
         )
     if training:
         warn(

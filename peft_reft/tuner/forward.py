@@ -32,6 +32,7 @@ from ..positions.generation import GenerateStep, Generation
 from ..positions.index import PositionIndex, Sharing, make_index
 from ..positions.layout import Layout
 from ..positions.memory import CacheMemory
+from ..positions.rollouts import Rollouts
 from ..positions.sources import PositionSource, Unread
 from ..positions.wanted import Wanted
 from ..shapes import Bool, Float, Int
@@ -98,10 +99,12 @@ class Attachment:
         """What the base has computed of beginnings that rows share."""
         self.managers: list[weakref.ref[Any]] = []
         """transformers' managers of continuous batching for this model (`paged`)."""
+        self.rollouts: Rollouts | None = None
+        """Prompts of rollouts, while a Trainer trains."""
 
     def __getstate__(self) -> dict[str, Any]:
         fresh: dict[str, Any] = {"source_runs": [], "first_batch": None, "beginnings": Beginnings(), "managers": []}
-        return {**self.__dict__, **fresh}
+        return {**self.__dict__, **fresh, "rollouts": None}
 
 
 class _Current(threading.local):

@@ -15,6 +15,7 @@ from ..patching import original_of
 from ..positions.batch import POSITIONS, SUBSPACES
 from ..positions.generation import GenerateStep, Generation
 from ..positions.memory import CacheMemory, set_memory
+from ..positions.rollouts import Rollouts
 from ..positions.sources import check_positions, check_subspaces
 from .caches import cache_of_inputs, counted, filled, memory_of_length
 from .forward import ATTRIBUTE, Attachment, current_generation, generating
@@ -39,6 +40,8 @@ def generate(model: Any, inner: Any, *args: Any, **kwargs: Any) -> Any:
     with generating(attachment, generation):
         output = original(*args, **kwargs)
     _note_generated(generation, kwargs, output)
+    if attachment.rollouts is not None:
+        _note_rollout(attachment.rollouts, generation, output)
     return output
 
 
@@ -73,6 +76,23 @@ def _note_generated(generation: Generation, kwargs: dict[str, Any], output: Any)
     moved = getattr(output, "beam_indices", None) is not None
     memory = CacheMemory.unknown(length) if moved else generation.remember(sequences, length)
     set_memory(cache, memory)
+
+
+def _note_rollout(rollouts: Rollouts, generation: Generation, output: Any) -> None:
+    """Note the prompts of a call of `generate` in a training, if they were given as token ids."""
+    if generation.ids is None or generation.real is None or generation.explicit is not None:
+        return
+    sequences: Tensor = getattr(output, "sequences", output)  # (rows, n)
+    length = generation.real.shape[1] - generation.offset
+    if sequences.shape[1] <= length:
+        return  # nothing was generated
+    times = len(sequences) // len(generation.real)
+    prompts = [ids[real].tolist() for ids, real in zip(generation.ids, generation.real)]
+    rollouts.note(
+        (wanted for wanted, _ in generation.used.values()),
+        [prompt for prompt in prompts for _ in range(times)],
+        sequences[:, length].tolist(),
+    )
 
 
 def prepare_inputs(model: Any, inner: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:

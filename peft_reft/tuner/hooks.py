@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..patching import original_of, unwrap_method, wrap_method
 from ..positions.batch import POSITIONS, SUBSPACES, can_be_read
 from ..positions.memory import CacheMemory
-from ..positions.sources import PositionSource, check_subspaces
+from ..positions.sources import FromBatch, PositionSource, check_subspaces
 from ..positions.split import Untouched
 from ..positions.wanted import Wanted
 from .architectures import modules_of_encoder
@@ -158,6 +158,8 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     else:
         past, memory = past_of(attachment, given)
         source = _source(attachment, given, positions, training, past, memory)
+        if attachment.rollouts is not None and torch.is_grad_enabled() and isinstance(source, FromBatch):
+            attachment.rollouts.check(source.batch)
         known: dict[Wanted, Tensor | None] = {}
         cut, may_cut_backbone = None, False
         if training and not torch.compiler.is_compiling():

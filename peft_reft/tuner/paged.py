@@ -34,7 +34,16 @@ def generate_batch(model: Any, inner: Any, *args: Any, **kwargs: Any) -> Any:
     for name in (POSITIONS, SUBSPACES, "adapter_names"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}={kwargs[name]!r}: `generate_batch` has no such argument (allowed: None).")
-    return original_of(model, "generate_batch", inner)(*args, **kwargs)
+    outputs = original_of(model, "generate_batch", inner)(*args, **kwargs)
+    attachment: Attachment | None = model.__dict__.get(ATTRIBUTE)
+    if attachment is not None and attachment.rollouts is not None:
+        written = [output for output in outputs.values() if output.generated_tokens]
+        attachment.rollouts.note(
+            (plan.wanted for plan in _active_plans(attachment)),
+            [output.prompt_ids for output in written],
+            [output.generated_tokens[0] for output in written],
+        )
+    return outputs
 
 
 def init_batching(

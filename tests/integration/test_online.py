@@ -10,6 +10,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from peft_reft import LoReftConfig
 
 from .conftest import PAIRS
+from .rollouts import Recorded
 from .training import CHECKPOINTING, WARNINGS, arguments, assert_all_moved, logs, trainable
 
 pytestmark = WARNINGS
@@ -72,37 +73,17 @@ def test_rollout_and_training_edit_the_same_tokens(make, spy, which, checkpointi
 @pytest.mark.cell("Trainers: preferences and reinforcement", "GRPO, RLOO: log-probs of rollout and training agree")
 def test_logps_of_rollout_and_training_agree(make, which, checkpointing, monkeypatch):
     """With random weights, training scores the distribution that `generate` sampled from, token by token."""
-    trainer = make(which, edits=True, activation_checkpointing=checkpointing, max_steps=1)
-    sampled, scored, disabled = {}, {}, {}
-    generate, score = trainer.model.generate, trainer._get_per_token_logps_and_entropies
-
-    def spied_generate(*args, **kwargs):
-        out = generate(*args, return_dict_in_generate=True, output_logits=True, **kwargs)
-        logps = torch.stack(out.logits, 1).log_softmax(-1)
-        chosen = out.sequences[:, -logps.shape[1] :]
-        logps = logps.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
-        for ids, mask, tokens, row in zip(kwargs["input_ids"], kwargs["attention_mask"], chosen, logps):
-            ends = [n for n, token in enumerate(tokens.tolist()) if token in trainer.eos_token_ids]
-            length = ends[0] + 1 if ends else len(tokens)
-            key = (*ids[mask.bool()].tolist(), *tokens[:length].tolist())
-            sampled[key] = row[:length]
-        return out.sequences
-
-    def spied_score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        result = score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-        active = next(m for m in model.modules() if type(m).__name__ == "LoReftLayer").disable_adapters
-        for ids, mask, row in zip(input_ids, attention_mask.bool(), result[0]):
-            (disabled if active else scored)[tuple(ids[mask].tolist())] = row[mask[-logits_to_keep:]].detach()
-        return result
-
-    monkeypatch.setattr(trainer.model, "generate", spied_generate)
-    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", spied_score)
+    trainer = make(which, edits=True, watch=False, activation_checkpointing=checkpointing, max_steps=1)
+    recorded = Recorded(monkeypatch, trainer)
     trainer.train()
-    assert sampled and sampled.keys() == scored.keys() == disabled.keys()
-    assert len({len(row) for row in sampled.values()}) > 1  # ragged answers, too
-    for key, logps in sampled.items():
-        torch.testing.assert_close(scored[key], logps, rtol=1e-4, atol=1e-5)
-    assert max((disabled[key] - logps).abs().max() for key, logps in sampled.items()) > 1e-2
+    assert (
+        recorded.compared >= 8 and len({len(written) for _, written, _ in recorded.calls}) > 1
+    )  # ragged answers, too
+    scored, reference = (
+        {tuple(document): logps for document, logps in rows} for rows in (recorded.documents, recorded.reference)
+    )
+    assert scored.keys() == reference.keys()
+    assert max((reference[key] - logps).abs().max() for key, logps in scored.items()) > 1e-2
 
 
 @BOTH
@@ -121,30 +102,9 @@ def test_continuous_batching(make, which, monkeypatch):
         use_transformers_continuous_batching=True,
         transformers_continuous_batching_config=sizes,
     )
-    sampled, compared = {}, []
-    generate, score = trainer.model.generate_batch, trainer._get_per_token_logps_and_entropies
-
-    def spied_generate(*args, **kwargs):
-        outputs = generate(*args, **kwargs)
-        sampled.clear()
-        for output in outputs.values():
-            sampled[(*output.prompt_ids, *output.generated_tokens)] = torch.tensor(output.logprobs)
-        return outputs
-
-    def spied_score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        result = score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-        if not next(m for m in model.modules() if type(m).__name__ == "LoReftLayer").disable_adapters:
-            for ids, mask, row in zip(input_ids, attention_mask.bool(), result[0]):
-                wanted = sampled[tuple(ids[mask].tolist())]
-                compared.append((row[mask[-logits_to_keep:]].detach(), wanted))
-        return result
-
-    monkeypatch.setattr(trainer.model, "generate_batch", spied_generate, raising=False)
-    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", spied_score)
+    recorded = Recorded(monkeypatch, trainer, tolerance=1e-4)
     assert_all_moved(trainer.model, trainer.train)
-    assert len(compared) >= 3 * 2
-    for scored, wanted in compared:
-        torch.testing.assert_close(scored, wanted, rtol=1e-4, atol=1e-4)
+    assert recorded.compared >= 3 * 8
 
 
 @BOTH

@@ -36,7 +36,12 @@ DIGITS = {TOKENS.index(digit) for digit in "0123456789"}
 CASES = {}
 ELSEWHERE = {
     "plain text, no chat template": "integration/test_sft.py::test_language_modelling_data_is_refused",
-    "GRPO with tools": "integration/test_tools.py::test_rollouts_with_tools_edit_what_training_edits",
+    "GRPO with tools, environments, `rollout_func`": (
+        "integration/test_tools.py::test_rollouts_with_tools_edit_what_training_edits",
+        "integration/test_rl.py::test_turns",
+        "integration/test_rl.py::test_a_rollout_function_of_several_turns",
+        "integration/test_rl.py::test_turns_that_training_cannot_see_are_refused",
+    ),
     "reward models, classifiers, embeddings, token classification": (
         "integration/test_preference.py::test_reward",
         "integration/test_trainer_seq_cls.py::test_only_the_first_token_is_edited",
