@@ -5,7 +5,7 @@ import torch
 from conftest import VOCAB, build
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, MambaConfig, MambaForCausalLM
 
 from peft_reft import LoReftConfig
 
@@ -136,6 +136,36 @@ def test_mamba_as_lora(name):
     for adapter in (lora(target_modules=[name]), loreft(target_modules=[name])):
         with pytest.raises(ValueError, match=name):
             get_peft_model(MambaForCausalLM(config), adapter)
+
+
+# Modules of another model, as of a reward model around a policy's backbone.
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
+def test_modules_that_two_models_share():
+    policy = get_peft_model(llama(), loreft()).eval()
+    before = policy(input_ids=IDS).logits
+    reward = LlamaForSequenceClassification(policy.get_base_model().config)
+    reward.model = policy.get_base_model().model
+    for name in ("default", "reward"):
+        with pytest.raises(ValueError, match=r"model\.layers\.0 is a module of another model too.*keep_vars=True"):
+            get_peft_model(reward, loreft(task_type="SEQ_CLS"), adapter_name=name)
+    assert torch.equal(policy(input_ids=IDS).logits, before)
+    policy.unload()
+    assert get_peft_model(reward, loreft(task_type="SEQ_CLS")).eval()(input_ids=IDS).logits.shape == (2, 2)
+
+
+def test_weights_that_two_models_share():
+    policy, reward = llama(), LlamaForSequenceClassification(llama().config)
+    reward.load_state_dict(policy.state_dict(keep_vars=True), strict=False, assign=True)
+    reward, policy = (
+        get_peft_model(reward, loreft(task_type="SEQ_CLS")).eval(),
+        get_peft_model(policy, loreft()).eval(),
+    )
+    alone = get_peft_model(llama(), loreft()).eval()
+    alone.load_state_dict(policy.state_dict())
+    reward(input_ids=IDS)
+    assert torch.equal(policy(input_ids=IDS).logits, alone(input_ids=IDS).logits)
 
 
 # TRL's head, which does not call `lm_head`.

@@ -76,7 +76,8 @@ class FindMarksAndLogFirstRow(TrainerCallback):
             logs=state.is_world_process_zero,
         )
         attachment.first_batch = self.first_forwards
-        attachment.rollouts = Rollouts() if attachment.has_answers else None
+        rolls_out = hasattr(args, "num_generations")  # GRPO, RLOO and their kin
+        attachment.rollouts = Rollouts() if rolls_out and attachment.has_answers else None
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Drop what training kept of shared beginnings. If no document had a mark, say so in the config (`[]`)."""

@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..config import LoReftConfig
-from .layer import CHILD
+from .forward import ATTRIBUTE, Attachment
+from .layer import CHILD, LoReftLayer
 
 # Modules that are only containers.
 _NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -71,6 +72,28 @@ def refuse_conflicts(
             raise ValueError(
                 f"{field} names {name}, but {whose} edits {inner} with LoReFT: the wrapper that PEFT puts there would "
                 f"compute without that edit, or with a copy of it. Leave {inner} out of one of the two."
+            )
+
+
+def refuse_shared_modules(model: nn.Module) -> None:
+    """Refuse a model that has edited modules of another model, such as a reward model around a policy's backbone.
+
+    A layer knows which tokens to edit from the forward of the model that it was made for.
+
+    Args:
+        model: the base model, before injection.
+
+    Raises:
+        ValueError: names a module, and how two models share weights.
+    """
+    attachment: Attachment | None = model.__dict__.get(ATTRIBUTE)
+    own = () if attachment is None else (attachment, attachment.decoder)
+    for name, module in model.named_modules():
+        if isinstance(module, LoReftLayer) and module.attachment not in own:
+            raise ValueError(
+                f"{name.removesuffix(f'.{CHILD}')} is a module of another model too, which has a LoReFT adapter: "
+                "edits there follow the tokens of that model. Two models may share weights, but not modules: "
+                "`model.load_state_dict(other.state_dict(keep_vars=True), strict=False, assign=True)`."
             )
 
 

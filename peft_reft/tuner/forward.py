@@ -100,7 +100,7 @@ class Attachment:
         self.managers: list[weakref.ref[Any]] = []
         """transformers' managers of continuous batching for this model (`paged`)."""
         self.rollouts: Rollouts | None = None
-        """Prompts of rollouts, while a Trainer trains."""
+        """Prompts of rollouts, while a Trainer trains on them (see `integrations.trainer`)."""
 
     def __getstate__(self) -> dict[str, Any]:
         fresh: dict[str, Any] = {"source_runs": [], "first_batch": None, "beginnings": Beginnings(), "managers": []}

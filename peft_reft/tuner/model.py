@@ -24,7 +24,7 @@ from ..positions.layout import Layout
 from ..positions.marks import Marks
 from ..positions.wanted import Wanted
 from .architectures import in_base, modules_of_decoder, uncompiled
-from .conflicts import refuse_conflicts
+from .conflicts import refuse_conflicts, refuse_shared_modules
 from .forward import ATTRIBUTE, Attachment, LayerPlan, naming_rows, share_plan
 from .hooks import attach, attach_parts, detach
 from .layer import CHILD, PREFIX, LoReftLayer
@@ -99,6 +99,7 @@ class LoReftModel(BaseTuner):
         """Add the adapter of that name in `peft_config`, or replace the one that the model has."""
         config = _as_ours(self.peft_config[adapter_name])
         base = uncompiled(model)
+        refuse_shared_modules(base)
         has_answers = _has_answers(base, config)
         config.has_answers = has_answers  # type: ignore[misc]  # of this object, not of its class
         attachment = attach(base, has_answers)

@@ -295,6 +295,13 @@ def test_several_updates_of_one_rollout(make, monkeypatch, engine):
     assert len({tuple(prompt) for prompt, *_ in recorded.calls}) == 2  # four answers to each of two prompts
 
 
+def test_evaluation(make, monkeypatch):
+    trainer = make(given=dict(eval_dataset=Dataset.from_list(TEXT[:4])))
+    recorded = Recorded(monkeypatch, trainer)
+    trainer.evaluate()
+    assert recorded.compared == 8
+
+
 # Adapters that judge
 
 
