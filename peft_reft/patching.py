@@ -181,6 +181,7 @@ PATCHES: dict[str, Patch] = {
     "VLLMGeneration.sync_weights": Patch(
         "trl", "1.16", "It would merge the adapter into the weights. A LoReFT adapter alone is sent instead."
     ),
+    "VLLMGeneration.generate": Patch("trl", "1.16", "The forward that trains must find where its prompts end."),
     "module.LLM": Patch(
         "trl", "1.16", "`_init_vllm` gives it fixed arguments; the plugin needs more.", "when the engine is made"
     ),

@@ -1,5 +1,6 @@
 """What is sent for TRL's rollouts in vLLM, and what is refused. The engine itself is in tests/rollouts."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from peft_reft import LoReftConfig
+from peft_reft.integrations.first_forwards import attachment_of
 from peft_reft.integrations.trl.policy import Policy
 from peft_reft.integrations.trl.turns import Histories
+from peft_reft.positions.rollouts import Rollouts
 
 
 def alone():
@@ -116,6 +119,24 @@ def test_two_active_adapters_are_refused():
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(ValueError, match="the adapters default, second are active"):
         Policy.of(model)
+
+
+@pytest.mark.parametrize(
+    ("positions", "header", "refused"),
+    [("l1", [4, 8], False), ("l1", [7, 7], True), ("all", [7, 7], False)],
+    ids=["header", "no header", "no end needed"],
+)
+def test_a_prompt_of_a_rollout_that_training_cannot_see_is_refused(positions, header, refused):
+    """The second prompt of a rollout ends with `header`."""
+    model = adapted(positions=positions, response_template=[[4, 8]], instruction_template=[[4, 7]]).train()
+    attachment_of(model).rollouts = Rollouts()
+    policy = Policy.of(model)
+    first = [4, 7, 11, 12, 4, 8]
+    second = [*first, 21, 22, 4, 7, 13, *header]
+    policy.note_rollout([first, second], [[21, 22], [23]])
+    row = torch.tensor([[*second, 23]])
+    with pytest.raises(ValueError, match="cannot see that a prompt ended there") if refused else nullcontext():
+        model(row, labels=row)
 
 
 class TestHistories:

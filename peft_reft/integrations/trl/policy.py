@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from ...config import LoReftConfig
 from ...serving import AdapterFiles
 from ...tuner.layer import LoReftLayer
 from ...tuner.state_dicts import is_ours
+from ..first_forwards import attachment_of
 from .base import check_base
 
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -104,6 +106,25 @@ class Policy:
         config.inference_mode = True
         text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
         return AdapterFiles(text.encode(), save(_without_aliases(tensors), metadata={"format": "pt"}))
+
+    def note_rollout(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> None:
+        """Have the forward that trains check that it finds the ends of these prompts (`positions.rollouts`).
+
+        Without marks a request says where its conversation's first prompt ends, as that forward's labels do (`turns`).
+
+        Args:
+            prompts: token ids of each prompt.
+            answers: the tokens that were generated behind each.
+        """
+        attachment = attachment_of(self.model)
+        if attachment is None or attachment.rollouts is None or not self.config.response_template:
+            return
+        layers = [module for module in self.model.modules() if isinstance(module, LoReftLayer)]
+        asked = {layer.plans[self.name].wanted for layer in layers if self.name in layer.plans}
+        answered = [(prompt, answer[0]) for prompt, answer in zip(prompts, answers) if answer]
+        attachment.rollouts.note(
+            asked, prompts=[prompt for prompt, _ in answered], following=[token for _, token in answered]
+        )
 
     def _tensors(self, generation: Any) -> dict[str, Tensor]:
         """LoReFT's tensors of all adapters, whole, by the keys of the model's state dict."""

@@ -33,6 +33,7 @@ def rollouts_in_vllm(**engine_arguments: Any) -> None:
 
     wrap(VLLMGeneration, "_init_vllm", partial(_start, engine_arguments))
     wrap(VLLMGeneration, "sync_weights", _send)
+    wrap(VLLMGeneration, "generate", _generate)
 
 
 def _start(engine_arguments: dict[str, Any], inner: Callable[[Any], None], generation: Any) -> None:
@@ -56,3 +57,13 @@ def _send(inner: Callable[[Any], None], generation: Any) -> None:
         return
     policy, way = found
     way.send(policy.files(generation))
+
+
+def _generate(inner: Callable[..., Any], generation: Any, *args: Any, **kwargs: Any) -> Any:
+    """Note the prompts of a rollout (`VLLMGeneration.generate`): the forward that trains must find where they end."""
+    output = inner(generation, *args, **kwargs)
+    found = vars(generation).get(_SENDS)
+    if found is not None:
+        prompts, answers = output[:2]
+        found[0].note_rollout(prompts, answers)
+    return output
