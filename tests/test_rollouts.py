@@ -139,6 +139,18 @@ def test_a_prompt_of_a_rollout_that_training_cannot_see_is_refused(positions, he
         model(row, labels=row)
 
 
+def test_plain_text_behind_which_the_model_writes_a_header_is_refused():
+    """Then the headers count, and not the labels. Another answer to the same prompt is trained on."""
+    model = adapted(positions="l1", response_template=[[4, 8]], instruction_template=[[4, 7]]).train()
+    attachment_of(model).rollouts = Rollouts()
+    prompt = [11, 12, 13]
+    Policy.of(model).note_rollout([prompt, prompt], [[21, 22, 23], [21, 4, 8]])
+    for answer, refused in (([21, 22, 23], False), ([21, 4, 8], True)):
+        row, labels = torch.tensor([[*prompt, *answer]]), torch.tensor([[-100] * len(prompt) + answer])
+        with pytest.raises(ValueError, match=r"response_template=\[\]") if refused else nullcontext():
+            model(row, labels=labels)
+
+
 class TestHistories:
     def test_a_tool_loop(self):
         """Two conversations; one goes on twice, the other once."""

@@ -58,7 +58,7 @@ class Rollouts:
         self._calls += 1
         for wanted in asked:
             for ids, token in zip(prompts, following):
-                spans = answers_of(ids, wanted.marks.response, wanted.marks.instruction) if wanted.marks else []
+                spans = _answers(ids, wanted)
                 if not spans or spans[-1][1] < len(ids):
                     self._unseen.append(_Unseen(wanted, tuple(ids), token, marked=bool(spans)))
 
@@ -69,16 +69,18 @@ class Rollouts:
             ValueError: it does not find one.
         """
         self._trained = True
-        # If there was one call, labels say where its prompts end.
-        unseen = [each for each in self._unseen if each.marked or self._calls > 1]
-        if not unseen or batch.ids is None or batch.packed:
+        if not self._unseen or batch.ids is None or batch.packed:
             return
-        for wanted in {each.wanted for each in unseen}:
+        for wanted in {each.wanted for each in self._unseen}:
             turns = batch.turns(wanted.marks)
             for row, ids in enumerate(batch.ids):
                 tokens = ids[batch.real[row]].tolist()
                 ends = turns.end[row][turns.event[row]].tolist()
-                for each in unseen:
+                # If there was one call, labels say where its prompts end; unless the model has written a header.
+                labels_count = self._calls == 1 and not _answers(tokens, wanted)
+                for each in self._unseen:
+                    if labels_count and not each.marked:
+                        continue
                     length = len(each.ids)
                     if each.wanted != wanted or length in ends or tokens[length : length + 1] != [each.following]:
                         continue
@@ -88,11 +90,17 @@ class Rollouts:
                     raise ValueError(_refusal(wanted, length))
 
 
+def _answers(ids: Sequence[int], wanted: Wanted) -> list[tuple[int, int]]:
+    """The answers that headers of the chat template begin."""
+    return answers_of(ids, wanted.marks.response, wanted.marks.instruction) if wanted.marks else []
+
+
 def _refusal(wanted: Wanted, length: int) -> str:
     why = "no header of the chat template is known" if not wanted.has_marks else "no header of the assistant stands"
     return (
         f"LoReFT: a rollout was given {length} tokens of this row as its prompt, to whose end "
         f"positions={str(wanted.layout)!r} refers. The forward that trains on the row cannot see that a prompt ended "
         f"there: {why} there. So it would edit other tokens than the rollout did. Rollouts of several turns (tools, "
-        "environments) need headers. " + WAYS_OUT
+        "environments) need headers; in plain text the model may have written one itself: `response_template=[]` then "
+        "says that there are none. " + WAYS_OUT
     )
