@@ -48,10 +48,14 @@ SECTIONS = {
     "Beside LoRA": "",
     "Generation": "Logits of every step equal those of one forward over prompt and completion.",
     "Serving with vLLM": "Tokens and log-probabilities equal those of `PeftModel.generate`. It has its own versions.",
+    "Rollouts in vLLM": (
+        "TRL's trainers with `use_vllm=True` and vLLM 0.31. Log-probabilities of rollout and training agree, and each "
+        "rollout comes from the newest policy."
+    ),
 }
 
-SERVING = "Serving with vLLM"
-"""The section of tests/serving, which other environments run than the other tests."""
+ELSEWHERE = ("Serving with vLLM", "Rollouts in vLLM")
+"""The sections of tests/serving and tests/rollouts, which other environments run than the other tests."""
 
 UNTRIED = {
     ("Quantised bases", "AWQ"): (
@@ -114,7 +118,7 @@ class Writer:
                 row = dict(section=section, name=name, verdict=verdict(reports), tests=len(reports))
                 rows[section, name] = row
         versions = known["versions"]
-        if any(section != SERVING for section, _ in self.reports):
+        if any(section not in ELSEWHERE for section, _ in self.reports):
             versions |= installed() | {"Python": platform.python_version()}
         results = {"versions": versions, "rows": [rows[key] for key in sorted(rows)]}
         DOCS.mkdir(exist_ok=True)

@@ -37,7 +37,7 @@ def config(spec, **more):
 
 
 @pytest.mark.parametrize("which", ["GRPO", pytest.param("RLOO", marks=pytest.mark.slow)])
-@pytest.mark.cell("Trainers: preferences and reinforcement", "{which} × vLLM, colocated: after each update")
+@pytest.mark.cell("Rollouts in vLLM", "{which} × vLLM, colocated: after each update")
 def test_each_rollout_comes_from_the_policy(which, folder, tokenizer, tmp_path, monkeypatch):
     """After each of three updates log-probabilities agree; those of the base and of the last policy are far off."""
     settings = dict(max_steps=3, learning_rate=0.05)
@@ -58,7 +58,7 @@ def test_each_rollout_comes_from_the_policy(which, folder, tokenizer, tmp_path, 
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.cell(
-    "Trainers: preferences and reinforcement",
+    "Rollouts in vLLM",
     "GRPO × vLLM, colocated: chats of several turns, {spec}",
 )
 def test_chats(spec, folder, tokenizer, tmp_path, monkeypatch):
@@ -76,7 +76,7 @@ def test_chats(spec, folder, tokenizer, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("marks", [True, False], ids=["marks", "no marks"])
 @pytest.mark.parametrize("spec", ["f7+l7", "l7+g"])
-@pytest.mark.cell("Trainers: preferences and reinforcement", "GRPO × vLLM, colocated: tools, {spec}, marks: {marks}")
+@pytest.mark.cell("Rollouts in vLLM", "GRPO × vLLM, colocated: tools, {spec}, marks: {marks}")
 def test_tools(spec, marks, tmp_path, monkeypatch):
     """Calls and results stand between answers. Without marks all of it is an answer, as in training."""
     tokenizer = qwen_like()

@@ -63,9 +63,7 @@ def listed(address):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["GRPO", "RLOO"])
-@pytest.mark.cell(
-    "Trainers: preferences and reinforcement", "{which} with a vLLM server: rollouts come from the policy"
-)
+@pytest.mark.cell("Rollouts in vLLM", "{which} with a vLLM server: rollouts come from the policy")
 def test_each_rollout_comes_from_the_policy(which, address, folder, tokenizer, tmp_path, monkeypatch):
     """After each of three updates the log-probabilities agree; those of base and last policy are far off."""
     settings = at(address, max_steps=3, learning_rate=0.05)
@@ -84,9 +82,7 @@ def test_each_rollout_comes_from_the_policy(which, address, folder, tokenizer, t
 
 
 @pytest.mark.slow
-@pytest.mark.cell(
-    "Trainers: preferences and reinforcement", "GRPO with a vLLM server: log-probs agree in chats of several turns"
-)
+@pytest.mark.cell("Rollouts in vLLM", "GRPO with a vLLM server: log-probs agree in chats of several turns")
 def test_chats(address, folder, tokenizer, tmp_path, monkeypatch):
     peft_config = config("f2+l2+g", response_template=None, instruction_template=None)
     settings = at(address, max_steps=2, learning_rate=0.05, generation_kwargs={"seed": 1})
