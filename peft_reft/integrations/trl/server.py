@@ -108,7 +108,8 @@ def client_class() -> Any:
             command = start_command(self.policy, self.base, self.dtype)
             raise RuntimeError(f"The vLLM server at {self.base_url} {message}. To start one that does:\n{command}")
 
-        def generate(
+        # TRL gives all but the first by name.
+        def generate(  # pyright: ignore[reportIncompatibleMethodOverride]
             self, prompts: Any, features: Any = None, n: int = 1, *, generation_kwargs: Any = None, **more: Any
         ) -> dict[str, Any]:
             """See `VLLMClient.generate`."""
