@@ -8,6 +8,9 @@ model starts low because it answers in sentences. Each method has three learning
 steps of training chooses one, with which every seed is run. `test` is the mean reward of answers to sums that are not
 trained on, sampled as in training; `error` is its standard error over seeds. `sent_bytes` is what one synchronisation
 with a vLLM engine sends. Results are kept in OUTPUT/results.json, and a run that is there is not run again.
+
+SmolLM2-135M, 12 steps of 4 sums with 4 answers each, seed 42: the base 0.163, LoReFT 0.975, while decoding too 0.725,
+a bias everywhere 0.838, LoRA of rank 1 0.950, of rank 8 0.938; about 1.6 CPU minutes a run.
 """
 
 import math
