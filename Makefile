@@ -82,13 +82,13 @@ support-table: $(BIN)/.installed $(VENV)-extras/.installed $(VENV)-vllm/.install
 
 # The paper's experiments at small scale, with their figures and results in docs/; about two hours on one core. DATA is a
 # folder with trec/, cola/, alice/, gsm8k/, german/ and ultrafeedback_1k/. Run again, it goes on where it was stopped.
-RECIPES = glue memorisation sweep learning_rates qlora_style preference instruct arithmetic commonsense overhead composition
+RECIPES = glue memorisation sweep learning_rates qlora_style preference grpo instruct arithmetic commonsense overhead composition
 MINILM = sentence-transformers/all-MiniLM-L6-v2
 .PHONY: recipes
 recipes: $(RECIPES:%=recipe-%)
 recipe-%: $(SMOLLM2)/model.safetensors
 	$(BIN)/python -W ignore experiments/$*.py --preset cpu --docs docs --output outputs/$* \
-		--model $(if $(filter glue sweep learning_rates,$*),$(MINILM),$(SMOLLM2)) $(if $(filter overhead,$*),,--data $(DATA)) \
+		--model $(if $(filter glue sweep learning_rates,$*),$(MINILM),$(SMOLLM2)) $(if $(filter overhead grpo,$*),,--data $(DATA)) \
 		$(if $(filter sweep,$*),--tasks trec --steps 100) $(ARGS)
 
 # Side by side with LoRA and IA3; about 40 minutes on two cores that have nothing else to do.

@@ -108,6 +108,33 @@ def test_preference(model, data, tmp_path):
 
 
 @pytest.mark.slow
+def test_grpo(model, tmp_path):
+    """The smoke preset. LoReFT sends its adapter, LoRA every weight of the base."""
+    arguments = ["--preset", "smoke", "--model", model, "--output", tmp_path / "out", "--docs", tmp_path / "docs"]
+    out = recipe("grpo", *arguments)
+    runs = json.loads((tmp_path / "docs" / "results" / "grpo.json").read_text())
+    loreft = ["loreft", "loreft, decoding too", "loreft, bias everywhere"]
+    assert [run["method"] for run in runs] == ["base", *loreft, "lora, r=1", "lora, r=8"]
+    assert all(len(run["rewards"]) == 2 for run in runs[1:]), "one reward for each step"
+    weights = sum(p.numel() for p in build("llama").parameters())
+    for run in runs[1:]:
+        assert run["adapter_bytes"] > 4 * run["parameters"]
+        assert run["sent_bytes"] == (run["adapter_bytes"] if run["method"] in loreft else 4 * weights)
+    assert recipe("grpo", *arguments).strip() == out[out.index("| method") :].strip(), "what is there is not run again"
+    assert (tmp_path / "docs" / "figures" / "grpo.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    "text, expected", [(" 12\n", 1), ("12 is", 1), ("\n12", 1), (" 123", 0), (" 1", 0), (" It is 12", 0), ("", 0)]
+)
+def test_grpo_reward(text, expected, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    import grpo
+
+    assert grpo.reward([text], answer=["12"]) == [expected]
+
+
+@pytest.mark.slow
 def test_sweep(encoder, data, tmp_path):
     arguments = ["--data", data, "--model", encoder, "--output", tmp_path / "out", "--steps", 1, "--batch", 4]
     out = recipe("sweep", *arguments, "--tasks", "trec", "--learning-rates", "1e-3", "3e-3", "--seeds", 1)
