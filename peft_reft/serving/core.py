@@ -70,7 +70,7 @@ def add(core: object, name: str, message: Message, replace: bool) -> dict[str, A
     Args:
         core: vLLM's `EngineCore`.
         name: what requests will call it.
-        message: a folder, or a name on the Hub; or the files themselves (`adapters.to_message`).
+        message: a folder, or a name on the Hub; or the files themselves (`sources.to_message`).
         replace: whether it takes the place of the adapter that has its name.
 
     Returns:
