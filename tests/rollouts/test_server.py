@@ -10,7 +10,7 @@ import pytest
 import requests
 import torch
 from conftest import randomise
-from integration.training import WARNINGS, assert_all_moved
+from integration.training import WARNINGS
 from peft import LoraConfig, get_peft_model
 from serving.servers import server
 from transformers import AutoModelForCausalLM
@@ -20,7 +20,7 @@ from peft_reft import LoReftConfig
 from peft_reft.integrations.trl import server as way
 from peft_reft.integrations.trl.policy import Policy
 
-from .trainers import CHATS, PLAIN, WORDS, Watch, make
+from .trainers import CHATS, PLAIN, WORDS, Watch, check_updates, make
 
 pytestmark = WARNINGS
 CLOSE = 1e-4
@@ -68,17 +68,7 @@ def test_each_rollout_comes_from_the_policy(which, address, folder, tokenizer, t
     """After each of three updates the log-probabilities agree; those of base and last policy are far off."""
     settings = at(address, max_steps=3, learning_rate=0.05)
     with make(which, folder, tokenizer, config("f7+l7"), PLAIN, tmp_path, **settings) as trainer:
-        watch = Watch(trainer, monkeypatch)
-        assert_all_moved(trainer.model, trainer.train)
-        assert len(watch.different) >= 3 * 4 and len(watch.lengths) > 1  # ragged answers, too
-        assert max(watch.different) < CLOSE
-        assert min(watch.from_base) > 1e-2
-        assert len(watch.from_last) >= 2 * 4 and min(watch.from_last) > 1e-2
-        # Without the sending all this would fail: now the server has the policy of the step before.
-        monkeypatch.setattr(way.Served, "send", lambda *args: None)
-        watch.different.clear()
-        trainer.train()
-        assert max(watch.different) > 1e-2
+        check_updates(trainer, way.Served, CLOSE, monkeypatch)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import torch
 import transformers
 from conftest import randomise
 from datasets import Dataset
-from integration.training import arguments
+from integration.training import arguments, assert_all_moved
 from serving.engines import FAMILIES
 from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
@@ -179,3 +179,25 @@ class Watch:
                     found.append((row[places] - logps).abs().max().item())
                     self.lengths.add(len(logps))
         return found
+
+
+def check_updates(trainer, way, close, monkeypatch):
+    """After each of three updates log-probabilities agree; those of the base and of the last policy are far off.
+
+    Args:
+        trainer: with `max_steps=3`.
+        way: the class that sends its adapter.
+        close: how far log-probabilities of rollout and training may differ.
+        monkeypatch: pytest's.
+    """
+    watch = Watch(trainer, monkeypatch)
+    assert_all_moved(trainer.model, trainer.train)
+    assert len(watch.different) >= 3 * 4 and len(watch.lengths) > 1  # ragged answers, too
+    assert max(watch.different) < close
+    assert min(watch.from_base) > 1e-2
+    assert len(watch.from_last) >= 2 * 4 and min(watch.from_last) > 1e-2
+    # Without the sending all this would fail: now the engine has the policy of the step before.
+    monkeypatch.setattr(way, "send", lambda *args: None)
+    watch.different.clear()
+    trainer.train()
+    assert max(watch.different) > 1e-2
