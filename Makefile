@@ -3,8 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 # constraints.txt pins what is tested; an open range of torch would fetch several GB of CUDA.
-# --no-compile: what is imported is compiled then; all of torch and vLLM takes minutes.
-PIP = $(BIN)/python -m pip install --disable-pip-version-check --no-compile -q -c constraints.txt
+PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 SMOLLM2 = outputs/SmolLM2-135M-Instruct
 
 .PHONY: quickstart test test-shapes test-slow test-peft test-extras test-oldest support-table bench bench-curves bench-others test-vllm test-vllm-oldest test-rollouts bench-vllm docs dist check format clean
