@@ -14,7 +14,7 @@ from torch import nn
 from ..tuner.layer import LoReftLayer
 
 _STEP = 2000.0
-"""About 30 · sqrt(8 · 576): with it, r=8 behind all 30 blocks of a model of hidden size 576 takes the rate as it is."""
+"""About 30 · sqrt(8 · 576): with it, r=8 behind all 30 blocks of size 576 takes the rate as it is."""
 
 _FRESH_HEADS = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 """Tasks whose models get a head that begins at random numbers."""
