@@ -13,6 +13,7 @@ from .tools.collator import DataCollatorForLoReft  # noqa: E402
 from .tools.hotswap import hotswap_adapter  # noqa: E402
 from .tools.interchange import interchange, interchange_accuracy  # noqa: E402
 from .tools.norms import edit_norms  # noqa: E402
+from .tools.optimizer import create_loreft_optimizer  # noqa: E402
 from .tools.show import show_positions  # noqa: E402
 from .tuner.model import LoReftModel  # noqa: E402
 
@@ -28,6 +29,7 @@ __all__ = [
     "LoReftRuntimeConfig",
     "Positions",
     "chat_marks",
+    "create_loreft_optimizer",
     "edit_norms",
     "hotswap_adapter",
     "interchange",

@@ -1,0 +1,100 @@
+"""An optimizer with which one learning rate holds: for encoders and decoders, many layers and few, all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import PeftModel, TaskType
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..tuner.layer import LoReftLayer
+
+_STEP = 2000.0
+"""About 30 · sqrt(8 · 576): with it, r=8 behind all 30 blocks of size 576 takes the rate as it is."""
+
+_FRESH_HEADS = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+"""Tasks whose models get a head that begins at random numbers."""
+
+
+def create_loreft_optimizer(
+    model: PeftModel,
+    optimizer_cls: type[torch.optim.Optimizer] = torch.optim.AdamW,
+    *,
+    lr: float,
+    head_lr_ratio: float = 10.0,
+    weight_decay: float = 0.0,
+    **kwargs: Any,
+) -> torch.optim.Optimizer:
+    """Make an optimizer whose parameter groups have rates of their own, so that ``lr=1e-3`` fits any model.
+
+    Adam moves each number of W and R by about its rate, whatever the gradient. One step so changes a hidden state by a
+    share of about ``rate · sqrt(r · d)`` behind each of the n edited modules. The rate of an adapter is therefore
+    ``lr · 2000 / (n · sqrt(r · d))``: for r=8 it is lr with 30 layers of size 576, six times lr with 6 layers of size
+    384. `red` and `bias` have no r and take lr itself. A new head of a classifier begins at small random numbers and
+    needs a higher rate than what stands before it.
+
+    Args:
+        model: a model with a LoReFT adapter.
+        optimizer_cls: Adam, or one of its kin.
+        lr: the learning rate; 1e-3 is what the measurements recommend.
+        head_lr_ratio: what lr is multiplied by for the modules that PEFT trains beside the adapter, if the task type
+            is one with a new head (SEQ_CLS, TOKEN_CLS, QUESTION_ANS).
+        weight_decay: as in the optimizer.
+        **kwargs: other arguments of the optimizer.
+
+    Returns:
+        The optimizer of all parameters that are trained. A Trainer takes it as ``optimizers=(optimizer, None)``.
+
+    Raises:
+        ValueError: nothing in the model is trained, or no LoReFT adapter is.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from peft_reft import LoReftConfig, create_loreft_optimizer
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=576, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+        >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes))
+        >>> model = get_peft_model(base, LoReftConfig(task_type="CAUSAL_LM", r=8))
+        >>> optimizer = create_loreft_optimizer(model, lr=1e-3)
+        >>> f"{optimizer.param_groups[0]['lr']:.4f}"  # 1e-3 * 2000 / (2 * sqrt(8 * 576))
+        '0.0147'
+    """
+    rates = {id(parameter): lr * factor for parameter, factor in _factors(model, head_lr_ratio)}
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups.setdefault(rates.get(id(parameter), lr), []).append(parameter)
+    if not any(parameter.requires_grad for layer in _layers(model) for parameter in layer.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} has no LoReFT adapter that is trained. Add one with `get_peft_model`, or load it "
+            "with `is_trainable=True`."
+        )
+    given = [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
+    return optimizer_cls(given, lr=lr, weight_decay=weight_decay, **kwargs)  # type: ignore[call-arg]
+
+
+def _layers(model: nn.Module) -> list[LoReftLayer]:
+    return [module for module in model.modules() if isinstance(module, LoReftLayer)]
+
+
+def _factors(model: PeftModel, head_lr_ratio: float) -> Iterator[tuple[nn.Parameter, float]]:
+    """Parameters whose rate is not the optimizer's own, each with what the rate is multiplied by."""
+    layers = _layers(model)
+    for name, config in model.peft_config.items():
+        edited = [layer.weights(name) for layer in layers if name in layer.plans]
+        for weights in edited:
+            if not weights.has_rank:
+                continue
+            matrix = next(getattr(weights, each) for each, dimensions in weights.shapes.items() if dimensions == "rd")
+            r, d = matrix.shape[-2:]
+            for parameter in weights.parameters():
+                yield parameter, _STEP / (len(edited) * math.sqrt(r * d))
+        if config.task_type in _FRESH_HEADS:
+            for module in model.modules():
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    for parameter in module.parameters():
+                        yield parameter, head_lr_ratio
