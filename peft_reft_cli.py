@@ -37,7 +37,7 @@ TRAINING = {
     "kto": "Finetune a causal LM with LoReFT on answers judged good or bad, by TRL's KTOTrainer.",
     "reward": "Train a reward model with LoReFT on preferences, by TRL's RewardTrainer.",
     "grpo": "Finetune a causal LM with LoReFT by rewards for its own answers, by TRL's GRPOTrainer.",
-    "rloo": "The same by TRL's RLOOTrainer.",
+    "rloo": "Finetune a causal LM with LoReFT by rewards for its own answers, by TRL's RLOOTrainer.",
     "distillation": "Finetune a causal LM with LoReFT to answer as a teacher does, by TRL's DistillationTrainer.",
 }
 """The commands that train. Their arguments are those of TRL's scripts, which `train_arguments` reads from TRL."""
