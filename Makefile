@@ -34,14 +34,15 @@ test-shapes: $(BIN)/.installed
 test-slow: $(BIN)/.installed $(SMOLLM2)/model.safetensors
 	$(BIN)/python -m pytest -n 2 -m "slow or cell" $(ARGS)
 
-# GPTQ and DeepSpeed, which do not go together with the newest numpy.
+# GPTQ and DeepSpeed, which do not go together with the newest numpy; lm-eval and Liger, whose kernels a CPU runs in
+# Triton's interpreter.
 $(VENV)-extras/.installed: pyproject.toml constraints.txt constraints-extras.txt
 	$(PYTHON) -m venv $(VENV)-extras
 	grep -v "^numpy" constraints.txt | cat - constraints-extras.txt > $(VENV)-extras/constraints.txt
 	$(VENV)-extras/bin/python -m pip install -q -c $(VENV)-extras/constraints.txt torch setuptools wheel ninja
 	$(VENV)-extras/bin/python -m pip install -q -c $(VENV)-extras/constraints.txt -e ".[test]"
 	DS_BUILD_OPS=0 $(VENV)-extras/bin/python -m pip install -q -c $(VENV)-extras/constraints.txt \
-		--no-build-isolation gptqmodel optimum deepspeed lm_eval
+		--no-build-isolation gptqmodel optimum deepspeed lm_eval liger-kernel
 	@touch $@
 
 # PEFT's own tests with LoReFT beside LoRA, on tiny models (tests/peft_suite/); about 20 minutes on two cores.
@@ -49,7 +50,7 @@ test-peft: $(BIN)/.installed
 	$(BIN)/python tests/peft_suite/run.py -n 2 $(ARGS)
 
 test-extras: $(VENV)-extras/.installed
-	GPTQMODEL_CPU_WORKERS=2 $(VENV)-extras/bin/python -m pytest tests/extras $(ARGS)
+	GPTQMODEL_CPU_WORKERS=2 TRITON_INTERPRET=1 $(VENV)-extras/bin/python -m pytest tests/extras $(ARGS)
 
 # The lower bounds of pyproject.toml. PyPI's torch 2.6 brings CUDA along: several GB. Left out is what older versions
 # cannot do themselves: DeepSeek-V3 with padding (transformers 5.16 mended it), FSDP2 on a CPU and an exit without a word
@@ -75,7 +76,7 @@ support-table: $(BIN)/.installed $(VENV)-extras/.installed $(VENV)-vllm/.install
 		$(VENV)-trl-vllm/.installed
 	rm -f docs/support.json
 	$(BIN)/python -m pytest -n 2 -m cell --support-table
-	GPTQMODEL_CPU_WORKERS=2 $(VENV)-extras/bin/python -m pytest tests/extras -m cell --support-table
+	GPTQMODEL_CPU_WORKERS=2 TRITON_INTERPRET=1 $(VENV)-extras/bin/python -m pytest tests/extras -m cell --support-table
 	$(VENV)-vllm/bin/python -m pytest tests/serving -W default -m cell --support-table
 	$(VENV)-vllm-oldest/bin/python -m pytest tests/serving/test_equal.py -W default -m cell --support-table
 	$(VENV)-trl-vllm/bin/python -m pytest tests/rollouts -W default -m cell --support-table

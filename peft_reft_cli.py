@@ -22,6 +22,7 @@ LoReFT (representation finetuning, arXiv 2404.03592) as a PEFT method.
   peft-reft evaluate outputs/loreft --file held_out.jsonl
   peft-reft inspect outputs/loreft
   peft-reft convert --from pyreft THEIRS OURS --positions f7+l7
+  peft-reft dpo --model_name_or_path outputs/SmolLM2 --dataset_name pairs.jsonl
   peft-reft exec lm_eval --model hf --model_args pretrained=BASE,peft=outputs/loreft --tasks gsm8k
 """
 EPILOG = """\
@@ -29,6 +30,17 @@ An ADAPTER is a folder that `save_pretrained` or `train` wrote, or the name of o
 1 it could not be done (the reason is on standard error), 2 wrong arguments, 130 interrupted, 141 the reader of the
 output has gone (`| head`).
 """
+
+TRAINING = {
+    "train": "Finetune a causal LM with LoReFT on answers, by TRL's SFTTrainer.",
+    "dpo": "Finetune a causal LM with LoReFT on preferences, by TRL's DPOTrainer.",
+    "kto": "Finetune a causal LM with LoReFT on answers judged good or bad, by TRL's KTOTrainer.",
+    "reward": "Train a reward model with LoReFT on preferences, by TRL's RewardTrainer.",
+    "grpo": "Finetune a causal LM with LoReFT by rewards for its own answers, by TRL's GRPOTrainer.",
+    "rloo": "Finetune a causal LM with LoReFT by rewards for its own answers, by TRL's RLOOTrainer.",
+    "distillation": "Finetune a causal LM with LoReFT to answer as a teacher does, by TRL's DistillationTrainer.",
+}
+"""The commands that train. Their arguments are those of TRL's scripts, which `train_arguments` reads from TRL."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,11 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         unknown = []
     if args.command == "exec":
         return _exec(unknown, parser)
-    if unknown and args.command != "train":
+    if unknown and args.command not in TRAINING:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        if args.command == "train":
-            return _train(unknown)
+        if args.command in TRAINING:
+            return _train(args.command, unknown)
         import_module(f"peft_reft.cli.{args.module}").run(args)
         sys.stdout.flush()  # a reader that has gone is noticed here, and not after `main`
         return 0
@@ -70,12 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _train(arguments: list[str]) -> int:
+def _train(command: str, arguments: list[str]) -> int:
     try:
         from peft_reft.cli import train  # needs TRL
     except ImportError as error:
-        raise ImportError(f'`train` needs TRL: pip install "peft-reft[trl]" ({error})') from error
-    return train.main(arguments)
+        raise ImportError(f'`{command}` needs TRL: pip install "peft-reft[trl]" ({error})') from error
+    return train.main(command, arguments)
 
 
 def _exec(words: list[str], parser: argparse.ArgumentParser) -> int:
@@ -91,7 +103,7 @@ def _exec(words: list[str], parser: argparse.ArgumentParser) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands. `train` has a parser of its own (`train_arguments`), which needs TRL."""
+    """The parser of all commands. Those that train have parsers of their own (`train_arguments`), which need TRL."""
     parser = argparse.ArgumentParser(
         "peft-reft",
         description=DESCRIPTION,
@@ -100,12 +112,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_command(
-        commands,
-        "train",
-        "Finetune a causal LM with TRL's SFTTrainer (`train --help` lists the arguments).",
-        add_help=False,
-    )
+    for name, description in TRAINING.items():
+        _add_command(commands, name, description, add_help=False)
     _add_generate(commands)
     _add_evaluate(commands)
     _add_chat(commands)

@@ -240,6 +240,8 @@ def test_pages(page, model_id, tmp_path, monkeypatch, capsys):
     rows = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in PAIRS]
     Path("mine.jsonl").write_text("\n".join(rows))
     Path("held_out.jsonl").write_text("\n".join(rows[:2]))
+    pairs = [{"prompt": prompt, "chosen": answer, "rejected": " 0"} for prompt, answer in PAIRS]
+    write_lines(Path("pairs.jsonl"), pairs)
     Path("alpaca.csv").write_text("instruction,input,output\na b,c,d\ne,,f\n")
     for language, block in blocks:
         capsys.readouterr()

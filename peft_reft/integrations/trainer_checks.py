@@ -60,6 +60,14 @@ def refuse_merged_rollouts(args: Any, model: nn.Module, names: Sequence[str]) ->
     Raises:
         ValueError: names the line that is missing in the user's script.
     """
+    if hasattr(args, "weight_sync_timeout"):  # TRL's asynchronous trainers, which have a way of their own
+        reason = why_not_merge(model, names)
+        if reason is not None:
+            raise ValueError(
+                f"{type(args).__name__}: TRL's asynchronous trainers send a server merged weights, or LoRA adapters, "
+                f"but {reason}. Use GRPOTrainer or DistillationTrainer with use_vllm=True, after `{ROLLOUTS}`."
+            )
+        return
     vllm_generation = sys.modules.get("trl.generation.vllm_generation")
     if not getattr(args, "use_vllm", False) or vllm_generation is None:
         return
