@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig, TaskType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, onload_layer
+from peft.utils import get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -190,7 +191,8 @@ class LoReftModel(BaseTuner):
             injection.shared = intervention
         layer: LoReftLayer | None = getattr(target, CHILD, None)
         if layer is None:
-            layer = LoReftLayer(target, _attachment_of(target, self.model, injection.attachment))
+            attachment = _attachment_of(target, self.model, injection.attachment)
+            layer = LoReftLayer(target, attachment, get_quantization_kwargs(self.model))
             target.add_module(CHILD, layer)
         groups = chosen.positions.groups
         plan = LayerPlan(wanted_by(config, groups), groups, config.sharing, config.dropout)
