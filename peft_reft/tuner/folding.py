@@ -46,6 +46,11 @@ SHARED_WEIGHT = (
     "other modules have the weight of {} too, so the merged one would be a new parameter, which code that reads the "
     "weights by the base's names may miss (allowed: `merge_and_unload`, or `merge_adapter(new_parameters=True)`)"
 )
+QUANTISED = (
+    "the weights are quantised ({}), so the merged ones are new parameters, rounded again, of which code that reads "
+    "the weights by the base's names would get packed numbers (allowed: `merge_and_unload`, or "
+    "`merge_adapter(new_parameters=True)`)"
+)
 
 
 @dataclass

@@ -300,15 +300,17 @@ class LoReftModel(BaseTuner):
     ) -> None:
         """Fold adapters into the weights, if that is exact: `component` "attention" or "mlp", positions "all".
 
-        The linear map whose output is edited takes up the edit, exactly but for the rounding of the weights' type.
+        The linear map whose output is edited takes up the edit, exactly but for the rounding of the weights' type. Of
+        weights that bitsandbytes or torchao has quantised that rounding is coarse.
         `unmerge_adapter` takes it out again. Trained tokens are merged too, and other PEFT layers of the model.
 
         Args:
             adapter_names: which; None for the active ones.
             safe_merge: whether to raise, before a layer is changed, if its result is not finite.
             new_parameters: whether a linear map may get a parameter that the base model does not have: a bias, if it
-                has none, or a weight of its own, if it shares one (tied embeddings). Code that reads the merged
-                weights by the base's names would not find it. TRL does so when it sends weights to vLLM.
+                has none; a weight of its own, if it shares one (tied embeddings); or a newly quantised weight. Code
+                that reads the merged weights by the base's names would not find it. TRL does so when it sends weights
+                to vLLM.
 
         Raises:
             ValueError: it cannot be merged; the message says which condition fails, and no weight has changed.
