@@ -243,6 +243,21 @@ def test_the_cases_above_cover_every_field():
     assert names - {"runtime_config"} == {name for fields in CONFIGS for name in fields}
 
 
+def test_target_parameters_is_no_field_but_may_be_given(tmp_path):
+    """PEFT and TRL read it, files of older versions have it, and PEFT's table takes the field for a capability."""
+    config = LoReftConfig(target_parameters=None)
+    assert config.target_parameters is None and "target_parameters" not in config.to_dict()
+    assert dataclasses.replace(config, r=2) == LoReftConfig(r=2)
+    config.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps(written | {"target_parameters": None}))
+    assert PeftConfig.from_pretrained(tmp_path) == config
+    path.write_text(json.dumps(written | {"target_parameters": ["experts.down_proj"]}))
+    with pytest.raises(ValueError, match=r"target_parameters=\['experts.down_proj'\] is not supported"):
+        PeftConfig.from_pretrained(tmp_path)
+
+
 def test_what_is_saved_is_the_same_every_time(tmp_path):
     """Sets are saved sorted, because their own order depends on the hash seed."""
     names = [f"layers.{i}" for i in range(20)]

@@ -45,6 +45,7 @@ def test_a_swapped_in_adapter_computes_as_a_loaded_one(tmp_path, fields, swap):
     assert [p.data_ptr() for p in model.parameters()] == storages
 
 
+@pytest.mark.cell("torch.compile", "adapters exchanged without compiling again, by `hotswap_adapter` and by PEFT's")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize(
     ("swap", "warm"),
