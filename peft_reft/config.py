@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 from peft import PeftConfig, PeftType
@@ -53,7 +53,7 @@ def _resolve(mapping: dict[str, Any], n_layers: int, field: str) -> dict[int, An
 
 @dataclass
 class LoReftConfig(PeftConfig):
-    """Configuration of LoReFT (arXiv 2404.03592) and its family.
+    """Configuration of LoReFT (https://arxiv.org/abs/2404.03592) and its family.
 
     LoReFT edits hidden states. `positions` says at which tokens, `layers` and `component` behind which modules,
     `intervention` by which formula, `tie` which edits share weights. The defaults are the paper's setting for
@@ -107,7 +107,8 @@ class LoReftConfig(PeftConfig):
             and `layers_to_transform`.
         exclude_modules: Names of modules that are not edited, or a regex that matches them.
         modules_to_save: Modules that are trained and saved besides the edits, such as a classifier head.
-        target_parameters: Not supported; leave it empty. The field exists because PEFT and TRL read it.
+        target_parameters: Not supported; leave it empty. It is no field, since PEFT takes such a field for a sign that
+            parameters can be targeted. But it may be given and read: PEFT and TRL read it, and older files have it.
         trainable_token_indices: Token embeddings that are trained besides the edits, as in `LoraConfig`.
         runtime_config: How the adapter is run on this machine; not saved. See `LoReftRuntimeConfig`.
 
@@ -164,7 +165,7 @@ class LoReftConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules to train and save besides the edits."}
     )
-    target_parameters: list[str] | None = field(default=None, metadata={"help": "Not supported; leave empty."})
+    target_parameters: InitVar = None  # type: ignore[type-arg]  # Python 3.10 finds no hints of a class with more
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Token embeddings to train besides the edits."}
     )
@@ -177,7 +178,7 @@ class LoReftConfig(PeftConfig):
     chosen_modules: ClassVar[set[str] | None] = None
     """Names of the modules to edit. Not saved: the tuner notes them when it adds the adapter."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, target_parameters: list[str] | None) -> None:
         super().__post_init__()
         self.peft_type = PeftType("LOREFT")
         for name in ("layers", "layers_to_transform"):
@@ -207,7 +208,7 @@ class LoReftConfig(PeftConfig):
             )
         self._check_r()
         self._check_positions()
-        self._check_targets()
+        self._check_targets(target_parameters)
         if not isinstance(self.runtime_config, LoReftRuntimeConfig):
             raise ValueError(f"runtime_config={self.runtime_config!r}: expected a LoReftRuntimeConfig.")
 
@@ -254,10 +255,10 @@ class LoReftConfig(PeftConfig):
                 "Expected an int, or a list of ints, from 0."
             )
 
-    def _check_targets(self) -> None:
-        if self.target_parameters:
+    def _check_targets(self, target_parameters: list[str] | None) -> None:
+        if target_parameters:
             raise ValueError(
-                f"target_parameters={self.target_parameters!r} is not supported: LoReFT edits the outputs of modules, "
+                f"target_parameters={target_parameters!r} is not supported: LoReFT edits the outputs of modules, "
                 "not parameters. Use `target_modules`, or `layers` and `component`."
             )
         if self.target_modules is not None and (self.layers != "all" or self.component != "block"):

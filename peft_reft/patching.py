@@ -53,6 +53,13 @@ PATCHES: dict[str, Patch] = {
         "1.0",
         "A trainer replaces our card by one that does not say `import peft_reft` (`card`).",
     ),
+    "module.hotswap_adapter_from_state_dict": Patch(
+        "peft", "0.21", "It knows LoRA's weights alone; LoReFT's are exchanged by ours (`tools.for_peft`)."
+    ),
+    "module.prepare_model_for_compiled_hotswap": Patch(
+        "peft", "0.21", "It pads LoRA's ranks. LoReFT's cannot be padded, which it would not say (`tools.for_peft`)."
+    ),
+    "module.rescale_adapter_scale": Patch("peft", "0.21", "It scales LoRA's layers alone (`tools.for_peft`)."),
     # When a Trainer is made, after an adapter was added to a model. Trainers of TRL are included.
     "Trainer.create_model_card": Patch(
         "transformers", "5.5.4", "Its card is completed, and names the repository it is pushed to (`card`)."

@@ -158,7 +158,6 @@ OTHER_RATES = {
     ("examples/quickstart.py", 4e-3): "ten rows, 30 steps",
     ("docs/serving.md", 4e-3): "one row, 20 steps",
     ("docs/server.md", 4e-3): "one row, 20 steps",
-    ("examples/metamathqa.py", 9e-4): "the paper's, for PEFT's comparison",
     ("examples/das_equality.py", 2e-3): "trains a whole network",
     ("examples/das_equality.py", 5e-3): "distributed alignment search: trains R alone",
     ("docs/interchange.md", 1e-2): "the same",
@@ -391,17 +390,3 @@ def test_das_finds_the_variables_where_they_are_and_nowhere_else():
     assert network > 98
     assert trained > 95
     assert random < 60
-
-
-def test_metamathqa(tmp_path):
-    """PEFT's script gets a folder that it can read, in a process that knows the method."""
-    folder = tmp_path / "peft" / "method_comparison" / "MetaMathQA"
-    folder.mkdir(parents=True)
-    (folder / "run.py").write_text(
-        "import json, sys; from peft import PeftConfig\n"
-        "config = PeftConfig.from_pretrained(sys.argv[-1])\n"
-        "print(config.peft_type.value, config.r, config.positions)\n"
-        "print(json.load(open(sys.argv[-1] + '/training_params.json')))\n"
-    )
-    out = run_example("examples/metamathqa.py", "--peft", tmp_path / "peft", "--r", 3)
-    assert "LOREFT 3 all\n{'optimizer_kwargs': {'lr': 0.0009}}" in out

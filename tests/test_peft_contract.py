@@ -15,7 +15,7 @@ from peft import (
     get_peft_model_state_dict,
     inject_adapter_in_model,
 )
-from peft.helpers import disable_input_dtype_casting
+from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale
 from safetensors.torch import load_file
 from torch import nn
 
@@ -112,6 +112,70 @@ def test_pefts_status_functions_see_the_adapters():
     assert status.num_adapter_layers == 3 and status.enabled is True and status.merged_adapters == []
     assert [each.name for each in get_layer_status(model)] == [f"model.model.layers.{n}.loreft" for n in range(3)]
     assert "LoReftLayer" in repr(model)
+
+
+def test_status_follows_what_is_done_to_the_adapters():
+    """On a model without PeftModel, too. LoRA beside it says the same of itself."""
+    fields = dict(positions="all", component="mlp")
+    for model in (get_peft_model(build("llama"), config(**fields)), inject_adapter_in_model(config(), build("llama"))):
+        first = get_layer_status(model)[0]
+        assert first.module_type == "LoReftLayer" and first.requires_grad == {"default": True}
+        assert first.devices == {"default": ["cpu"]} and first.quantization_backend is None
+        status = get_model_status(model)
+        assert status.trainable_params == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model = get_peft_model(build("llama"), config(**fields))
+    model.add_adapter("second", config(**fields, inference_mode=True))
+    assert get_model_status(model).requires_grad == {"default": True, "second": False}
+    with model.disable_adapter():
+        assert get_model_status(model).enabled is False
+    model.merge_adapter(["default"], new_parameters=True)
+    assert get_model_status(model).merged_adapters == ["default"]
+    layers(model)[0].unmerge()
+    assert get_model_status(model).merged_adapters == "irregular"
+
+
+@pytest.mark.parametrize("fields", [{}, dict(intervention="red", r=8), dict(tie="model", gate=True)], ids=str)
+def test_scales_are_rescaled_for_a_while(fields):
+    model = get_peft_model(build("llama"), config(**fields))
+    model.add_adapter("second", config(**fields, layers=[0]))
+    randomise(model)
+    model.base_model.set_scale("second", 0.5)
+    found = {}
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        found[name] = logits(model)
+    untouched = logits(build("llama"))
+    with pytest.raises(KeyError), rescale_adapter_scale(model, 0):
+        for name in found:
+            model.set_adapter(name)
+            assert torch.equal(logits(model), untouched)
+        raise KeyError
+    for name, before in found.items():
+        model.set_adapter(name)
+        assert torch.equal(logits(model), before)
+        with rescale_adapter_scale(model, 2):
+            assert not torch.equal(logits(model), before)
+            assert layers(model)[0].scaling == {"default": 2.0, "second": 1.0}
+    with pytest.raises(TypeError, match="multiplier='1': expected a number"), rescale_adapter_scale(model, "1"):
+        pass
+
+
+def test_scales_of_lora_are_rescaled_as_before():
+    lora = LoraConfig(target_modules=["q_proj"], r=4, lora_alpha=4)
+    alone = get_peft_model(build("llama"), lora)
+    with rescale_adapter_scale(alone, 3):
+        assert alone.base_model.model.model.layers[0].self_attn.q_proj.scaling == {"default": 3.0}
+    base = build("llama")
+    base.add_adapter(lora, "lora")
+    base.add_adapter(config(), "loreft")
+    with rescale_adapter_scale(base, 3):
+        assert base.model.layers[0].self_attn.q_proj.scaling == {"lora": 3.0}
+        assert layers(base)[0].scaling == {"loreft": 3.0}
+    assert base.model.layers[0].self_attn.q_proj.scaling == {"lora": 1.0}
+    assert layers(base)[0].scaling == {"loreft": 1.0}
+    refused = pytest.raises(ValueError, match="only supported for models with `LoraLayer`s")
+    with refused, rescale_adapter_scale(build("llama"), 3):
+        pass
 
 
 @pytest.mark.parametrize("train", [True, False])

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import peft
 import pytest
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, helpers
 from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import other
+from peft.utils import hotswap, other
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from transformers.integrations.peft import PeftAdapterMixin
 
@@ -69,6 +69,9 @@ SIGNATURES = {
     (ModulesToSaveWrapper, "delete_adapter"): "self, adapter_name, new_active_adapters",
     (PeftModel, "_enable_peft_forward_hooks"): "self, *args, **kwargs",
     # Wrapped.
+    (hotswap, "hotswap_adapter_from_state_dict"): "model, state_dict, adapter_name, config, parameter_prefix='lora_'",
+    (hotswap, "prepare_model_for_compiled_hotswap"): "model, target_rank=None, config=None, check_compiled='error'",
+    (helpers, "rescale_adapter_scale"): "model, multiplier",
     (PeftModel, "save_pretrained"): (
         "self, save_directory, safe_serialization=True, selected_adapters=None, save_embedding_layers='auto', "
         "is_main_process=True, path_initial_model_for_weight_conversion=None, **kwargs"

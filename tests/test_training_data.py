@@ -88,7 +88,6 @@ def test_every_argument_of_trl_is_used_or_refused():
     assert {field.name for field in dataclasses.fields(ScriptArguments)} - taken == {"ignore_bias_buffers"}
     assert {field.name for field in dataclasses.fields(DatasetMixtureConfig)} <= taken
     assert {field.name for field in dataclasses.fields(LoReftConfig)} - taken == {
-        "target_parameters",
         "runtime_config",
         *(field.name for field in dataclasses.fields(PeftConfig)),
     }

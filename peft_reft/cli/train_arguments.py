@@ -50,7 +50,6 @@ _INSTEAD = {
 """What to give in place of the LoRA arguments of TRL's own command."""
 
 _OF_EVERY_METHOD = {field.name for field in fields(PeftConfig)}
-_REFUSED_BY_CONFIG = {"target_parameters"}  # LoReftConfig raises if it is set
 _RUNTIME = {"runtime_config"}  # its fields are arguments
 _HINTS = get_type_hints(LoReftConfig) | get_type_hints(LoReftRuntimeConfig)
 
@@ -122,7 +121,7 @@ LoReftArguments: Any = make_dataclass(
     [
         _loreft_argument(field)
         for field in (*fields(LoReftConfig), *fields(LoReftRuntimeConfig))
-        if field.name not in _OF_EVERY_METHOD | _REFUSED_BY_CONFIG | _RUNTIME
+        if field.name not in _OF_EVERY_METHOD | _RUNTIME
     ],
 )
 

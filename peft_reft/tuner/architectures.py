@@ -120,6 +120,9 @@ def output_size(model: nn.Module, name: str) -> int:
         size = getattr(module, attribute, None)
         if isinstance(size, int) and size:
             return size
+    normalised = getattr(module, "normalized_shape", ())  # of `nn.LayerNorm` and `nn.RMSNorm`
+    if normalised:
+        return int(normalised[-1])
     return _hidden_size(model, _text_config(model))
 
 

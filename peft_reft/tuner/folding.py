@@ -6,6 +6,7 @@ weight is M + BᵀAM, its bias m + Bᵀ(A m + b).
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import onload_layer
+from peft.utils import resolve_quantization_backend
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -43,6 +46,11 @@ SHARED_WEIGHT = (
     "other modules have the weight of {} too, so the merged one would be a new parameter, which code that reads the "
     "weights by the base's names may miss (allowed: `merge_and_unload`, or `merge_adapter(new_parameters=True)`)"
 )
+QUANTISED = (
+    "the weights are quantised ({}), so the merged ones are new parameters, rounded again, of which code that reads "
+    "the weights by the base's names would get packed numbers (allowed: `merge_and_unload`, or "
+    "`merge_adapter(new_parameters=True)`)"
+)
 
 
 @dataclass
@@ -59,6 +67,25 @@ class Folded:
     """The bias as it was, or None if the map had none."""
     shared: nn.Parameter | None
     """The parameter itself, if other modules have it too. The map has a weight of its own until it is unfolded."""
+    quantised: Quantised | None
+    """The quantised weight as it was, or None if the map is not quantised."""
+
+
+class Quantised:
+    """The weight of a quantised linear map, with all that says what its numbers mean. A few bits each: it is kept."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._weight = cast(nn.Parameter, module.weight)
+        self._of_weight = dict(self._weight.__dict__)
+        self._of_module = {
+            name: copy.copy(vars(module)[name]) for name in ("state", "quant_state") if name in vars(module)
+        }
+
+    def put_back(self, module: nn.Module) -> None:
+        self._weight.__dict__.update(self._of_weight)  # PEFT marks it as not quantised
+        module.weight = self._weight
+        for name, value in self._of_module.items():
+            setattr(module, name, value)
 
 
 def projection_of(module: nn.Module) -> nn.Linear | Conv1D:
@@ -69,7 +96,7 @@ def projection_of(module: nn.Module) -> nn.Linear | Conv1D:
     """
     name = type(module).__name__
     found: list[Any] = [module]
-    if type(module) not in (nn.Linear, Conv1D):
+    if not isinstance(module, nn.Linear | Conv1D):
         takes = [argument for argument in inspect.signature(module.forward).parameters if argument in _RESIDUAL_NAMES]
         if takes:
             raise ValueError(f"{name} adds the residual stream ({takes[0]!r}) to the output of its last linear map.")
@@ -80,12 +107,29 @@ def projection_of(module: nn.Module) -> nn.Linear | Conv1D:
                 f"{name} has no single linear map at its end by a known name ({', '.join(_OUTPUT_NAMES)}); it has: "
                 f"{children or 'no modules'}."
             )
-    if type(found[0]) not in (nn.Linear, Conv1D) or not found[0].weight.is_floating_point():
+    projection = found[0]
+    backend = resolve_quantization_backend(projection, get_apply_tensor_subclass=not_known)
+    if backend is None:
+        allowed = type(projection) in (nn.Linear, Conv1D) and projection.weight.is_floating_point()
+    else:
+        allowed = backend.supports_merge and isinstance(projection, nn.Linear)
+    if not allowed:
         raise ValueError(
-            f"{name} ends with {type(found[0]).__name__}: an edit can be folded into a plain `nn.Linear` or `Conv1D` "
-            "only, not into quantised weights or those of another adapter."
+            f"{name} ends with {type(projection).__name__}: an edit can be folded into a plain `nn.Linear` or "
+            "`Conv1D`, or into weights quantised by bitsandbytes or torchao, but not into others or those of another "
+            "adapter."
         )
-    return found[0]
+    if getattr(getattr(projection.weight, "quant_state", None), "packing_format_for_cpu", False):
+        raise ValueError(
+            f"bitsandbytes has repacked the weights of {name}'s {type(projection).__name__} for this CPU, so they "
+            "cannot be read. Set `support_avx512bf16_for_cpu = False` on it before the first forward in eval mode."
+        )
+    return projection
+
+
+def not_known() -> None:
+    """Stands for the way to quantise torchao's weights again. Transformers knows it of models that it has loaded."""
+    raise ValueError("torchao has quantised the weights without transformers, so it is not known how to do it again.")
 
 
 def gains_bias(module: nn.Linear | Conv1D, edits: Sequence[tuple[str, Factors, float]]) -> bool:
@@ -93,14 +137,18 @@ def gains_bias(module: nn.Linear | Conv1D, edits: Sequence[tuple[str, Factors, f
     if module.bias is not None:
         return False
     # A map without a bias makes 0 of 0. What an edit makes of that 0 is the bias.
-    zero = torch.zeros(1, len(_matrix(module)), device=module.weight.device)  # (1, d)
+    zero = torch.zeros(1, _size_of_output(module), device=module.weight.device)  # (1, d)
     biases = torch.stack([scale * factors.edit(zero) for _, factors, scale in edits])  # (adapters, 1, d)
     return bool(biases.sum(0).any())
 
 
 @torch.no_grad()
 def fold(
-    module: nn.Linear | Conv1D, edits: Sequence[tuple[str, Factors, float]], check: bool, shared: bool = False
+    module: nn.Linear | Conv1D,
+    edits: Sequence[tuple[str, Factors, float]],
+    check: bool,
+    shared: bool = False,
+    backend: QuantizationBackend | None = None,
 ) -> Folded:
     """Add edits to a linear map. Each of them edits the output that the map has without the others.
 
@@ -109,8 +157,11 @@ def fold(
         edits: adapter's name, its affine factors, and the scale that multiplies its edit.
         check: whether to raise ValueError, before anything is changed, if the result is not finite.
         shared: whether other modules have the map's weight too. The map then gets a weight of its own.
+        backend: how a quantised weight is read and written; None if it is not quantised.
     """
-    weight = _matrix(module)  # M, (d, d_in)
+    stored_weight = module.weight if backend is None else backend.get_base_weight(module)
+    dtype = stored_weight.dtype
+    weight = _matrix(module, stored_weight)  # M, (d, d_in)
     before = module.bias
     m = torch.zeros(len(weight), device=weight.device) if before is None else before.float()  # (d,)
     bases, inner = [weight.new_zeros(0, len(weight))], [weight.new_zeros(0, weight.shape[1])]
@@ -133,7 +184,7 @@ def fold(
                 bias += scale * factors.shift
     basis_of_all, inner_of_all = torch.cat(bases), torch.cat(inner)  # (sum of r, d), (sum of r, d_in)
     merged = weight + basis_of_all.T @ inner_of_all + scaling.unsqueeze(-1) * weight  # (d, d_in)
-    stored = merged.to(module.weight.dtype), bias.to(module.weight.dtype)
+    stored = merged.to(dtype), bias.to(dtype)
     if check and not all(torch.isfinite(tensor).all() for tensor in stored):
         names = ", ".join(name for name, _, _ in edits)
         raise ValueError(f"NaNs detected in the merged weights. The adapter {names} seems to be broken")
@@ -143,29 +194,42 @@ def fold(
         weight=None,
         bias=None if before is None else before.detach().clone(),
         shared=None,
+        quantised=None,
     )
-    if shared:
+    if backend is not None:
+        folded.quantised = Quantised(module)
+    elif shared:
         folded.shared = cast(nn.Parameter, module.weight)
         module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=module.weight.requires_grad)
     elif scaling.any():
         folded.weight = module.weight.detach().clone()
-    _set_matrix(module, merged)
+    if backend is None:
+        _set_matrix(module, merged)
+    else:
+        assert folded.quantised is not None
+        try:
+            backend.set_base_weight(_Holder(module), merged.to(dtype))
+        except Exception:
+            folded.quantised.put_back(module)
+            raise
     if before is not None:
         before.copy_(bias)
     elif bias.any():
-        module.bias = nn.Parameter(bias.to(module.weight.dtype), requires_grad=module.weight.requires_grad)
+        module.bias = nn.Parameter(bias.to(dtype), requires_grad=module.weight.requires_grad)
     return folded
 
 
 @torch.no_grad()
 def unfold(module: nn.Linear | Conv1D, folded: Folded) -> None:
     """Undo `fold`, to the rounding of the weights' type."""
-    if folded.shared is not None:
+    if folded.quantised is not None:
+        folded.quantised.put_back(module)
+    elif folded.shared is not None:
         module.weight = folded.shared
     elif folded.weight is not None:
         module.weight.copy_(folded.weight)
     else:
-        _set_matrix(module, _matrix(module) - folded.basis.T @ folded.inner)
+        _set_matrix(module, _matrix(module, module.weight) - folded.basis.T @ folded.inner)
     if folded.bias is None:
         module.bias = None
     else:
@@ -181,9 +245,23 @@ def onloaded(module: nn.Linear | Conv1D) -> Iterator[None]:
         yield
 
 
-def _matrix(module: nn.Linear | Conv1D) -> Tensor:
+class _Holder:
+    """What a backend of PEFT writes a weight through: an object that has the linear map as a tuner's layer has it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.base_layer = module
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+
+def _matrix(module: nn.Linear | Conv1D, weight: Tensor) -> Tensor:
     """The weight as (size of the output, size of the input) float32; `Conv1D` stores the transpose."""
-    return (module.weight.T if isinstance(module, Conv1D) else module.weight).float()
+    return (weight.T if isinstance(module, Conv1D) else weight).float()
+
+
+def _size_of_output(module: nn.Linear | Conv1D) -> int:
+    return int(module.nf if isinstance(module, Conv1D) else module.out_features)
 
 
 def _set_matrix(module: nn.Linear | Conv1D, weight: Tensor) -> None:

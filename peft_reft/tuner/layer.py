@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
+from peft.utils import resolve_quantization_backend
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,7 +22,7 @@ from ..edits.intervention import Intervention
 from ..positions.index import PositionIndex
 from ..shapes import Float
 from .exchange import exchange
-from .folding import NEW_BIAS, Folded, fold, gains_bias, onloaded, projection_of, unfold
+from .folding import NEW_BIAS, Folded, fold, gains_bias, not_known, onloaded, projection_of, unfold
 from .forward import Attachment, Forward, LayerPlan, current, current_adapter_names
 
 Editing = tuple[str, LayerPlan, PositionIndex]
@@ -40,6 +43,7 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
     Args:
         block: the module whose output is edited.
         attachment: what all layers of the model have in common.
+        quantisation: what PEFT needs to know of a quantised model (`get_quantization_kwargs`).
     """
 
     adapter_layer_names = ("loreft_weights",)
@@ -53,13 +57,16 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
         def active_adapters(self) -> list[str]:
             """PEFT's property, which mypy does not see."""
 
-    def __init__(self, block: nn.Module, attachment: Attachment) -> None:
+    def __init__(
+        self, block: nn.Module, attachment: Attachment, quantisation: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         super().__init__()
         self.loreft_weights = nn.ModuleDict()
         self.plans: dict[str, LayerPlan] = {}
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._folded: Folded | None = None
+        self._quantisation = {"get_apply_tensor_subclass": not_known, **quantisation}
         self.attachment = attachment
         attachment.layers.append(self)
         self._block = (block,)  # in a tuple, or it would be registered as a child of its own child
@@ -128,7 +135,7 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
             for name, plan, index in editing:
                 edits += self._edits(forward, name, plan, index, hidden)
         else:
-            edits = self._edits_by_row(forward, editing, forward.names_of_rows(adapter_names, batch))
+            edits = self._mixed_batch_forward(forward, editing, forward.names_of_rows(adapter_names, batch))
         if not edits:
             return output
         edited = add_edits(hidden, edits, may_change(hidden, inputs))
@@ -181,10 +188,11 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
             for g, of_group in enumerate(keep)
         ]
 
-    def _edits_by_row(self, forward: Forward, editing: list[Editing], names: Sequence[str]) -> list[Edit]:
+    def _mixed_batch_forward(self, forward: Forward, editing: list[Editing], names: Sequence[str]) -> list[Edit]:
         """Edits of a batch whose n-th row adapter `names[n]` edits.
 
-        Adapters that are alike, with one plan and factors of one form, are computed in one batched product.
+        Adapters that are alike, with one plan and factors of one form, are computed in one batched product. The name
+        is that of LoRA's method for such batches, by which PEFT's table of methods finds that a method has them.
         """
         alike: dict[Hashable, list[tuple[str, Factors]]] = {}
         positions: dict[Hashable, tuple[LayerPlan, PositionIndex]] = {}
@@ -322,7 +330,7 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
         edits = self._edits_to_merge(names)
         projection = projection_of(self.block)
         with onloaded(projection):
-            self._folded = fold(projection, edits, safe_merge, shared)
+            self._folded = fold(projection, edits, safe_merge, shared, self.quantization_backend)
         self.merged_adapters = names
 
     def unmerge(self) -> None:
@@ -352,6 +360,18 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
         """
         block = self.block
         return block.get_base_layer() if isinstance(block, BaseTunerLayer) else block
+
+    @property
+    def quantization_backend(self) -> QuantizationBackend | None:
+        """How PEFT reads and writes the weight of the linear map whose output is edited; None if it is not quantised.
+
+        PEFT's status functions show it, and `merge` uses it. Edits themselves read no weight of the base.
+        """
+        try:
+            module: nn.Module = projection_of(self.block)
+        except ValueError:
+            module = self.get_base_layer()
+        return resolve_quantization_backend(module, **self._quantisation)
 
     @property
     def in_features(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from .folding import NEW_BIAS, SHARED_WEIGHT, projection_of
+from .folding import NEW_BIAS, QUANTISED, SHARED_WEIGHT, projection_of
 from .layer import LoReftLayer
 
 ROLLOUTS = "peft_reft.integrations.trl.rollouts_in_vllm()"
@@ -59,6 +59,8 @@ def why_not_merge(model: nn.Module, names: Sequence[str], new_parameters: bool =
     if not new_parameters:
         for layer, shares in zip(chosen, _share_weights(model, chosen)):
             map_name = type(projection_of(layer.block)).__name__
+            if layer.quantization_backend is not None:
+                return QUANTISED.format(layer.quantization_backend.backend_name)
             if shares:
                 return SHARED_WEIGHT.format(map_name)
             if layer.gains_bias(names):

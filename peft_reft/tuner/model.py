@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig, TaskType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, onload_layer
+from peft.utils import get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -190,7 +191,8 @@ class LoReftModel(BaseTuner):
             injection.shared = intervention
         layer: LoReftLayer | None = getattr(target, CHILD, None)
         if layer is None:
-            layer = LoReftLayer(target, _attachment_of(target, self.model, injection.attachment))
+            attachment = _attachment_of(target, self.model, injection.attachment)
+            layer = LoReftLayer(target, attachment, get_quantization_kwargs(self.model))
             target.add_module(CHILD, layer)
         groups = chosen.positions.groups
         plan = LayerPlan(wanted_by(config, groups), groups, config.sharing, config.dropout)
@@ -298,15 +300,17 @@ class LoReftModel(BaseTuner):
     ) -> None:
         """Fold adapters into the weights, if that is exact: `component` "attention" or "mlp", positions "all".
 
-        The linear map whose output is edited takes up the edit, exactly but for the rounding of the weights' type.
+        The linear map whose output is edited takes up the edit, exactly but for the rounding of the weights' type. Of
+        weights that bitsandbytes or torchao has quantised that rounding is coarse.
         `unmerge_adapter` takes it out again. Trained tokens are merged too, and other PEFT layers of the model.
 
         Args:
             adapter_names: which; None for the active ones.
             safe_merge: whether to raise, before a layer is changed, if its result is not finite.
             new_parameters: whether a linear map may get a parameter that the base model does not have: a bias, if it
-                has none, or a weight of its own, if it shares one (tied embeddings). Code that reads the merged
-                weights by the base's names would not find it. TRL does so when it sends weights to vLLM.
+                has none; a weight of its own, if it shares one (tied embeddings); or a newly quantised weight. Code
+                that reads the merged weights by the base's names would not find it. TRL does so when it sends weights
+                to vLLM.
 
         Raises:
             ValueError: it cannot be merged; the message says which condition fails, and no weight has changed.
