@@ -179,12 +179,8 @@ class Server:
                 raise ValueError(
                     f"{name!r} edits {module}, and vLLM's {type(self.model).__name__} has no module of that name."
                 )
-            share = share_of_input(self.model.get_submodule(self._served_name(module)))
-            if adapter.edits_inputs and share not in (None, adapter.factors[module].d):
-                raise ValueError(
-                    f"{name!r} edits the input of {module} (component='heads'), of which this worker has {share} of "
-                    f"{adapter.factors[module].d} dimensions (allowed: tensor_parallel_size=1)."
-                )
+            if adapter.edits_inputs:
+                self._check_input(name, module, adapter.factors[module].d)
         for module in adapter.plans:
             if module in self.edits and self.edits[module].of_input is not adapter.edits_inputs:
                 here, there = ("input", "output") if adapter.edits_inputs else ("output", "input")
@@ -195,6 +191,15 @@ class Server:
             raise ValueError(f"{name!r} edits answers, and captured graphs hold no edits. {_ANSWERS}")
         if self.fixed is not None and key not in self.fixed.keys:
             raise ValueError(f"{name!r} has a formula that captured graphs do not compute. {_AT_START}")
+
+    def _check_input(self, name: str, module: str, d: int) -> None:
+        """Raise ValueError if this worker gives a module a part of its input only."""
+        share = share_of_input(self.model.get_submodule(self._served_name(module)))
+        if share not in (None, d):
+            raise ValueError(
+                f"{name!r} edits the input of {module} (component='heads'), of which this worker has {share} of {d} "
+                "dimensions (allowed: tensor_parallel_size=1)."
+            )
 
     def keep(self, fingerprints: Collection[str]) -> None:
         """Free the places of all adapters but these. No request may be using the others."""
