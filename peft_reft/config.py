@@ -21,7 +21,7 @@ from .positions.marks import check_template
 from .positions.spec import Positions, union
 from .runtime_config import LoReftRuntimeConfig
 
-COMPONENTS = ("block", "attention", "mlp")
+COMPONENTS = ("block", "attention", "mlp", "heads")
 Tie = Literal["position", "group", "layer", "model"]
 DEFAULT_R = 8
 
@@ -76,14 +76,19 @@ class LoReftConfig(PeftConfig):
             layers to specs gives each layer its own: `{"0-11": "f5", "12-": "l5"}`.
         layers: Which blocks of the model: `"all"`; a list of ints, of which negative ones count from the end; or
             ranges such as `"0-7;16;-1"`.
-        component: Which output of a block is edited: `"block"`, the residual stream behind the block; `"attention"`,
-            the output of its attention; or `"mlp"`, the output of its MLP.
+        component: What of a block is edited: `"block"`, the residual stream behind the block; `"attention"`, the
+            output of its attention; `"mlp"`, the output of its MLP; or `"heads"`, the outputs of its attention's
+            heads, each by itself, before the attention's output projection mixes them. The input of that projection
+            is one hidden state of size H·d for H heads of size d, and h in the formula is a head's slice of it. So
+            every head has an edit of its own, of rank r, and r is at most d. `"bias"` is then the offset that LoFiT
+            (arXiv 2406.01563) adds, for all heads of the layers; `"red"` is JoLA's (arXiv 2502.01179) without its
+            gates. Neither's choice of heads is here.
         intervention: The formula of an edit: `"loreft"`, `"noreft"`, `"direft"`, `"nodireft"`, `"consreft"`,
             `"lobireft"`, `"red"` (scales and shifts), `"bias"`, or `"interchange"` (see `peft_reft.interchange`).
         act_fn: The activation f on the projected value, f(Wh + b), by transformers' name for it, such as `"relu"`.
             None: no activation. Only `"loreft"`, `"noreft"`, `"direft"` and `"nodireft"` have an f.
         gate: Whether tanh(v·h + c) multiplies the edit. v and c are learned and 0 at the start. Not with
-            `"interchange"`.
+            `"interchange"` and `component="heads"`.
         tie: What shares the weights of one edit, from narrow to wide: `"position"`, nothing (each position has its own
             edit: the paper's untied formula; every group needs a count then); `"group"`, all positions of one group
             (the authors' code with `share_weights=False`); `"layer"`, all positions of one layer (the paper's tied
@@ -133,8 +138,8 @@ class LoReftConfig(PeftConfig):
     layers: str | int | list[int] = field(
         default="all", metadata={"help": "Which blocks: 'all', a list of ints, or ranges such as '0-7;16;-1'."}
     )
-    component: Literal["block", "attention", "mlp"] = field(
-        default="block", metadata={"help": "Whose output is edited: 'block', 'attention' or 'mlp'."}
+    component: Literal["block", "attention", "mlp", "heads"] = field(
+        default="block", metadata={"help": "Whose output is edited: 'block', 'attention', 'mlp'; or each of 'heads'."}
     )
     intervention: str = field(default="loreft", metadata={"help": f"The formula, one of {', '.join(INTERVENTIONS)}."})
     act_fn: str | None = field(default=None, metadata={"help": "Activation of Wh + b, such as 'relu'."})
@@ -287,6 +292,8 @@ class LoReftConfig(PeftConfig):
             )
         if self.gate and self.intervention == "interchange":
             raise ValueError("gate=True: intervention='interchange' swaps hidden states and has no gate.")
+        if self.gate and self.component == "heads":
+            raise ValueError("gate=True: component='heads' has no gate (allowed with a gate: the other components).")
 
     def _check_r(self) -> None:
         if isinstance(self.r, dict):

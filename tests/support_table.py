@@ -30,9 +30,9 @@ SECTIONS = {
     "Trainers: transformers": "transformers' own `Trainer` and `Seq2SeqTrainer`.",
     "Gradient checkpointing": "Gradients equal those without checkpointing.",
     "Families": (
-        "For each family and for block, attention and mlp the test injects an adapter, trains a step (every adapter "
-        "parameter moves, and nothing else), saves, and reloads bit-equal. It disables the adapter exactly, compares "
-        "`generate` with the forward of training, and unloads without a trace."
+        "For each family and for block, attention, mlp and heads the test injects an adapter, trains a step (every "
+        "adapter parameter moves, and nothing else), saves, and reloads bit-equal. It disables the adapter exactly, "
+        "compares `generate` with the forward of training, and unloads without a trace."
     ),
     "Causal language models": (
         "Every family of transformers' `AutoModelForCausalLM`, by its `model_type`. The logits of `generate` (padded "
@@ -40,6 +40,7 @@ SECTIONS = {
         "equal those of one forward with labels, for `f3+l2`, `g2` and `all`. *But for* names what the base model "
         "itself does not do."
     ),
+    "Causal language models: each attention head by itself": 'The same with `component="heads"`, for `f3+l2+g2`.',
     "Quantised bases": "",
     "Dtypes": "",
     "torch.compile": "",

@@ -53,6 +53,14 @@ def refuse_conflicts(
                 f"({type(modules[wrapper]).__name__}): what is trained there would not be saved under a name that a "
                 f"base model has. Leave {wrapper} out of one of the two."
             )
+        layer = getattr(modules[name], CHILD, None)
+        edits_input = config.component == "heads"
+        if isinstance(layer, LoReftLayer) and layer.edits_input is not edits_input:
+            here, there = ("input", "output") if edits_input else ("output", "input")
+            raise ValueError(
+                f"component={config.component!r}: the {here} of {name} cannot be edited, since another adapter edits "
+                f"its {there} (component='heads' edits the input, target_modules the output). Load one of the two."
+            )
         if isinstance(modules[name], _NEVER_CALLED):
             raise ValueError(
                 f"target_modules names {name}, a {type(modules[name]).__name__}, which is never called and has no "

@@ -1,7 +1,8 @@
-"""Fold an edit of every token into the linear map whose output it edits. That is exact if the edit is affine.
+"""Fold an edit of every token into the linear map whose output or input it edits: exact if the edit is affine.
 
 The output of the map is y = Mx + m. With Φ(y) = y + Bᵀ(A y + b), Φ of the output is a linear map of x again. Its
-weight is M + BᵀAM, its bias m + Bᵀ(A m + b).
+weight is M + BᵀAM, its bias m + Bᵀ(A m + b). The map of the edited input Φ(x) has the weight M + MBᵀA and the bias
+m + MBᵀb.
 """
 
 from __future__ import annotations
@@ -58,9 +59,11 @@ class Folded:
     """What `unfold` needs to bring a linear map back."""
 
     basis: Tensor
-    """B of all adapters, (r, d) float32, d being the size of the output."""
+    """B of all adapters, or B Mᵀ if the input is edited, (r, size of the output) float32."""
     inner: Tensor
-    """A M of all adapters, (r, size of the input) float32. Bᵀ A M was added to the weight."""
+    """A M of all adapters, or A if the input is edited, (r, size of the input) float32.
+
+    The product basisᵀ inner was added to the weight."""
     weight: Tensor | None
     """The weight as it was, if an edit had no rank; it is then copied back, and nothing is subtracted."""
     bias: Tensor | None
@@ -132,14 +135,14 @@ def not_known() -> None:
     raise ValueError("torchao has quantised the weights without transformers, so it is not known how to do it again.")
 
 
-def gains_bias(module: nn.Linear | Conv1D, edits: Sequence[tuple[str, Factors, float]]) -> bool:
+def gains_bias(module: nn.Linear | Conv1D, edits: Sequence[tuple[str, Factors, float]], of_input: bool) -> bool:
     """Whether `fold` would give a bias to a linear map that has none."""
     if module.bias is not None:
         return False
     # A map without a bias makes 0 of 0. What an edit makes of that 0 is the bias.
-    zero = torch.zeros(1, _size_of_output(module), device=module.weight.device)  # (1, d)
-    biases = torch.stack([scale * factors.edit(zero) for _, factors, scale in edits])  # (adapters, 1, d)
-    return bool(biases.sum(0).any())
+    zero = torch.zeros(1, _sizes(module)[1 if of_input else 0], device=module.weight.device)  # (1, d)
+    of_zero = torch.stack([scale * factors.edit(zero) for _, factors, scale in edits]).sum(0)  # (1, d)
+    return bool(of_zero.any())
 
 
 @torch.no_grad()
@@ -149,8 +152,9 @@ def fold(
     check: bool,
     shared: bool = False,
     backend: QuantizationBackend | None = None,
+    of_input: bool = False,
 ) -> Folded:
-    """Add edits to a linear map. Each of them edits the output that the map has without the others.
+    """Add edits to a linear map. Each of them edits the output, or the input, that the map has without the others.
 
     Args:
         module: the linear map; it gets a bias if it has none and the edits have one.
@@ -158,32 +162,36 @@ def fold(
         check: whether to raise ValueError, before anything is changed, if the result is not finite.
         shared: whether other modules have the map's weight too. The map then gets a weight of its own.
         backend: how a quantised weight is read and written; None if it is not quantised.
+        of_input: whether the input is edited.
     """
     stored_weight = module.weight if backend is None else backend.get_base_weight(module)
     dtype = stored_weight.dtype
-    weight = _matrix(module, stored_weight)  # M, (d, d_in)
+    weight = _matrix(module, stored_weight)  # M, (d_out, d_in)
     before = module.bias
-    m = torch.zeros(len(weight), device=weight.device) if before is None else before.float()  # (d,)
+    m = torch.zeros(len(weight), device=weight.device) if before is None else before.float()  # (d_out,)
     bases, inner = [weight.new_zeros(0, len(weight))], [weight.new_zeros(0, weight.shape[1])]
-    scaling, bias = torch.zeros_like(m), m.clone()  # (d,) each
+    bias = m.clone()  # (d_out,)
+    scaling = torch.zeros_like(weight[:1] if of_input else weight[:, :1])  # (1, d_in) or (d_out, 1)
     for _, factors, scale in edits:
         assert factors.is_affine
         if isinstance(factors, LowRankFactors):
             assert isinstance(factors.coordinates, Affine)
             affine = factors.coordinates
             a = torch.zeros_like(factors.basis) if affine.weight is None else affine.weight  # (r, d)
-            bases.append(factors.basis)  # (r, d)
-            inner.append(scale * (a @ weight))  # (r, d_in)
-            bias += scale * (a @ m + affine.bias) @ factors.basis
+            basis = factors.basis @ weight.T if of_input else factors.basis  # (r, d_out)
+            bases.append(basis)
+            inner.append(scale * (a if of_input else a @ weight))  # (r, d_in)
+            bias += scale * (affine.bias if of_input else a @ m + affine.bias) @ basis
         else:
             assert isinstance(factors, ElementwiseFactors)
             if factors.scale is not None:
-                scaling += scale * factors.scale  # (d,)
-                bias += scale * factors.scale * m
+                scaling += scale * factors.scale.view_as(scaling)
+                if not of_input:
+                    bias += scale * factors.scale * m
             if factors.shift is not None:
-                bias += scale * factors.shift
-    basis_of_all, inner_of_all = torch.cat(bases), torch.cat(inner)  # (sum of r, d), (sum of r, d_in)
-    merged = weight + basis_of_all.T @ inner_of_all + scaling.unsqueeze(-1) * weight  # (d, d_in)
+                bias += scale * (weight @ factors.shift if of_input else factors.shift)
+    basis_of_all, inner_of_all = torch.cat(bases), torch.cat(inner)  # (sum of r, d_out), (sum of r, d_in)
+    merged = weight + basis_of_all.T @ inner_of_all + scaling * weight  # (d_out, d_in)
     stored = merged.to(dtype), bias.to(dtype)
     if check and not all(torch.isfinite(tensor).all() for tensor in stored):
         names = ", ".join(name for name, _, _ in edits)
@@ -260,8 +268,11 @@ def _matrix(module: nn.Linear | Conv1D, weight: Tensor) -> Tensor:
     return (weight.T if isinstance(module, Conv1D) else weight).float()
 
 
-def _size_of_output(module: nn.Linear | Conv1D) -> int:
-    return int(module.nf if isinstance(module, Conv1D) else module.out_features)
+def _sizes(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    """The sizes of output and input."""
+    if isinstance(module, Conv1D):
+        return int(module.nf), int(module.nx)
+    return module.out_features, module.in_features
 
 
 def _set_matrix(module: nn.Linear | Conv1D, weight: Tensor) -> None:

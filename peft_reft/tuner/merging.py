@@ -17,7 +17,7 @@ _ADVICE = (
     "Keep the adapter beside the model; `unload()` gives the base model back without it. (For TRL's rollouts in vLLM "
     f"call `{ROLLOUTS}` before the trainer is made: then nothing is merged.)"
 )
-_OF_BLOCK = "a block's output is edited, which no single weight makes (allowed: 'attention', 'mlp')"
+_OF_BLOCK = "a block's output is edited, which no single weight makes (allowed: 'attention', 'mlp', 'heads')"
 
 
 def merge_layers(

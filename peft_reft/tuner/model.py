@@ -192,7 +192,8 @@ class LoReftModel(BaseTuner):
         layer: LoReftLayer | None = getattr(target, CHILD, None)
         if layer is None:
             attachment = _attachment_of(target, self.model, injection.attachment)
-            layer = LoReftLayer(target, attachment, get_quantization_kwargs(self.model))
+            parent_of_input = None if chosen.target.heads is None else parent
+            layer = LoReftLayer(target, attachment, parent_of_input, get_quantization_kwargs(self.model))
             target.add_module(CHILD, layer)
         groups = chosen.positions.groups
         plan = LayerPlan(wanted_by(config, groups), groups, config.sharing, config.dropout)
@@ -298,11 +299,11 @@ class LoReftModel(BaseTuner):
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, new_parameters: bool = False
     ) -> None:
-        """Fold adapters into the weights, if that is exact: `component` "attention" or "mlp", positions "all".
+        """Fold adapters into the weights, if that is exact: any `component` but "block", positions "all".
 
-        The linear map whose output is edited takes up the edit, exactly but for the rounding of the weights' type. Of
-        weights that bitsandbytes or torchao has quantised that rounding is coarse.
-        `unmerge_adapter` takes it out again. Trained tokens are merged too, and other PEFT layers of the model.
+        The linear map whose output or input is edited takes up the edit, exactly but for the rounding of the weights'
+        type. Of weights that bitsandbytes or torchao has quantised that rounding is coarse. `unmerge_adapter` takes it
+        out again. Trained tokens are merged too, and other PEFT layers of the model.
 
         Args:
             adapter_names: which; None for the active ones.
@@ -471,6 +472,7 @@ def _new_intervention(config: LoReftConfig, chosen: Chosen) -> Intervention:
         init_weights=config.init_weights,
         act_fn=config.act_fn,
         gate=config.gate,
+        heads=chosen.target.heads,
     )
 
 
