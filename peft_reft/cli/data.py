@@ -67,6 +67,13 @@ def training_data(data: Any, mixture: DatasetMixtureConfig, args: SFTConfig) -> 
     return train_rows, test_rows
 
 
+def training_split(data: Any, mixture: DatasetMixtureConfig) -> Rows:
+    """The rows to train on as the data set has them, not renamed, not checked. Raises as `training_data` does."""
+    _refuse_without_effect(data, mixture)
+    name = data.dataset_name or ", ".join(str(each.path) for each in mixture.datasets)
+    return _split(_load(data, mixture), data.dataset_train_split, name, "--dataset_train_split")
+
+
 def _understood(rows: Rows, name: str, data: Any, text_field: str) -> Rows:
     """The rows with the columns that TRL reads, checked."""
     rows = rename(rows, name, data.prompt_column, data.completion_column)

@@ -28,22 +28,8 @@ def main(words: list[str]) -> int:
     data, args, model, mixture, config = parse(words)
     check_path(model.model_name_or_path)
     train_rows, test_rows = training_data(data, mixture, args)
-    args.model_init_kwargs = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        **(args.model_init_kwargs or {}),
-    }
     stop = SaveOnInterrupt()
-    trainer = SFTTrainer(
-        model=model.model_name_or_path,
-        args=args,
-        train_dataset=train_rows,
-        eval_dataset=test_rows,
-        quantization_config=get_quantization_config(model),
-        peft_config=config,
-        callbacks=[stop],
-    )
+    trainer = make_trainer(model, args, train_rows, test_rows, config, [stop])
     dropped = _dropped(train_rows, trainer.train_dataset, args, "training")
     dropped += _dropped(test_rows, trainer.eval_dataset, args, "evaluation")
     if trainer.is_world_process_zero():
@@ -60,6 +46,41 @@ def main(words: list[str]) -> int:
     if trainer.is_world_process_zero():
         print(f"Saved to {args.output_dir}. {_how_to_ask(args.output_dir, trainer.model.peft_config['default'])}")
     return 0
+
+
+def make_trainer(
+    model: Any,
+    args: Any,
+    train_rows: Rows,
+    test_rows: Rows | None,
+    config: LoReftConfig,
+    callbacks: list[TrainerCallback],
+) -> Any:
+    """TRL's trainer with a freshly loaded model and a new adapter. `train` and `sweep` train by it.
+
+    Args:
+        model: the arguments for the model.
+        args: `SFTConfig`; it is changed.
+        train_rows: the rows to train on.
+        test_rows: those to evaluate on; None: no evaluation.
+        config: of the adapter.
+        callbacks: more callbacks.
+    """
+    args.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    return SFTTrainer(
+        model=model.model_name_or_path,
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=test_rows,
+        quantization_config=get_quantization_config(model),
+        peft_config=config,
+        callbacks=callbacks,
+    )
 
 
 def _dropped(given: Rows | None, kept: Any, args: SFTConfig, purpose: str) -> str:
