@@ -18,6 +18,8 @@ DESCRIPTION = """\
 LoReFT (representation finetuning, arXiv 2404.03592) as a PEFT method.
 
   peft-reft train --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --dataset_name mine.jsonl --r 4
+  peft-reft suggest HuggingFaceTB/SmolLM2-135M-Instruct mine.jsonl
+  peft-reft sweep HuggingFaceTB/SmolLM2-135M-Instruct mine.jsonl --budget 60
   peft-reft generate outputs/loreft "Who are you?"
   peft-reft evaluate outputs/loreft --file held_out.jsonl
   peft-reft inspect outputs/loreft
@@ -43,6 +45,10 @@ TRAINING = {
 """The commands that train. Their arguments are those of TRL's scripts, which `train_arguments` reads from TRL."""
 
 
+_TRAINS = ("suggest", "sweep")
+"""Commands that take the arguments of `train` behind their own."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -60,11 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         unknown = []
     if args.command == "exec":
         return _exec(unknown, parser)
-    if unknown and args.command not in TRAINING:
+    if unknown and args.command not in (*TRAINING, *_TRAINS):
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         if args.command in TRAINING:
             return _train(args.command, unknown)
+        if args.command in _TRAINS:
+            _with_trl(args.command, args.command).run(args, unknown)
+            sys.stdout.flush()
+            return 0
         import_module(f"peft_reft.cli.{args.module}").run(args)
         sys.stdout.flush()  # a reader that has gone is noticed here, and not after `main`
         return 0
@@ -83,11 +93,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(command: str, arguments: list[str]) -> int:
+    code: int = _with_trl(command, "train").main(command, arguments)
+    return code
+
+
+def _with_trl(command: str, module: str) -> Any:
+    """A module of a command that needs TRL."""
     try:
-        from peft_reft.cli import train  # needs TRL
+        return import_module(f"peft_reft.cli.{module}")
     except ImportError as error:
         raise ImportError(f'`{command}` needs TRL: pip install "peft-reft[trl]" ({error})') from error
-    return train.main(command, arguments)
 
 
 def _exec(words: list[str], parser: argparse.ArgumentParser) -> int:
@@ -114,6 +129,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, description in TRAINING.items():
         _add_command(commands, name, description, add_help=False)
+    _add_suggest(commands)
+    _add_sweep(commands)
     _add_generate(commands)
     _add_evaluate(commands)
     _add_chat(commands)
@@ -183,6 +200,37 @@ def _add_columns(parser: argparse.ArgumentParser) -> None:
         help="the column of prompts, if it is not `prompt`; several are joined by an empty line",
     )
     parser.add_argument("--batch-size", type=int, default=8, help="rows that are computed together; default: 8")
+
+
+def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="the base model: a folder, or a name on the Hub")
+    parser.add_argument("data", metavar="DATA", help="the rows: a file, a folder, or a name on the Hub")
+
+
+def _add_suggest(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "suggest",
+        "A config for a model and rows, why, and what it costs. Takes the arguments of `train` behind its own.",
+        allow_abbrev=False,
+    )
+    _add_model_and_data(parser)
+    parser.add_argument("--task", help="what is trained, if the rows do not say it: a line of docs/choosing.md")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _add_sweep(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "sweep",
+        "Try settings within a budget, and say which is best. Takes the arguments of `train` behind its own.",
+        allow_abbrev=False,
+    )
+    _add_model_and_data(parser)
+    parser.add_argument("--budget", type=float, metavar="MINUTES", help="stop after so many minutes")
+    parser.add_argument("--runs", type=int, metavar="N", help="train at most so many adapters")
+    parser.add_argument("--held-out", "--held_out", type=int, metavar="ROWS", help="rows that decide; default: 200")
+    parser.add_argument("--json", action="store_true", help="print the best as JSON")
 
 
 def _add_generate(commands: Any) -> None:

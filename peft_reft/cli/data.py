@@ -71,6 +71,13 @@ def training_data(method: Method, data: Any, mixture: DatasetMixtureConfig, args
     return train_rows, test_rows
 
 
+def training_split(data: Any, mixture: DatasetMixtureConfig) -> Rows:
+    """The rows to train on as the data set has them, not renamed, not checked. Raises as `training_data` does."""
+    _refuse_without_effect(data, mixture)
+    name = data.dataset_name or ", ".join(str(each.path) for each in mixture.datasets)
+    return _split(_load(data, mixture), data.dataset_train_split, name, "--dataset_train_split")
+
+
 def _understood(method: Method, rows: Rows, name: str, data: Any, text_field: str | None) -> Rows:
     """The rows with the columns that TRL reads, checked."""
     rows = rename(rows, name, data.prompt_column, getattr(data, "completion_column", None))

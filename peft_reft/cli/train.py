@@ -36,25 +36,10 @@ def main(command: str, words: list[str]) -> int:
     check_path(model.model_name_or_path)
     more = _more(method, data, args, model)
     train_rows, test_rows = training_data(method, data, mixture, args)
-    args.model_init_kwargs = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        **(args.model_init_kwargs or {}),
-    }
     if getattr(args, "use_vllm", False):
         rollouts_in_vllm()
     stop = SaveOnInterrupt()
-    trainer = getattr(trl, method.trainer)(
-        model=model.model_name_or_path,
-        args=args,
-        train_dataset=train_rows,
-        eval_dataset=test_rows,
-        quantization_config=get_quantization_config(model),
-        peft_config=config,
-        callbacks=[stop],
-        **more,
-    )
+    trainer = make_trainer(method, model, args, train_rows, test_rows, config, [stop], **more)
     if getattr(data, "ignore_bias_buffers", False):  # TRL's script for DPO does so
         masks = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
         trainer.model._ddp_params_and_buffers_to_ignore = masks
@@ -74,6 +59,46 @@ def main(command: str, words: list[str]) -> int:
     if trainer.is_world_process_zero():
         print(f"Saved to {args.output_dir}. {_how_to_ask(args.output_dir, trainer.model.peft_config['default'])}")
     return 0
+
+
+def make_trainer(
+    method: Method,
+    model: Any,
+    args: Any,
+    train_rows: Rows,
+    test_rows: Rows | None,
+    config: LoReftConfig,
+    callbacks: list[TrainerCallback],
+    **more: Any,
+) -> Any:
+    """TRL's trainer with a freshly loaded model and a new adapter. The commands that train, and `sweep`, train by it.
+
+    Args:
+        method: says which trainer.
+        model: the arguments for the model.
+        args: the trainer's config; it is changed.
+        train_rows: the rows to train on.
+        test_rows: those to evaluate on; None: no evaluation.
+        config: of the adapter.
+        callbacks: more callbacks.
+        more: what the trainer of this method takes besides.
+    """
+    args.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    return getattr(trl, method.trainer)(
+        model=model.model_name_or_path,
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=test_rows,
+        quantization_config=get_quantization_config(model),
+        peft_config=config,
+        callbacks=callbacks,
+        **more,
+    )
 
 
 def _more(method: Method, data: Any, args: Any, model: Any) -> dict[str, Any]:
