@@ -32,6 +32,7 @@ def register() -> None:
     from .config import LoReftConfig
     from .files import guard_files
     from .tuner.model import LoReftModel
+    from .tuner.older_peft import wrap_state_dict_functions
 
     peft_type = PeftType(NAME)
     for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
@@ -39,6 +40,7 @@ def register() -> None:
     register_peft_method(name=NAME.lower(), config_cls=LoReftConfig, model_cls=LoReftModel, prefix=LoReftModel.prefix)
     complete_all_cards()
     guard_files()
+    wrap_state_dict_functions()
     LoReftModel.after_injection = [_add_trainer_callbacks]
 
 
