@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 SMOLLM2 = outputs/SmolLM2-135M-Instruct
 
-.PHONY: quickstart test test-shapes test-slow test-peft test-extras test-oldest support-table bench bench-curves bench-others test-vllm test-vllm-oldest test-rollouts bench-vllm docs dist check format clean
+.PHONY: quickstart test test-shapes test-slow test-peft test-extras test-oldest support-table bench bench-curves bench-others test-vllm test-vllm-oldest test-rollouts test-swift bench-vllm docs dist check format clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -73,13 +73,14 @@ test-oldest: $(VENV)-oldest/.installed
 
 # docs/support.md and .json, from the results of the tests.
 support-table: $(BIN)/.installed $(VENV)-extras/.installed $(VENV)-vllm/.installed $(VENV)-vllm-oldest/.installed \
-		$(VENV)-trl-vllm/.installed
+		$(VENV)-trl-vllm/.installed $(VENV)-swift/.installed
 	rm -f docs/support.json
 	$(BIN)/python -m pytest -n 2 -m cell --support-table
 	GPTQMODEL_CPU_WORKERS=2 TRITON_INTERPRET=1 $(VENV)-extras/bin/python -m pytest tests/extras -m cell --support-table
 	$(VENV)-vllm/bin/python -m pytest tests/serving -W default -m cell --support-table
 	$(VENV)-vllm-oldest/bin/python -m pytest tests/serving/test_equal.py -W default -m cell --support-table
 	$(VENV)-trl-vllm/bin/python -m pytest tests/rollouts -W default -m cell --support-table
+	$(VENV)-swift/bin/python -m pytest tests/ms_swift -W default -m cell --support-table
 
 # The paper's experiments at small scale, with their figures and results in docs/; about two hours on one core. DATA is a
 # folder with trec/, cola/, alice/, gsm8k/, german/ and ultrafeedback_1k/. Run again, it goes on where it was stopped.
@@ -154,6 +155,18 @@ $(VENV)-trl-vllm/.installed: pyproject.toml requirements-vllm.txt
 # TRL's trainers with rollouts in vLLM, with the slow tests.
 test-rollouts: $(VENV)-trl-vllm/.installed
 	$(VENV)-trl-vllm/bin/python -m pytest tests/rollouts -W default -m "slow or not slow" $(ARGS)
+
+# ms-swift, with the PEFT and TRL that it pins.
+$(VENV)-swift/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-swift
+	$(VENV)-swift/bin/python -m pip install -q --no-compile torch==2.13.0 setuptools wheel
+	$(VENV)-swift/bin/python -m pip install -q --no-compile torch==2.13.0 ms-swift==4.6.0 transformers==5.19.0 peft==0.20.0 \
+		trl==0.29.1 accelerate==1.15.0 pytest==9.2.0
+	$(VENV)-swift/bin/python -m pip install -q --no-compile --no-deps -e .
+	@touch $@
+
+test-swift: $(VENV)-swift/.installed
+	$(VENV)-swift/bin/python -m pytest tests/ms_swift -W default $(ARGS)
 
 # Beside vLLM's own LoRA; up to an hour on two cores that have nothing else to do. ARGS='--groups scale': a part.
 bench-vllm: $(VENV)-vllm/.installed

@@ -64,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "prompt" in args and not any(word.startswith("-") for word in unknown):
         args.prompt += unknown  # argparse takes prompts only if they stand before the options
         unknown = []
+    if args.command == "swift-plugin":
+        print(os.path.join(os.path.dirname(__file__), "peft_reft", "integrations", "swift", "loreft_plugin.py"))
+        return 0
     if args.command == "exec":
         return _exec(unknown, parser)
     if unknown and args.command not in (*TRAINING, *_TRAINS):
@@ -144,6 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Run a console script, `-m MODULE` or a Python file with its arguments, with LoReFT registered.",
         add_help=False,
     )
+    _add_command(commands, "swift-plugin", "Print the path of the file for ms-swift's --external_plugins.")
     return parser
 
 

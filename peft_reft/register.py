@@ -33,6 +33,7 @@ def register() -> None:
     from .files import guard_files
     from .tools.for_peft import teach_peft
     from .tuner.model import LoReftModel
+    from .tuner.older_peft import wrap_state_dict_functions
 
     peft_type = PeftType(NAME)
     for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
@@ -41,6 +42,7 @@ def register() -> None:
     complete_all_cards()
     guard_files()
     teach_peft()
+    wrap_state_dict_functions()
     LoReftModel.after_injection = [_add_trainer_callbacks]
 
 

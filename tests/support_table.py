@@ -53,10 +53,11 @@ SECTIONS = {
         "TRL's trainers with `use_vllm=True` and vLLM 0.31. Log-probabilities of rollout and training agree, and each "
         "rollout comes from the newest policy."
     ),
+    "Trainers: ms-swift": "ms-swift 4.6, with PEFT 0.20. Each batch names the tokens that `generate` edits.",
 }
 
-ELSEWHERE = ("Serving with vLLM", "Rollouts in vLLM")
-"""The sections of tests/serving and tests/rollouts, which other environments run than the other tests."""
+ELSEWHERE = ("Serving with vLLM", "Rollouts in vLLM", "Trainers: ms-swift")
+"""The sections of tests/serving, tests/rollouts, tests/ms_swift, which other environments run than the other tests."""
 
 UNTRIED = {
     ("Quantised bases", "AWQ"): (
@@ -158,9 +159,10 @@ def render(results):
         f"Run on a CPU, on tiny models with random weights, with {versions}.",
     ]
     for section, about in SECTIONS.items():
-        lines += ["", f"## {section}", ""] + ([about, ""] if about else [])
-        lines += ["| | verdict | tests |", "|---|---|---|"]
-        rows = [row for row in results["rows"] if row["section"] == section]
-        lines += [f"| {row['name']} | {row['verdict']} | {row['tests']} |" for row in rows]
-        lines += [f"| {name} | untried: {why} | 0 |" for (of, name), why in UNTRIED.items() if of == section]
+        found = [row for row in results["rows"] if row["section"] == section]
+        rows = [f"| {row['name']} | {row['verdict']} | {row['tests']} |" for row in found]
+        rows += [f"| {name} | untried: {why} | 0 |" for (of, name), why in UNTRIED.items() if of == section]
+        if rows:
+            lines += ["", f"## {section}", ""] + ([about, ""] if about else [])
+            lines += ["| | verdict | tests |", "|---|---|---|", *rows]
     return "\n".join(lines) + "\n"

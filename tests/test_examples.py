@@ -35,7 +35,8 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(peft_reft.__path__, "peft_reft.")
-    if module.name != "peft_reft.serving.endpoints"  # needs what vLLM brings along; tests/serving has it
+    # These need what vLLM brings along, or ms-swift; tests/serving and tests/ms_swift have them.
+    if not module.name.startswith(("peft_reft.serving.endpoints", "peft_reft.integrations.swift"))
 ]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft.utils import load_peft_weights, set_peft_model_state_dict
+import peft
+from peft.utils import load_peft_weights
 from torch import Tensor, nn
 
 from ..config import LoReftConfig
@@ -96,7 +97,7 @@ def exchange(
     placed = LoReftModel._remap_adapter_state_dict_for_load(peft_model, loaded, adapter_name, weights)
     parameters = dict(peft_model.named_parameters())
     _check_shapes_alike(parameters, placed, adapter_name=adapter_name, path_or_name=source)
-    set_peft_model_state_dict(peft_model, weights, adapter_name)
+    peft.set_peft_model_state_dict(peft_model, weights, adapter_name)  # by this name it is wrapped, if PEFT is 0.20
 
 
 def _check_configs_alike(loaded: LoReftConfig, other: LoReftConfig, adapter_name: str, path_or_name: str) -> None:
