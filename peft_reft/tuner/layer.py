@@ -378,7 +378,9 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
         return block.get_base_layer() if isinstance(block, BaseTunerLayer) else block
 
     @property
-    def quantization_backend(self) -> QuantizationBackend | None:
+    def quantization_backend(  # pyright: ignore[reportIncompatibleVariableOverride]  # PEFT sets it once
+        self,
+    ) -> QuantizationBackend | None:
         """How PEFT reads and writes the weight of the linear map whose output is edited; None if it is not quantised.
 
         PEFT's status functions show it, and `merge` uses it. Edits themselves read no weight of the base.
