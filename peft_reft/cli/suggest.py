@@ -100,7 +100,7 @@ def suggest(model: Model, lengths: Lengths, task: str | None, training: Any) -> 
             "nothing; if the loss stays where it is take three times as much, if it jumps a third",
         ),
         Setting("max_steps", steps, why_steps, f"{steps * batch:,} rows, {batch} in a step"),
-        Setting("warmup_steps", warmup, f"{WARMUP:.0%} of the steps: R and W turn most at the start", "nothing"),
+        Setting("warmup_steps", warmup, f"{WARMUP:.0%} of the steps, as `make quickstart` has it", "nothing"),
     ]
     arguments = {"learning_rate": rate, "max_steps": steps, "warmup_steps": warmup}
     return Suggestion(rule, others, fields, arguments, settings, parameters, share)

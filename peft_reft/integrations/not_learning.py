@@ -181,12 +181,12 @@ def _without_edits(model: nn.Module) -> Iterator[None]:
     """Inside, the adapters of LoReFT edit nothing. Other adapters and trained modules stay as they are."""
     layers = [module for module in model.modules() if isinstance(module, LoReftLayer) and not module.disable_adapters]
     for layer in layers:
-        vars(layer)["_disable_adapters"] = True  # PEFT's `enable_adapters` would change what is trained
+        layer.__dict__["_disable_adapters"] = True  # PEFT's `enable_adapters` would change what is trained
     try:
         yield
     finally:
         for layer in layers:
-            vars(layer)["_disable_adapters"] = False
+            layer.__dict__["_disable_adapters"] = False
 
 
 def _warn(verdict: Verdict, rate: float) -> None:
