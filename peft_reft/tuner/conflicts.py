@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
+import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.other import _get_input_embeddings_name, _get_module_names_tied_with_embedding
 from torch import nn
@@ -120,7 +121,9 @@ def refuse_fused_head(model: Any, given: dict[str, Any]) -> None:
     Raises:
         ValueError: an active adapter edits the output embeddings.
     """
-    by_liger = model.training and given.get("labels") is not None and _has_ligers_forward(model)
+    by_liger = False
+    if model.training and given.get("labels") is not None and not torch.compiler.is_compiling():
+        by_liger = _has_ligers_forward(model)
     if not given.get("fused_lm_head") and not by_liger:
         return
     head = model.get_output_embeddings()
