@@ -27,6 +27,7 @@ PACKAGES = [
 SECTIONS = {
     "Trainers: SFT": "TRL's `SFTTrainer`.",
     "Trainers: preferences and reinforcement": "TRL's other trainers.",
+    "Trainers: axolotl": "axolotl 0.21 (`axolotl train`), with the plugin of docs/axolotl.md.",
     "Trainers: transformers": "transformers' own `Trainer` and `Seq2SeqTrainer`.",
     "Gradient checkpointing": "Gradients equal those without checkpointing.",
     "Families": (
@@ -54,8 +55,8 @@ SECTIONS = {
     ),
 }
 
-ELSEWHERE = ("Serving with vLLM", "Rollouts in vLLM")
-"""The sections of tests/serving and tests/rollouts, which other environments run than the other tests."""
+ELSEWHERE = ("Serving with vLLM", "Rollouts in vLLM", "Trainers: axolotl")
+"""The sections of the folders that run in environments of their own."""
 
 UNTRIED = {
     ("Quantised bases", "AWQ"): (
