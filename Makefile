@@ -73,7 +73,7 @@ test-oldest: $(VENV)-oldest/.installed
 
 # docs/support.md and .json, from the results of the tests.
 support-table: $(BIN)/.installed $(VENV)-extras/.installed $(VENV)-vllm/.installed $(VENV)-vllm-oldest/.installed \
-		$(VENV)-trl-vllm/.installed $(VENV)-swift/.installed
+		$(VENV)-trl-vllm/.installed $(VENV)-swift/.installed $(VENV)-axolotl/.installed
 	rm -f docs/support.json
 	$(BIN)/python -m pytest -n 2 -m cell --support-table
 	GPTQMODEL_CPU_WORKERS=2 TRITON_INTERPRET=1 $(VENV)-extras/bin/python -m pytest tests/extras -m cell --support-table
@@ -81,6 +81,7 @@ support-table: $(BIN)/.installed $(VENV)-extras/.installed $(VENV)-vllm/.install
 	$(VENV)-vllm-oldest/bin/python -m pytest tests/serving/test_equal.py -W default -m cell --support-table
 	$(VENV)-trl-vllm/bin/python -m pytest tests/rollouts -W default -m cell --support-table
 	$(VENV)-swift/bin/python -m pytest tests/ms_swift -W default -m cell --support-table
+	$(VENV)-axolotl/bin/python -m pytest tests/with_axolotl -W default -m cell --support-table
 
 # The paper's experiments at small scale, with their figures and results in docs/; about two hours on one core. DATA is a
 # folder with trec/, cola/, alice/, gsm8k/, german/ and ultrafeedback_1k/. Run again, it goes on where it was stopped.
@@ -168,6 +169,21 @@ $(VENV)-swift/.installed: pyproject.toml constraints.txt
 test-swift: $(VENV)-swift/.installed
 	$(VENV)-swift/bin/python -m pytest tests/ms_swift -W default $(ARGS)
 
+# axolotl on a CPU: what it imports for text, by the versions that it pins. Its wheel asks for Python 3.12, and runs on
+# 3.11, too; it is installed without its list, which would fetch CUDA.
+$(VENV)-axolotl/.installed: pyproject.toml requirements-axolotl.txt
+	$(PYTHON) -m venv $(VENV)-axolotl
+	$(VENV)-axolotl/bin/python -m pip install -q --no-compile torch==2.13.0
+	$(VENV)-axolotl/bin/python -m pip install -q --no-compile -r requirements-axolotl.txt
+	$(VENV)-axolotl/bin/python -m pip install -q --no-compile --no-deps --ignore-requires-python axolotl==0.21.0 \
+		axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6
+	$(VENV)-axolotl/bin/python -m pip install -q --no-compile --no-deps -e .
+	@touch $@
+
+.PHONY: test-axolotl
+test-axolotl: $(VENV)-axolotl/.installed
+	$(VENV)-axolotl/bin/python -m pytest tests/with_axolotl -W default -m "slow or not slow" $(ARGS)
+
 # Beside vLLM's own LoRA; up to an hour on two cores that have nothing else to do. ARGS='--groups scale': a part.
 bench-vllm: $(VENV)-vllm/.installed
 	$(VENV)-vllm/bin/python -W ignore benchmarks/serving.py --out docs/serving.json --page docs/serving.md $(ARGS)
@@ -234,4 +250,4 @@ format: $(BIN)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-extras $(VENV)-oldest $(VENV)-docs $(VENV)-pyreft $(VENV)-adapters $(VENV)-vllm $(VENV)-vllm-oldest $(VENV)-trl-vllm site outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-extras $(VENV)-oldest $(VENV)-docs $(VENV)-pyreft $(VENV)-adapters $(VENV)-vllm $(VENV)-vllm-oldest $(VENV)-trl-vllm $(VENV)-axolotl site outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

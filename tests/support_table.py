@@ -27,6 +27,7 @@ PACKAGES = [
 SECTIONS = {
     "Trainers: SFT": "TRL's `SFTTrainer`.",
     "Trainers: preferences and reinforcement": "TRL's other trainers.",
+    "Trainers: axolotl": "axolotl 0.21 (`axolotl train`), with the plugin of docs/axolotl.md.",
     "Trainers: transformers": "transformers' own `Trainer` and `Seq2SeqTrainer`.",
     "Gradient checkpointing": "Gradients equal those without checkpointing.",
     "Families": (
@@ -56,8 +57,8 @@ SECTIONS = {
     "Trainers: ms-swift": "ms-swift 4.6, with PEFT 0.20. Each batch names the tokens that `generate` edits.",
 }
 
-ELSEWHERE = ("Serving with vLLM", "Rollouts in vLLM", "Trainers: ms-swift")
-"""The sections of tests/serving, tests/rollouts, tests/ms_swift, which other environments run than the other tests."""
+ELSEWHERE = ("Serving with vLLM", "Rollouts in vLLM", "Trainers: ms-swift", "Trainers: axolotl")
+"""The sections of the folders that run in environments of their own."""
 
 UNTRIED = {
     ("Quantised bases", "AWQ"): (

@@ -7,6 +7,7 @@ One module for each of them; a module uses only what that trainer or engine offe
 - `edit_norms`: `LogEditNorms`, a callback for those who want it, which logs how much each layer edits.
 - `cards`: the model cards that trainers write. No callback hears of them, so these methods are wrapped.
 - `trl`: TRL's rollouts in vLLM, for those who want them. TRL asks no plugin, so its methods are wrapped.
+- `axolotl`: LoReFT as one of axolotl's adapters, by a plugin that its YAML names.
 
-axolotl and ms-swift belong here too, when they come. The vLLM plugin has its own room, `serving/`.
+ms-swift belongs here too, when it comes. The vLLM plugin has its own room, `serving/`.
 """
