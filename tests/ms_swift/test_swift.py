@@ -62,6 +62,15 @@ def test_positions(tmp_path, folder, chats, name):
     check_positions(run)
 
 
+def test_a_template_without_the_tokenizers_headers(tmp_path, folder, chats):
+    """Chats of one answer have their labels; chats of several raise."""
+    one = write(tmp_path / "one.jsonl", [{"messages": turn(n)} for n in range(8)])
+    run = train(arguments(folder, one, tmp_path / "one", template="default"))
+    assert all(len(columns) == 4 for batch in run.batches for columns in edited(batch))
+    with pytest.raises(ValueError, match="response_template"):
+        train(arguments(folder, chats, tmp_path / "several", template="default"))
+
+
 @pytest.mark.cell("Trainers: ms-swift", "sft: packing and padding_free, the batches (training needs flash attention)")
 @pytest.mark.parametrize("packs", [False, True], ids=["padding_free", "packing"])
 def test_packed_batches(trained, packs):

@@ -29,7 +29,7 @@ from ...tools.collator import DataCollatorForLoReft
 TUNER = "loreft"
 _TASKS = {"causal_lm": "CAUSAL_LM", "seq_cls": "SEQ_CLS"}
 _TRAINERS = ("Seq2SeqTrainer", "Trainer", "DPOTrainer")
-"""Names of the trainers that are tested: of `swift sft` and `swift pt`, of classifiers, of `--rlhf_type dpo`."""
+"""Names of the trainers that are tested: of `swift sft`, of classifiers, of `--rlhf_type dpo`."""
 
 
 class LoReftTuner(PeftTuner):
@@ -97,7 +97,7 @@ def _prepare_trainer(init: Any, trainer: Any, *args: Any, **kwargs: Any) -> None
     if type(trainer).__name__ not in _TRAINERS:
         raise ValueError(
             f"LoReFT does not know which tokens ms-swift's {type(trainer).__name__} gives the model. With LoReFT use "
-            "`swift sft`, `swift pt`, or `swift rlhf --rlhf_type dpo`; TRL has the other trainers."
+            "`swift sft` or `swift rlhf --rlhf_type dpo`; TRL has the other trainers."
         )
     template = trainer.template
     if template.sequence_parallel_size > 1:
