@@ -111,7 +111,9 @@ def projection_of(module: nn.Module) -> nn.Linear | Conv1D:
                 f"{children or 'no modules'}."
             )
     projection = found[0]
-    backend = resolve_quantization_backend(projection, get_apply_tensor_subclass=not_known)
+    backend = None
+    if not is_plain(projection):
+        backend = resolve_quantization_backend(projection, get_apply_tensor_subclass=not_known)
     if backend is None:
         allowed = type(projection) in (nn.Linear, Conv1D) and projection.weight.is_floating_point()
     else:
@@ -128,6 +130,13 @@ def projection_of(module: nn.Module) -> nn.Linear | Conv1D:
             "cannot be read. Set `support_avx512bf16_for_cpu = False` on it before the first forward in eval mode."
         )
     return projection
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether types alone show that a module is not quantised. PEFT 0.20 fails to look if torchao is newer than it."""
+    if type(module) in (nn.Linear, Conv1D):
+        return type(module.weight) is nn.Parameter
+    return not module._parameters and not module._buffers  # a block, which holds other modules
 
 
 def not_known() -> None:

@@ -22,7 +22,7 @@ from ..edits.intervention import Intervention
 from ..positions.index import PositionIndex
 from ..shapes import Float
 from .exchange import exchange
-from .folding import NEW_BIAS, Folded, fold, gains_bias, not_known, onloaded, projection_of, unfold
+from .folding import NEW_BIAS, Folded, fold, gains_bias, is_plain, not_known, onloaded, projection_of, unfold
 from .forward import Attachment, Forward, LayerPlan, current, current_adapter_names
 
 Editing = tuple[str, LayerPlan, PositionIndex]
@@ -389,6 +389,8 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
             module: nn.Module = projection_of(self.block)
         except ValueError:
             module = self.get_base_layer()
+        if is_plain(module):
+            return None
         return resolve_quantization_backend(module, **self._quantisation)
 
     @property
