@@ -46,8 +46,8 @@ NOT_OF_LORA = {*SHARED, "lora_model_dir", "peft_autocast_adapter_dtype"}
 """Settings of such names that are for any adapter."""
 
 _QUANTISED = (
-    "axolotl quantises the base for its own adapters only, and would load it whole. Ask transformers for it: "
-    "`overrides_of_model_kwargs: {quantization_config: {...}}` (docs/axolotl.md)"
+    "axolotl quantises the base for its own adapters only, and would load it whole. Allowed: false; `peft-reft train` "
+    "and TRL train on quantised bases (docs/quantised.md)"
 )
 _SPLIT = "it splits rows or weights over processes, and no process then sees whole prompts. Allowed: 1"
 
