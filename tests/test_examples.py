@@ -35,8 +35,10 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(peft_reft.__path__, "peft_reft.")
-    # These need what vLLM brings along, or ms-swift; tests/serving and tests/ms_swift have them.
-    if not module.name.startswith(("peft_reft.serving.endpoints", "peft_reft.integrations.swift"))
+    # These need what vLLM brings along, or ms-swift, or axolotl; tests/serving, ms_swift and with_axolotl have them.
+    if not module.name.startswith(
+        ("peft_reft.serving.endpoints", "peft_reft.integrations.swift", "peft_reft.integrations.axolotl")
+    )
 ]
 
 

@@ -1,5 +1,6 @@
 """LoReFT in PEFT's comparison of methods on MetaMathQA: the settings, and a loop that does what PEFT's script does."""
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -17,10 +18,10 @@ from peft_reft.cli import execute
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "experiments" / "metamathqa"
-sys.path.insert(0, str(FOLDER))
-import settings  # noqa: E402
-
-sys.path.remove(str(FOLDER))
+# Under a name of its own: the other experiments have a module `settings`, too.
+SPEC = importlib.util.spec_from_file_location("metamathqa_settings", FOLDER / "settings.py")
+settings = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(settings)
 
 EXPERIMENTS = sorted(path.parent for path in FOLDER.glob("loreft/*/adapter_config.json"))
 HEADER_OF_LLAMA_3 = [[21834, 3094, 555, 3094, 627, 16533]]

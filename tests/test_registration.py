@@ -68,6 +68,7 @@ def test_public_names():
         "LoReftRuntimeConfig",
         "Positions",
         "chat_marks",
+        "create_loreft_optimizer",
         "edit_norms",
         "hotswap_adapter",
         "interchange",

@@ -33,7 +33,6 @@ ADAPTER = "loreft"
 """What `adapter:` says, and the name of our section."""
 
 FIELDS = {field.name for field in fields(LoReftConfig)} - {field.name for field in fields(PeftConfig)}
-FIELDS -= {"target_parameters"}  # it is there for PEFT alone
 """What may stand in the section."""
 
 SHARED = {"lora_modules_to_save": "modules_to_save", "peft_trainable_token_indices": "trainable_token_indices"}

@@ -399,6 +399,7 @@ def test_other_caches_and_beginnings(spec):
     assert_close(logits[:-1], teacher_forced(model, prompt, ANSWERS[1])[1:])
 
 
+@pytest.mark.slow  # optimum-quanto compiles its extension, for minutes, where nobody has done so before
 @pytest.mark.parametrize("spec, of_prompt, of_answer", [("f3+l2", [0, 1, 2, 7, 8], None), ("g2", None, 2)])
 @torch.no_grad()
 def test_a_quantised_cache(spec, of_prompt, of_answer):
