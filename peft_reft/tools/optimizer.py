@@ -14,8 +14,7 @@ from torch import nn
 from ..tuner.layer import LoReftLayer
 
 _STEP = 2000.0
-"""What makes the rate of an adapter of rank 8 behind all 30 blocks of a model of hidden size 576 that of the optimizer:
-30 · sqrt(8 · 576)."""
+"""About 30 · sqrt(8 · 576): with it, r=8 behind all 30 blocks of size 576 takes the rate as it is."""
 
 _FRESH_HEADS = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 """Tasks whose models get a head that begins at random numbers."""
@@ -42,8 +41,8 @@ def create_loreft_optimizer(
         model: a model with a LoReFT adapter.
         optimizer_cls: Adam, or one of its kin.
         lr: the learning rate; 1e-3 is what the measurements recommend.
-        head_lr_ratio: what lr is multiplied by for the modules that PEFT trains beside the adapter, if the task type is
-            one with a new head (SEQ_CLS, TOKEN_CLS, QUESTION_ANS).
+        head_lr_ratio: what lr is multiplied by for the modules that PEFT trains beside the adapter, if the task type
+            is one with a new head (SEQ_CLS, TOKEN_CLS, QUESTION_ANS).
         weight_decay: as in the optimizer.
         **kwargs: other arguments of the optimizer.
 
