@@ -1,7 +1,7 @@
 """Tasks of prompt and completion that a small decoder learns in minutes: what `worth.py` compares methods on.
 
-FOLDER has gsm8k/*.jsonl, ultrafeedback_1k/*.json, trec/*.txt and cola/*.tsv. Prompts are long enough that the first and
-the last tokens of a prompt are a part of it, not all.
+FOLDER has gsm8k/*.jsonl, ultrafeedback_1k/*.json, trec/*.txt and cola/*.tsv. Most prompts are long enough that the first
+and the last tokens of a prompt are a part of it, not all.
 """
 
 import json
@@ -48,6 +48,12 @@ def ultrafeedback(folder: Path) -> list[Row]:
     return [(f"### Instruction:\n{row['instruction']}\n\n### Response:\n", row["output"]) for row in rows]
 
 
+def trec_alone(folder: Path) -> list[Row]:
+    """Questions, with nothing before them."""
+    rows = glue.read_trec(folder / "trec" / "train.txt")
+    return [(f"{row['text']}\nCategory:", f" {TYPES[row['label']]}") for row in rows]
+
+
 def trec(folder: Path) -> list[Row]:
     """Questions behind twelve examples, two of each class."""
     rows = glue.read_trec(folder / "trec" / "train.txt")
@@ -63,8 +69,8 @@ def trec(folder: Path) -> list[Row]:
 def cola(folder: Path) -> list[Row]:
     rows = glue.read_cola(folder / "cola" / "in_domain_train.tsv")
     head = (
-        "A linguist reads sentences from papers on grammar. Some are English that a native speaker accepts. In others a "
-        "word is missing, stands in the wrong place, or has the wrong form. For each sentence, say whether it is "
+        "A linguist reads sentences from papers on grammar. Some are English that a native speaker accepts. In others "
+        "a word is missing, stands in the wrong place, or has the wrong form. For each sentence, say whether it is "
         "acceptable.\n\nSentence: The cat sat on the mat.\nAcceptable: yes\n\nSentence: The cat sat the mat on.\n"
         "Acceptable: no\n\nSentence: "
     )
@@ -75,6 +81,7 @@ SIZES: dict[str, tuple[Callable[[Path], list[Row]], dict]] = {
     "gsm8k": (gsm8k, dict(batch=4, steps=80, max_length=192)),
     "ultrafeedback": (ultrafeedback, dict(batch=2, steps=80, max_length=384)),
     "trec": (trec, dict(batch=4, steps=80, max_length=320, choices=[f" {name}" for name in TYPES])),
+    "trec, no examples": (trec_alone, dict(batch=8, steps=80, max_length=96, choices=[f" {name}" for name in TYPES])),
     "cola": (cola, dict(batch=8, steps=80, max_length=160, choices=[" yes", " no"])),
 }
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from peft_reft import DataCollatorForLoReft, LoReftConfig
+from peft_reft import DataCollatorForLoReft, LoReftConfig, create_loreft_optimizer
 
 HEADS = ("classifier", "score")
 CHECKPOINTS = dict(save_strategy="steps", save_steps=0.25, save_total_limit=1)
@@ -61,6 +61,7 @@ def train(
     batch: int,
     steps: int,
     epochs: float = 1.0,
+    fitted: bool = False,
 ) -> None:
     """Train with transformers' Trainer: linear decay, a tenth of the steps to warm up, AdamW without weight decay.
 
@@ -68,6 +69,7 @@ def train(
         folder: this run's own. Checkpoints are there until the run is done; an interrupted run goes on from the last.
         batch: rows in a batch.
         steps: number of steps; -1 trains for `epochs`.
+        fitted: whether `create_loreft_optimizer` makes the optimizer; every parameter has the same rate otherwise.
     """
     set_seed(seed)
     if isinstance(model, PeftModel) and isinstance(config := model.peft_config["default"], LoReftConfig):
@@ -87,6 +89,7 @@ def train(
         bf16=torch.cuda.is_available(),
         **CHECKPOINTS,
     )
-    resume(Trainer(model, settings, train_dataset=rows, data_collator=collate))
+    optimizer = create_loreft_optimizer(model, lr=learning_rate) if fitted else None
+    resume(Trainer(model, settings, train_dataset=rows, data_collator=collate, optimizers=(optimizer, None)))
     shutil.rmtree(folder)
     model.eval()

@@ -63,8 +63,10 @@ PRESETS = {"cpu": WorthSettings(model="HuggingFaceTB/SmolLM2-135M-Instruct")}
 class Worth:
     """One task: its rows as tokens, and models that are trained and scored on them."""
 
-    def __init__(self, settings: WorthSettings, task: TextTask) -> None:
+    def __init__(self, settings: WorthSettings, task: TextTask, methods: dict[str, dict[str, Any]]) -> None:
+        """`methods` has the fields of the config of each method; with "adamw" in its name all has one rate."""
         self.settings = settings
+        self.methods = methods
         self.task = task
         self.tokenizer = AutoTokenizer.from_pretrained(settings.model)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
@@ -115,7 +117,7 @@ class Worth:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(self.settings.model)
         parameters, minutes = 0, 0.0
         if method != "base":
-            fields = METHODS[method]
+            fields = self.methods[method]
             model = adapt(model, method, "CAUSAL_LM", loreft=fields, lora=fields)
             parameters = trainable(model)
             began = time.process_time()
@@ -128,11 +130,12 @@ class Worth:
                 learning_rate=trial["learning_rate"],
                 batch=self.task.batch,
                 steps=steps,
+                fitted=method.startswith("loreft") and "adamw" not in method,
             )
             minutes = (time.process_time() - began) / 60
         model.eval()
         found = {"parameters": parameters, "minutes": minutes, "dev": self.score(model, self.dev)["loss"]}
-        if method == "base" or steps == self.steps:
+        if steps in (0, self.steps):
             found |= self.score(model, self.test)
         return found
 
@@ -152,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     results = Results(settings.output / "results.json", common)
     table = []
     for name in settings.tasks:
-        worth = Worth(settings, read(name, Path(settings.data), settings.dev, settings.test))
+        worth = Worth(settings, read(name, Path(settings.data), settings.dev, settings.test), METHODS)
         for method in settings.methods:
             table.append(
                 search(
