@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 SMOLLM2 = outputs/SmolLM2-135M-Instruct
 
-.PHONY: quickstart test test-shapes test-slow test-peft test-extras test-oldest support-table bench bench-curves bench-others test-vllm test-vllm-oldest test-rollouts bench-vllm docs dist check format clean
+.PHONY: quickstart test test-shapes test-slow test-peft test-extras test-oldest support-table bench bench-curves bench-others test-vllm test-vllm-oldest test-rollouts test-swift bench-vllm docs dist check format clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,14 +34,15 @@ test-shapes: $(BIN)/.installed
 test-slow: $(BIN)/.installed $(SMOLLM2)/model.safetensors
 	$(BIN)/python -m pytest -n 2 -m "slow or cell" $(ARGS)
 
-# GPTQ and DeepSpeed, which do not go together with the newest numpy.
+# GPTQ and DeepSpeed, which do not go together with the newest numpy; lm-eval and Liger, whose kernels a CPU runs in
+# Triton's interpreter.
 $(VENV)-extras/.installed: pyproject.toml constraints.txt constraints-extras.txt
 	$(PYTHON) -m venv $(VENV)-extras
 	grep -v "^numpy" constraints.txt | cat - constraints-extras.txt > $(VENV)-extras/constraints.txt
 	$(VENV)-extras/bin/python -m pip install -q -c $(VENV)-extras/constraints.txt torch setuptools wheel ninja
 	$(VENV)-extras/bin/python -m pip install -q -c $(VENV)-extras/constraints.txt -e ".[test]"
 	DS_BUILD_OPS=0 $(VENV)-extras/bin/python -m pip install -q -c $(VENV)-extras/constraints.txt \
-		--no-build-isolation gptqmodel optimum deepspeed lm_eval
+		--no-build-isolation gptqmodel optimum deepspeed lm_eval liger-kernel
 	@touch $@
 
 # PEFT's own tests with LoReFT beside LoRA, on tiny models (tests/peft_suite/); about 20 minutes on two cores.
@@ -49,7 +50,7 @@ test-peft: $(BIN)/.installed
 	$(BIN)/python tests/peft_suite/run.py -n 2 $(ARGS)
 
 test-extras: $(VENV)-extras/.installed
-	GPTQMODEL_CPU_WORKERS=2 $(VENV)-extras/bin/python -m pytest tests/extras $(ARGS)
+	GPTQMODEL_CPU_WORKERS=2 TRITON_INTERPRET=1 $(VENV)-extras/bin/python -m pytest tests/extras $(ARGS)
 
 # The lower bounds of pyproject.toml. PyPI's torch 2.6 brings CUDA along: several GB. Left out is what older versions
 # cannot do themselves: DeepSeek-V3 with padding (transformers 5.16 mended it), FSDP2 on a CPU and an exit without a word
@@ -72,13 +73,15 @@ test-oldest: $(VENV)-oldest/.installed
 
 # docs/support.md and .json, from the results of the tests.
 support-table: $(BIN)/.installed $(VENV)-extras/.installed $(VENV)-vllm/.installed $(VENV)-vllm-oldest/.installed \
-		$(VENV)-trl-vllm/.installed
+		$(VENV)-trl-vllm/.installed $(VENV)-swift/.installed $(VENV)-axolotl/.installed
 	rm -f docs/support.json
 	$(BIN)/python -m pytest -n 2 -m cell --support-table
-	GPTQMODEL_CPU_WORKERS=2 $(VENV)-extras/bin/python -m pytest tests/extras -m cell --support-table
+	GPTQMODEL_CPU_WORKERS=2 TRITON_INTERPRET=1 $(VENV)-extras/bin/python -m pytest tests/extras -m cell --support-table
 	$(VENV)-vllm/bin/python -m pytest tests/serving -W default -m cell --support-table
 	$(VENV)-vllm-oldest/bin/python -m pytest tests/serving/test_equal.py -W default -m cell --support-table
 	$(VENV)-trl-vllm/bin/python -m pytest tests/rollouts -W default -m cell --support-table
+	$(VENV)-swift/bin/python -m pytest tests/ms_swift -W default -m cell --support-table
+	$(VENV)-axolotl/bin/python -m pytest tests/with_axolotl -W default -m cell --support-table
 
 # The paper's experiments at small scale, with their figures and results in docs/; about two hours on one core. DATA is a
 # folder with trec/, cola/, alice/, gsm8k/, german/ and ultrafeedback_1k/. Run again, it goes on where it was stopped.
@@ -154,6 +157,33 @@ $(VENV)-trl-vllm/.installed: pyproject.toml requirements-vllm.txt
 test-rollouts: $(VENV)-trl-vllm/.installed
 	$(VENV)-trl-vllm/bin/python -m pytest tests/rollouts -W default -m "slow or not slow" $(ARGS)
 
+# ms-swift, with the PEFT and TRL that it pins.
+$(VENV)-swift/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-swift
+	$(VENV)-swift/bin/python -m pip install -q --no-compile torch==2.13.0 setuptools wheel
+	$(VENV)-swift/bin/python -m pip install -q --no-compile torch==2.13.0 ms-swift==4.6.0 transformers==5.19.0 peft==0.20.0 \
+		trl==0.29.1 accelerate==1.15.0 pytest==9.2.0
+	$(VENV)-swift/bin/python -m pip install -q --no-compile --no-deps -e .
+	@touch $@
+
+test-swift: $(VENV)-swift/.installed
+	$(VENV)-swift/bin/python -m pytest tests/ms_swift -W default $(ARGS)
+
+# axolotl on a CPU: what it imports for text, by the versions that it pins. Its wheel asks for Python 3.12, and runs on
+# 3.11, too; it is installed without its list, which would fetch CUDA.
+$(VENV)-axolotl/.installed: pyproject.toml requirements-axolotl.txt
+	$(PYTHON) -m venv $(VENV)-axolotl
+	$(VENV)-axolotl/bin/python -m pip install -q --no-compile torch==2.13.0
+	$(VENV)-axolotl/bin/python -m pip install -q --no-compile -r requirements-axolotl.txt
+	$(VENV)-axolotl/bin/python -m pip install -q --no-compile --no-deps --ignore-requires-python axolotl==0.21.0 \
+		axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6
+	$(VENV)-axolotl/bin/python -m pip install -q --no-compile --no-deps -e .
+	@touch $@
+
+.PHONY: test-axolotl
+test-axolotl: $(VENV)-axolotl/.installed
+	$(VENV)-axolotl/bin/python -m pytest tests/with_axolotl -W default -m "slow or not slow" $(ARGS)
+
 # Beside vLLM's own LoRA; up to an hour on two cores that have nothing else to do. ARGS='--groups scale': a part.
 bench-vllm: $(VENV)-vllm/.installed
 	$(VENV)-vllm/bin/python -W ignore benchmarks/serving.py --out docs/serving.json --page docs/serving.md $(ARGS)
@@ -220,4 +250,4 @@ format: $(BIN)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-extras $(VENV)-oldest $(VENV)-docs $(VENV)-pyreft $(VENV)-adapters $(VENV)-vllm $(VENV)-vllm-oldest $(VENV)-trl-vllm site outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-extras $(VENV)-oldest $(VENV)-docs $(VENV)-pyreft $(VENV)-adapters $(VENV)-vllm $(VENV)-vllm-oldest $(VENV)-trl-vllm $(VENV)-axolotl site outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

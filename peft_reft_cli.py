@@ -18,10 +18,13 @@ DESCRIPTION = """\
 LoReFT (representation finetuning, arXiv 2404.03592) as a PEFT method.
 
   peft-reft train --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --dataset_name mine.jsonl --r 4
+  peft-reft suggest HuggingFaceTB/SmolLM2-135M-Instruct mine.jsonl
+  peft-reft sweep HuggingFaceTB/SmolLM2-135M-Instruct mine.jsonl --budget 60
   peft-reft generate outputs/loreft "Who are you?"
   peft-reft evaluate outputs/loreft --file held_out.jsonl
   peft-reft inspect outputs/loreft
   peft-reft convert --from pyreft THEIRS OURS --positions f7+l7
+  peft-reft dpo --model_name_or_path outputs/SmolLM2 --dataset_name pairs.jsonl
   peft-reft exec lm_eval --model hf --model_args pretrained=BASE,peft=outputs/loreft --tasks gsm8k
 """
 EPILOG = """\
@@ -29,6 +32,21 @@ An ADAPTER is a folder that `save_pretrained` or `train` wrote, or the name of o
 1 it could not be done (the reason is on standard error), 2 wrong arguments, 130 interrupted, 141 the reader of the
 output has gone (`| head`).
 """
+
+TRAINING = {
+    "train": "Finetune a causal LM with LoReFT on answers, by TRL's SFTTrainer.",
+    "dpo": "Finetune a causal LM with LoReFT on preferences, by TRL's DPOTrainer.",
+    "kto": "Finetune a causal LM with LoReFT on answers judged good or bad, by TRL's KTOTrainer.",
+    "reward": "Train a reward model with LoReFT on preferences, by TRL's RewardTrainer.",
+    "grpo": "Finetune a causal LM with LoReFT by rewards for its own answers, by TRL's GRPOTrainer.",
+    "rloo": "Finetune a causal LM with LoReFT by rewards for its own answers, by TRL's RLOOTrainer.",
+    "distillation": "Finetune a causal LM with LoReFT to answer as a teacher does, by TRL's DistillationTrainer.",
+}
+"""The commands that train. Their arguments are those of TRL's scripts, which `train_arguments` reads from TRL."""
+
+
+_TRAINS = ("suggest", "sweep")
+"""Commands that take the arguments of `train` behind their own."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,13 +64,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "prompt" in args and not any(word.startswith("-") for word in unknown):
         args.prompt += unknown  # argparse takes prompts only if they stand before the options
         unknown = []
+    if args.command == "swift-plugin":
+        print(os.path.join(os.path.dirname(__file__), "peft_reft", "integrations", "swift", "loreft_plugin.py"))
+        return 0
     if args.command == "exec":
         return _exec(unknown, parser)
-    if unknown and args.command != "train":
+    if unknown and args.command not in (*TRAINING, *_TRAINS):
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        if args.command == "train":
-            return _train(unknown)
+        if args.command in TRAINING:
+            return _train(args.command, unknown)
+        if args.command in _TRAINS:
+            _with_trl(args.command, args.command).run(args, unknown)
+            sys.stdout.flush()
+            return 0
         import_module(f"peft_reft.cli.{args.module}").run(args)
         sys.stdout.flush()  # a reader that has gone is noticed here, and not after `main`
         return 0
@@ -70,12 +95,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _train(arguments: list[str]) -> int:
+def _train(command: str, arguments: list[str]) -> int:
+    code: int = _with_trl(command, "train").main(command, arguments)
+    return code
+
+
+def _with_trl(command: str, module: str) -> Any:
+    """A module of a command that needs TRL."""
     try:
-        from peft_reft.cli import train  # needs TRL
+        return import_module(f"peft_reft.cli.{module}")
     except ImportError as error:
-        raise ImportError(f'`train` needs TRL: pip install "peft-reft[trl]" ({error})') from error
-    return train.main(arguments)
+        raise ImportError(f'`{command}` needs TRL: pip install "peft-reft[trl]" ({error})') from error
 
 
 def _exec(words: list[str], parser: argparse.ArgumentParser) -> int:
@@ -91,7 +121,7 @@ def _exec(words: list[str], parser: argparse.ArgumentParser) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands. `train` has a parser of its own (`train_arguments`), which needs TRL."""
+    """The parser of all commands. Those that train have parsers of their own (`train_arguments`), which need TRL."""
     parser = argparse.ArgumentParser(
         "peft-reft",
         description=DESCRIPTION,
@@ -100,12 +130,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_command(
-        commands,
-        "train",
-        "Finetune a causal LM with TRL's SFTTrainer (`train --help` lists the arguments).",
-        add_help=False,
-    )
+    for name, description in TRAINING.items():
+        _add_command(commands, name, description, add_help=False)
+    _add_suggest(commands)
+    _add_sweep(commands)
     _add_generate(commands)
     _add_evaluate(commands)
     _add_chat(commands)
@@ -119,6 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Run a console script, `-m MODULE` or a Python file with its arguments, with LoReFT registered.",
         add_help=False,
     )
+    _add_command(commands, "swift-plugin", "Print the path of the file for ms-swift's --external_plugins.")
     return parser
 
 
@@ -175,6 +204,37 @@ def _add_columns(parser: argparse.ArgumentParser) -> None:
         help="the column of prompts, if it is not `prompt`; several are joined by an empty line",
     )
     parser.add_argument("--batch-size", type=int, default=8, help="rows that are computed together; default: 8")
+
+
+def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="the base model: a folder, or a name on the Hub")
+    parser.add_argument("data", metavar="DATA", help="the rows: a file, a folder, or a name on the Hub")
+
+
+def _add_suggest(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "suggest",
+        "A config for a model and rows, why, and what it costs. Takes the arguments of `train` behind its own.",
+        allow_abbrev=False,
+    )
+    _add_model_and_data(parser)
+    parser.add_argument("--task", help="what is trained, if the rows do not say it: a line of docs/choosing.md")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _add_sweep(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "sweep",
+        "Try settings within a budget, and say which is best. Takes the arguments of `train` behind its own.",
+        allow_abbrev=False,
+    )
+    _add_model_and_data(parser)
+    parser.add_argument("--budget", type=float, metavar="MINUTES", help="stop after so many minutes")
+    parser.add_argument("--runs", type=int, metavar="N", help="train at most so many adapters")
+    parser.add_argument("--held-out", "--held_out", type=int, metavar="ROWS", help="rows that decide; default: 200")
+    parser.add_argument("--json", action="store_true", help="print the best as JSON")
 
 
 def _add_generate(commands: Any) -> None:

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from runs import Found, Results, Run, compare
 from settings import Settings
 from torch import nn
 from tqdm import tqdm
-from training import adapt, train, trainable
+from training import adapt, reload, train, trainable
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 Example = dict[str, str]  # prompt, completion, answer
@@ -111,8 +110,7 @@ class LanguageTask:
     """Rows of prompt and completion, and models that are trained on them. Scores are losses on held-out rows.
 
     Args:
-        methods: fields of the config of each method. The name begins with "loreft" or "lora"; "base" is the model as
-            it is.
+        methods: fields of the config of each method, as in `methods.py`; "base" is the model as it is.
         template: what a prompt is put into.
     """
 
@@ -153,7 +151,8 @@ class LanguageTask:
         if run.method != "base":
             torch.manual_seed(run.seed)
             fields = {**self.methods[run.method], **(run.loreft or {})}
-            model = adapt(model, run.method, "CAUSAL_LM", loreft=fields, lora=fields)
+            loreft, lora = fields.get("loreft", fields), fields.get("lora", fields)
+            model = adapt(model, run.method, "CAUSAL_LM", loreft=loreft, lora=lora)
             train(
                 model,
                 self.rows,
@@ -175,7 +174,7 @@ class LanguageTask:
         """Accuracy of a trained adapter on each test set, greedily."""
         model = self.load()
         if run.method != "base":
-            model = PeftModel.from_pretrained(model, str(self.adapter(run)))
+            model = reload(model, run.method, self.adapter(run))
         model.eval()
         scores = {}
         for name, rows in tests.items():

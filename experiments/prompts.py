@@ -1,7 +1,7 @@
 """Tasks of prompt and completion that a small decoder learns in minutes: what `worth.py` compares methods on.
 
-FOLDER has gsm8k/*.jsonl, ultrafeedback_1k/*.json, trec/*.txt and cola/*.tsv. Most prompts are long enough that the first
-and the last tokens of a prompt are a part of it, not all.
+FOLDER has gsm8k/*.jsonl, ultrafeedback_1k/*.json, trec/*.txt and cola/*.tsv. Most prompts are long enough that the
+first and the last tokens of a prompt are a part of it, not all.
 """
 
 import json

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from joint import JointTrainer, is_joint, joint_model, load_joint
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
@@ -19,19 +20,30 @@ CHECKPOINTS = dict(save_strategy="steps", save_steps=0.25, save_total_limit=1)
 
 
 def adapt(base: nn.Module, method: str, task_type: str, loreft: dict[str, Any], lora: dict[str, Any]) -> nn.Module:
-    """`base` with the adapter of a method: "loreft..." or "lora..."; "head" trains the classifier's head alone.
+    """`base` with the adapter of a method: "loreft...", "lora...", "dora...", or "joint..." (both adapters).
+
+    "head" trains the classifier's head alone.
 
     Args:
-        loreft: fields of `LoReftConfig`, for a method that begins with "loreft".
-        lora: fields of `LoraConfig`, for a method that begins with "lora".
+        loreft: fields of `LoReftConfig`, for a method that begins with "loreft" or "joint".
+        lora: fields of `LoraConfig`, for a method that begins with "lora", "dora" or "joint".
     """
     if method == "head":
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(name.split(".")[0] in HEADS)
         return base
+    if method.startswith("joint"):
+        return joint_model(base, task_type, loreft=loreft, lora=lora)
     if method.startswith("loreft"):
         return get_peft_model(base, LoReftConfig(task_type=task_type, **loreft))
     return get_peft_model(base, LoraConfig(task_type=task_type, **lora))
+
+
+def reload(base: nn.Module, method: str, folder: Path) -> nn.Module:
+    """`base` with the adapter of a method that `save_pretrained` wrote to `folder`."""
+    if method.startswith("joint"):
+        return load_joint(base, folder)
+    return PeftModel.from_pretrained(base, str(folder))
 
 
 def trainable(model: nn.Module) -> int:
@@ -67,6 +79,7 @@ def train(
 
     Args:
         folder: this run's own. Checkpoints are there until the run is done; an interrupted run goes on from the last.
+            One with two adapters begins anew, because a Trainer's checkpoint would bring back one of them.
         batch: rows in a batch.
         steps: number of steps; -1 trains for `epochs`.
         fitted: whether `create_loreft_optimizer` makes the optimizer; every parameter has the same rate otherwise.
@@ -87,9 +100,10 @@ def train(
         logging_steps=50,
         remove_unused_columns=False,
         bf16=torch.cuda.is_available(),
-        **CHECKPOINTS,
+        **(dict(save_strategy="no") if is_joint(model) else CHECKPOINTS),
     )
+    trainer = JointTrainer if is_joint(model) else Trainer
     optimizer = create_loreft_optimizer(model, lr=learning_rate) if fitted else None
-    resume(Trainer(model, settings, train_dataset=rows, data_collator=collate, optimizers=(optimizer, None)))
-    shutil.rmtree(folder)
+    resume(trainer(model, settings, train_dataset=rows, data_collator=collate, optimizers=(optimizer, None)))
+    shutil.rmtree(folder, ignore_errors=True)
     model.eval()

@@ -6,8 +6,8 @@ Every method has the same rates to choose from (`trials.search`): each for a qua
 of them, three seeds at the best. What is held out is never trained on: `dev` chooses, `test` is shown. The loss is the
 mean over rows of the mean over an answer's tokens; `accuracy` is the share of rows whose likeliest choice is right.
 An error is one standard error, over held-out rows and over seeds together. Results are kept in OUTPUT/results.json; a
-run that is there is not run again, and an interrupted run goes on from its last checkpoint. With `--only METHOD...`
-several processes share the work, each with its own OUTPUT; `--table FILE...` makes the page of their results.
+run that is there is not run again, and an interrupted run goes on from its last checkpoint. LoReFT is trained with the
+rates of `create_loreft_optimizer`.
 """
 
 import json
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from methods import METHODS, SUFFIXES
 from prompts import Row, TextTask, read
 from runs import Found, Results
 from settings import Settings, read_arguments
@@ -29,25 +30,15 @@ from training import adapt, train, trainable
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 from trials import search
 
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-METHODS: dict[str, dict[str, Any]] = {
-    "base": {},
-    "loreft f7+l7": dict(r=8, positions="f7+l7"),
-    "loreft l7": dict(r=8, positions="l7"),
-    "loreft l14": dict(r=8, positions="l14"),
-    "loreft l7+g": dict(r=8, positions="l7+g"),
-    "loreft f7+l7+g": dict(r=8, positions="f7+l7+g"),
-    "lora r=8": dict(r=8, lora_alpha=16, target_modules=LINEAR),
-    "lora r=1": dict(r=1, lora_alpha=2, target_modules=LINEAR),
-}
-"""Fields of the config of each method; its name begins with "loreft" or "lora"."""
+COMPARED = ["base", "loreft", *SUFFIXES, "loreft, decoding too", "lora", "lora, r=1"]
+"""What is compared if `--methods` does not say it. All of `methods.py` can be."""
 
 
 @dataclass(kw_only=True)
 class WorthSettings(Settings):
     output: Path = Path("outputs/worth")
     tasks: list[str] = field(default_factory=lambda: ["gsm8k", "ultrafeedback", "trec", "cola"])
-    methods: list[str] = field(default_factory=lambda: [*METHODS])
+    methods: list[str] = field(default_factory=lambda: [*COMPARED])
     learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2])
     seeds: list[int] = field(default_factory=lambda: [42, 43, 44])
     dev: int = 100
@@ -118,7 +109,8 @@ class Worth:
         parameters, minutes = 0, 0.0
         if method != "base":
             fields = self.methods[method]
-            model = adapt(model, method, "CAUSAL_LM", loreft=fields, lora=fields)
+            loreft, lora = fields.get("loreft", fields), fields.get("lora", fields)
+            model = adapt(model, method, "CAUSAL_LM", loreft=loreft, lora=lora)
             parameters = trainable(model)
             began = time.process_time()
             train(
@@ -155,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     results = Results(settings.output / "results.json", common)
     table = []
     for name in settings.tasks:
-        worth = Worth(settings, read(name, Path(settings.data), settings.dev, settings.test), METHODS)
+        worth = Worth(settings, read(name, Path(settings.data), settings.dev, settings.test), {**METHODS, **SUFFIXES})
         for method in settings.methods:
             table.append(
                 search(

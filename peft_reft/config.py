@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 from peft import PeftConfig, PeftType
@@ -21,7 +21,7 @@ from .positions.marks import check_template
 from .positions.spec import Positions, union
 from .runtime_config import LoReftRuntimeConfig
 
-COMPONENTS = ("block", "attention", "mlp")
+COMPONENTS = ("block", "attention", "mlp", "heads")
 Tie = Literal["position", "group", "layer", "model"]
 DEFAULT_R = 8
 
@@ -53,7 +53,7 @@ def _resolve(mapping: dict[str, Any], n_layers: int, field: str) -> dict[int, An
 
 @dataclass
 class LoReftConfig(PeftConfig):
-    """Configuration of LoReFT (arXiv 2404.03592) and its family.
+    """Configuration of LoReFT (https://arxiv.org/abs/2404.03592) and its family.
 
     LoReFT edits hidden states. `positions` says at which tokens, `layers` and `component` behind which modules,
     `intervention` by which formula, `tie` which edits share weights. The defaults are the paper's setting for
@@ -76,14 +76,19 @@ class LoReftConfig(PeftConfig):
             layers to specs gives each layer its own: `{"0-11": "f5", "12-": "l5"}`.
         layers: Which blocks of the model: `"all"`; a list of ints, of which negative ones count from the end; or
             ranges such as `"0-7;16;-1"`.
-        component: Which output of a block is edited: `"block"`, the residual stream behind the block; `"attention"`,
-            the output of its attention; or `"mlp"`, the output of its MLP.
+        component: What of a block is edited: `"block"`, the residual stream behind the block; `"attention"`, the
+            output of its attention; `"mlp"`, the output of its MLP; or `"heads"`, the outputs of its attention's
+            heads, each by itself, before the attention's output projection mixes them. The input of that projection
+            is one hidden state of size H·d for H heads of size d, and h in the formula is a head's slice of it. So
+            every head has an edit of its own, of rank r, and r is at most d. `"bias"` is then the offset that LoFiT
+            (arXiv 2406.01563) adds, for all heads of the layers; `"red"` is JoLA's (arXiv 2502.01179) without its
+            gates. Neither's choice of heads is here.
         intervention: The formula of an edit: `"loreft"`, `"noreft"`, `"direft"`, `"nodireft"`, `"consreft"`,
             `"lobireft"`, `"red"` (scales and shifts), `"bias"`, or `"interchange"` (see `peft_reft.interchange`).
         act_fn: The activation f on the projected value, f(Wh + b), by transformers' name for it, such as `"relu"`.
             None: no activation. Only `"loreft"`, `"noreft"`, `"direft"` and `"nodireft"` have an f.
         gate: Whether tanh(v·h + c) multiplies the edit. v and c are learned and 0 at the start. Not with
-            `"interchange"`.
+            `"interchange"` and `component="heads"`.
         tie: What shares the weights of one edit, from narrow to wide: `"position"`, nothing (each position has its own
             edit: the paper's untied formula; every group needs a count then); `"group"`, all positions of one group
             (the authors' code with `share_weights=False`); `"layer"`, all positions of one layer (the paper's tied
@@ -107,7 +112,8 @@ class LoReftConfig(PeftConfig):
             and `layers_to_transform`.
         exclude_modules: Names of modules that are not edited, or a regex that matches them.
         modules_to_save: Modules that are trained and saved besides the edits, such as a classifier head.
-        target_parameters: Not supported; leave it empty. The field exists because PEFT and TRL read it.
+        target_parameters: Not supported; leave it empty. It is no field, since PEFT takes such a field for a sign that
+            parameters can be targeted. But it may be given and read: PEFT and TRL read it, and older files have it.
         trainable_token_indices: Token embeddings that are trained besides the edits, as in `LoraConfig`.
         runtime_config: How the adapter is run on this machine; not saved. See `LoReftRuntimeConfig`.
 
@@ -132,8 +138,8 @@ class LoReftConfig(PeftConfig):
     layers: str | int | list[int] = field(
         default="all", metadata={"help": "Which blocks: 'all', a list of ints, or ranges such as '0-7;16;-1'."}
     )
-    component: Literal["block", "attention", "mlp"] = field(
-        default="block", metadata={"help": "Whose output is edited: 'block', 'attention' or 'mlp'."}
+    component: Literal["block", "attention", "mlp", "heads"] = field(
+        default="block", metadata={"help": "Whose output is edited: 'block', 'attention', 'mlp'; or each of 'heads'."}
     )
     intervention: str = field(default="loreft", metadata={"help": f"The formula, one of {', '.join(INTERVENTIONS)}."})
     act_fn: str | None = field(default=None, metadata={"help": "Activation of Wh + b, such as 'relu'."})
@@ -164,7 +170,7 @@ class LoReftConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules to train and save besides the edits."}
     )
-    target_parameters: list[str] | None = field(default=None, metadata={"help": "Not supported; leave empty."})
+    target_parameters: InitVar = None  # type: ignore[type-arg]  # Python 3.10 finds no hints of a class with more
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Token embeddings to train besides the edits."}
     )
@@ -177,7 +183,7 @@ class LoReftConfig(PeftConfig):
     chosen_modules: ClassVar[set[str] | None] = None
     """Names of the modules to edit. Not saved: the tuner notes them when it adds the adapter."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, target_parameters: list[str] | None) -> None:
         super().__post_init__()
         self.peft_type = PeftType("LOREFT")
         for name in ("layers", "layers_to_transform"):
@@ -207,7 +213,7 @@ class LoReftConfig(PeftConfig):
             )
         self._check_r()
         self._check_positions()
-        self._check_targets()
+        self._check_targets(target_parameters)
         if not isinstance(self.runtime_config, LoReftRuntimeConfig):
             raise ValueError(f"runtime_config={self.runtime_config!r}: expected a LoReftRuntimeConfig.")
 
@@ -254,10 +260,10 @@ class LoReftConfig(PeftConfig):
                 "Expected an int, or a list of ints, from 0."
             )
 
-    def _check_targets(self) -> None:
-        if self.target_parameters:
+    def _check_targets(self, target_parameters: list[str] | None) -> None:
+        if target_parameters:
             raise ValueError(
-                f"target_parameters={self.target_parameters!r} is not supported: LoReFT edits the outputs of modules, "
+                f"target_parameters={target_parameters!r} is not supported: LoReFT edits the outputs of modules, "
                 "not parameters. Use `target_modules`, or `layers` and `component`."
             )
         if self.target_modules is not None and (self.layers != "all" or self.component != "block"):
@@ -286,6 +292,8 @@ class LoReftConfig(PeftConfig):
             )
         if self.gate and self.intervention == "interchange":
             raise ValueError("gate=True: intervention='interchange' swaps hidden states and has no gate.")
+        if self.gate and self.component == "heads":
+            raise ValueError("gate=True: component='heads' has no gate (allowed with a gate: the other components).")
 
     def _check_r(self) -> None:
         if isinstance(self.r, dict):

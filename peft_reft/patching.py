@@ -39,20 +39,31 @@ _WITH_THE_ENGINE = "with the engine; without `additional_config['loreft']` it ca
 
 PATCHES: dict[str, Patch] = {
     # When `import peft_reft` runs.
-    "PeftType.LOREFT": Patch("peft", "0.21", "PEFT registers a method only under a member of this enum."),
+    "PeftType.LOREFT": Patch("peft", "0.20", "PEFT registers a method only under a member of this enum."),
     "PeftModel.save_pretrained": Patch(
-        "peft", "0.21", "It can write a pickle, or one adapter as another of its name: LoReFT refuses both (`files`)."
+        "peft", "0.20", "It can write a pickle, or one adapter as another of its name: LoReFT refuses both (`files`)."
     ),
-    "PeftModel.push_to_hub": Patch("peft", "0.21", "The model card names the repository it is pushed to (`card`)."),
+    "PeftModel.push_to_hub": Patch("peft", "0.20", "The model card names the repository it is pushed to (`card`)."),
     "PreTrainedModel.push_to_hub": Patch("transformers", "5.5.4", "The same, for an adapter without a PeftModel."),
     "PeftAdapterMixin.load_adapter": Patch(
         "transformers", "5.5.4", "It asks no tuner about the tensors it reads, so a bad file would load (`files`)."
     ),
+    "module.get_peft_model_state_dict": Patch(
+        "peft", "0.20", "PEFT 0.20 alone: it asks no tuner what is saved (`tuner.older_peft`)."
+    ),
+    "module.set_peft_model_state_dict": Patch("peft", "0.20", "The same, for what is loaded."),
     "RepoCard.save": Patch(
         "huggingface_hub",
         "1.0",
         "A trainer replaces our card by one that does not say `import peft_reft` (`card`).",
     ),
+    "module.hotswap_adapter_from_state_dict": Patch(
+        "peft", "0.20", "It knows LoRA's weights alone; LoReFT's are exchanged by ours (`tools.for_peft`)."
+    ),
+    "module.prepare_model_for_compiled_hotswap": Patch(
+        "peft", "0.20", "It pads LoRA's ranks. LoReFT's cannot be padded, which it would not say (`tools.for_peft`)."
+    ),
+    "module.rescale_adapter_scale": Patch("peft", "0.20", "It scales LoRA's layers alone (`tools.for_peft`)."),
     # When a Trainer is made, after an adapter was added to a model. Trainers of TRL are included.
     "Trainer.create_model_card": Patch(
         "transformers", "5.5.4", "Its card is completed, and names the repository it is pushed to (`card`)."
@@ -191,6 +202,11 @@ PATCHES: dict[str, Patch] = {
         "`_init_vllm` has it join the server by NCCL; an adapter goes by HTTP.",
         "when the client is made",
     ),
+    # When ms-swift imports `integrations.swift`.
+    "SwiftMixin.__init__": Patch(
+        "ms-swift", "4.6", "Its trainers take the labels out of the model's inputs: the collator adds positions."
+    ),
+    "Swift.merge_and_unload": Patch("ms-swift", "4.6", "What it saves may lack a bias: LoReFT is refused."),
 }
 
 

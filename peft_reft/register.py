@@ -22,7 +22,7 @@ def add_peft_type() -> None:
 
 
 def register() -> None:
-    """Register the classes of config and model with PEFT, and wrap what `card` and `files` need.
+    """Register the classes of config and model with PEFT, and wrap what `card`, `files` and `tools` need.
 
     A second call, as after `importlib.reload`, replaces the classes.
     """
@@ -31,7 +31,9 @@ def register() -> None:
     from .card import complete_all_cards
     from .config import LoReftConfig
     from .files import guard_files
+    from .tools.for_peft import teach_peft
     from .tuner.model import LoReftModel
+    from .tuner.older_peft import wrap_state_dict_functions
 
     peft_type = PeftType(NAME)
     for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
@@ -39,6 +41,8 @@ def register() -> None:
     register_peft_method(name=NAME.lower(), config_cls=LoReftConfig, model_cls=LoReftModel, prefix=LoReftModel.prefix)
     complete_all_cards()
     guard_files()
+    teach_peft()
+    wrap_state_dict_functions()
     LoReftModel.after_injection = [_add_trainer_callbacks]
 
 

@@ -27,12 +27,13 @@ PACKAGES = [
 SECTIONS = {
     "Trainers: SFT": "TRL's `SFTTrainer`.",
     "Trainers: preferences and reinforcement": "TRL's other trainers.",
+    "Trainers: axolotl": "axolotl 0.21 (`axolotl train`), with the plugin of docs/axolotl.md.",
     "Trainers: transformers": "transformers' own `Trainer` and `Seq2SeqTrainer`.",
     "Gradient checkpointing": "Gradients equal those without checkpointing.",
     "Families": (
-        "For each family and for block, attention and mlp the test injects an adapter, trains a step (every adapter "
-        "parameter moves, and nothing else), saves, and reloads bit-equal. It disables the adapter exactly, compares "
-        "`generate` with the forward of training, and unloads without a trace."
+        "For each family and for block, attention, mlp and heads the test injects an adapter, trains a step (every "
+        "adapter parameter moves, and nothing else), saves, and reloads bit-equal. It disables the adapter exactly, "
+        "compares `generate` with the forward of training, and unloads without a trace."
     ),
     "Causal language models": (
         "Every family of transformers' `AutoModelForCausalLM`, by its `model_type`. The logits of `generate` (padded "
@@ -40,6 +41,7 @@ SECTIONS = {
         "equal those of one forward with labels, for `f3+l2`, `g2` and `all`. *But for* names what the base model "
         "itself does not do."
     ),
+    "Causal language models: each attention head by itself": 'The same with `component="heads"`, for `f3+l2+g2`.',
     "Quantised bases": "",
     "Dtypes": "",
     "torch.compile": "",
@@ -52,10 +54,11 @@ SECTIONS = {
         "TRL's trainers with `use_vllm=True` and vLLM 0.31. Log-probabilities of rollout and training agree, and each "
         "rollout comes from the newest policy."
     ),
+    "Trainers: ms-swift": "ms-swift 4.6, with PEFT 0.20. Each batch names the tokens that `generate` edits.",
 }
 
-ELSEWHERE = ("Serving with vLLM", "Rollouts in vLLM")
-"""The sections of tests/serving and tests/rollouts, which other environments run than the other tests."""
+ELSEWHERE = ("Serving with vLLM", "Rollouts in vLLM", "Trainers: ms-swift", "Trainers: axolotl")
+"""The sections of the folders that run in environments of their own."""
 
 UNTRIED = {
     ("Quantised bases", "AWQ"): (
@@ -157,9 +160,10 @@ def render(results):
         f"Run on a CPU, on tiny models with random weights, with {versions}.",
     ]
     for section, about in SECTIONS.items():
-        lines += ["", f"## {section}", ""] + ([about, ""] if about else [])
-        lines += ["| | verdict | tests |", "|---|---|---|"]
-        rows = [row for row in results["rows"] if row["section"] == section]
-        lines += [f"| {row['name']} | {row['verdict']} | {row['tests']} |" for row in rows]
-        lines += [f"| {name} | untried: {why} | 0 |" for (of, name), why in UNTRIED.items() if of == section]
+        found = [row for row in results["rows"] if row["section"] == section]
+        rows = [f"| {row['name']} | {row['verdict']} | {row['tests']} |" for row in found]
+        rows += [f"| {name} | untried: {why} | 0 |" for (of, name), why in UNTRIED.items() if of == section]
+        if rows:
+            lines += ["", f"## {section}", ""] + ([about, ""] if about else [])
+            lines += ["| | verdict | tests |", "|---|---|---|", *rows]
     return "\n".join(lines) + "\n"

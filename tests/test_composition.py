@@ -183,7 +183,7 @@ GAINS_BIAS = pytest.mark.filterwarnings("ignore:.*linear maps without a bias:Use
 
 
 @GAINS_BIAS
-@pytest.mark.parametrize("component", ["attention", "mlp"])
+@pytest.mark.parametrize("component", ["attention", "mlp", "heads"])
 @pytest.mark.parametrize("fields", MERGEABLE, ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_merging_is_exact(family, fields, component):
@@ -205,7 +205,7 @@ def test_merging_is_exact(family, fields, component):
 
 
 @GAINS_BIAS
-@pytest.mark.parametrize("component", ["attention", "mlp"])
+@pytest.mark.parametrize("component", ["attention", "mlp", "heads"])
 @pytest.mark.parametrize("family", list(CAUSAL))
 def test_merging_is_exact_in_every_family(family, component):
     model = adapted(family, positions="all", component=component)

@@ -49,7 +49,7 @@ def test_every_own_field_is_in_the_design_and_has_help():
     own = {field.name: field for field in dataclasses.fields(LoReftConfig) if field.name not in inherited}
     assert own.keys() == {
         *("r", "positions", "layers", "component", "intervention", "tie", "dropout", "init_weights", "act_fn", "gate"),
-        *("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "trainable_token_indices"),
+        *("target_modules", "exclude_modules", "modules_to_save", "trainable_token_indices"),
         *("response_template", "instruction_template"),
         *("layers_to_transform", "layers_pattern", "runtime_config"),
     }
@@ -240,7 +240,22 @@ def test_round_trip(fields, loader, tmp_path):
 def test_the_cases_above_cover_every_field():
     inherited = {"peft_type", "auto_mapping", "peft_version"}  # PEFT's own affair
     names = {field.name for field in dataclasses.fields(LoReftConfig)} - inherited
-    assert names - {"target_parameters", "runtime_config"} == {name for fields in CONFIGS for name in fields}
+    assert names - {"runtime_config"} == {name for fields in CONFIGS for name in fields}
+
+
+def test_target_parameters_is_no_field_but_may_be_given(tmp_path):
+    """PEFT and TRL read it, files of older versions have it, and PEFT's table takes the field for a capability."""
+    config = LoReftConfig(target_parameters=None)
+    assert config.target_parameters is None and "target_parameters" not in config.to_dict()
+    assert dataclasses.replace(config, r=2) == LoReftConfig(r=2)
+    config.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps(written | {"target_parameters": None}))
+    assert PeftConfig.from_pretrained(tmp_path) == config
+    path.write_text(json.dumps(written | {"target_parameters": ["experts.down_proj"]}))
+    with pytest.raises(ValueError, match=r"target_parameters=\['experts.down_proj'\] is not supported"):
+        PeftConfig.from_pretrained(tmp_path)
 
 
 def test_what_is_saved_is_the_same_every_time(tmp_path):

@@ -35,7 +35,8 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(peft_reft.__path__, "peft_reft.")
-    if module.name != "peft_reft.serving.endpoints"  # needs what vLLM brings along; tests/serving has it
+    # These need what vLLM brings along, or ms-swift; tests/serving and tests/ms_swift have them.
+    if not module.name.startswith(("peft_reft.serving.endpoints", "peft_reft.integrations.swift"))
 ]
 
 
@@ -155,10 +156,10 @@ RATE = 1e-3
 """The one recommendation: docs/choosing.md, "Learning rate", measured by experiments/learning_rates.py."""
 OTHER_RATES = {
     ("docs/choosing.md", 1e-2): "the same section: for a small adapter",
+    ("examples/classifier.py", 3e-3): "an encoder: the same section",
     ("examples/quickstart.py", 4e-3): "ten rows, 30 steps",
     ("docs/serving.md", 4e-3): "one row, 20 steps",
     ("docs/server.md", 4e-3): "one row, 20 steps",
-    ("examples/metamathqa.py", 9e-4): "the paper's, for PEFT's comparison",
     ("examples/das_equality.py", 2e-3): "trains a whole network",
     ("examples/das_equality.py", 5e-3): "distributed alignment search: trains R alone",
     ("docs/interchange.md", 1e-2): "the same",
@@ -240,6 +241,8 @@ def test_pages(page, model_id, tmp_path, monkeypatch, capsys):
     rows = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in PAIRS]
     Path("mine.jsonl").write_text("\n".join(rows))
     Path("held_out.jsonl").write_text("\n".join(rows[:2]))
+    pairs = [{"prompt": prompt, "chosen": answer, "rejected": " 0"} for prompt, answer in PAIRS]
+    write_lines(Path("pairs.jsonl"), pairs)
     Path("alpaca.csv").write_text("instruction,input,output\na b,c,d\ne,,f\n")
     for language, block in blocks:
         capsys.readouterr()
@@ -389,17 +392,3 @@ def test_das_finds_the_variables_where_they_are_and_nowhere_else():
     assert network > 98
     assert trained > 95
     assert random < 60
-
-
-def test_metamathqa(tmp_path):
-    """PEFT's script gets a folder that it can read, in a process that knows the method."""
-    folder = tmp_path / "peft" / "method_comparison" / "MetaMathQA"
-    folder.mkdir(parents=True)
-    (folder / "run.py").write_text(
-        "import json, sys; from peft import PeftConfig\n"
-        "config = PeftConfig.from_pretrained(sys.argv[-1])\n"
-        "print(config.peft_type.value, config.r, config.positions)\n"
-        "print(json.load(open(sys.argv[-1] + '/training_params.json')))\n"
-    )
-    out = run_example("examples/metamathqa.py", "--peft", tmp_path / "peft", "--r", 3)
-    assert "LOREFT 3 all\n{'optimizer_kwargs': {'lr': 0.0009}}" in out

@@ -376,6 +376,17 @@ def test_training_data_without_a_prompt_raises():
     )
 
 
+def test_padding_is_no_prompt():
+    """axolotl pads packed rows by tokens whose positions count from 0, and gives no mask."""
+    ids, position_ids = torch.tensor([[5, 6, 7, 8, 0, 0, 0]]), torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
+    model = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", r=R)).train()
+    labels = ids.masked_fill(ids == 0, -100)
+    with pytest.raises(ValueError, match="nothing would train"):
+        model(input_ids=ids, position_ids=position_ids, labels=labels)
+    labels[0, :2] = -100
+    model(input_ids=ids, position_ids=position_ids, labels=labels)
+
+
 def test_rows_that_start_mid_document_raise():
     ids = batch()["input_ids"]
     model = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", r=R)).train()

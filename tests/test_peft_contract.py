@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import peft
 import pytest
 import torch
 from conftest import VOCAB, build, randomise
@@ -12,10 +13,11 @@ from peft import (
     get_layer_status,
     get_model_status,
     get_peft_model,
-    get_peft_model_state_dict,
+    helpers,
     inject_adapter_in_model,
 )
 from peft.helpers import disable_input_dtype_casting
+from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file
 from torch import nn
 
@@ -27,6 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning"),
 ]
 
+PEFT_0_20 = not hasattr(BaseTuner, "_get_adapter_state_dict")
 IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(5))
 
 
@@ -114,6 +117,73 @@ def test_pefts_status_functions_see_the_adapters():
     assert "LoReftLayer" in repr(model)
 
 
+def test_status_follows_what_is_done_to_the_adapters():
+    """On a model without PeftModel, too. LoRA beside it says the same of itself."""
+    fields = dict(positions="all", component="mlp")
+    for model in (get_peft_model(build("llama"), config(**fields)), inject_adapter_in_model(config(), build("llama"))):
+        first = get_layer_status(model)[0]
+        assert first.module_type == "LoReftLayer" and first.requires_grad == {"default": True}
+        assert first.devices == {"default": ["cpu"]} and first.quantization_backend is None
+        status = get_model_status(model)
+        assert status.trainable_params == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model = get_peft_model(build("llama"), config(**fields))
+    model.add_adapter("second", config(**fields, inference_mode=True))
+    assert get_model_status(model).requires_grad["second"] is False
+    with model.disable_adapter():
+        assert get_model_status(model).enabled is False
+    model.merge_adapter(["default"], new_parameters=True)
+    assert get_model_status(model).merged_adapters == ["default"]
+    layers(model)[0].unmerge()
+    assert get_model_status(model).merged_adapters == "irregular"
+
+
+@pytest.mark.parametrize("fields", [{}, dict(intervention="red", r=8), dict(tie="model", gate=True)], ids=str)
+def test_scales_are_rescaled_for_a_while(fields):
+    model = get_peft_model(build("llama"), config(**fields))
+    model.add_adapter("second", config(**fields, layers=[0]))
+    randomise(model)
+    model.base_model.set_scale("second", 0.5)
+    found = {}
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        found[name] = logits(model)
+    untouched = logits(build("llama"))
+    with pytest.raises(KeyError), helpers.rescale_adapter_scale(model, 0):
+        for name in found:
+            model.set_adapter(name)
+            assert torch.equal(logits(model), untouched)
+        raise KeyError
+    for name, before in found.items():
+        model.set_adapter(name)
+        assert torch.equal(logits(model), before)
+        with helpers.rescale_adapter_scale(model, 2):
+            assert not torch.equal(logits(model), before)
+            assert layers(model)[0].scaling == {"default": 2.0, "second": 1.0}
+    with (
+        pytest.raises(TypeError, match="multiplier='1': expected a number"),
+        helpers.rescale_adapter_scale(model, "1"),
+    ):
+        pass
+
+
+def test_scales_of_lora_are_rescaled_as_before():
+    lora = LoraConfig(target_modules=["q_proj"], r=4, lora_alpha=4)
+    alone = get_peft_model(build("llama"), lora)
+    with helpers.rescale_adapter_scale(alone, 3):
+        assert alone.base_model.model.model.layers[0].self_attn.q_proj.scaling == {"default": 3.0}
+    base = build("llama")
+    base.add_adapter(lora, "lora")
+    base.add_adapter(config(), "loreft")
+    with helpers.rescale_adapter_scale(base, 3):
+        assert base.model.layers[0].self_attn.q_proj.scaling == {"lora": 3.0}
+        assert layers(base)[0].scaling == {"loreft": 3.0}
+    assert base.model.layers[0].self_attn.q_proj.scaling == {"lora": 1.0}
+    assert layers(base)[0].scaling == {"loreft": 1.0}
+    refused = pytest.raises(ValueError, match="only supported for models with `LoraLayer`s")
+    with refused, helpers.rescale_adapter_scale(build("llama"), 3):
+        pass
+
+
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("positions", ["f3+l2", "all"])
 def test_a_forward_on_the_meta_device_gives_the_shape(positions, train):
@@ -155,7 +225,7 @@ def test_all_linear_leaves_out_a_pooler_which_reads_no_tokens():
 
 def keys_and_model(narrow, compiled=False, **wide):
     """Return a state dict of `config(**wide)`, and a model injected from its keys with another config."""
-    given = get_peft_model_state_dict(inject_adapter_in_model(config(**wide), build("llama")))
+    given = peft.get_peft_model_state_dict(inject_adapter_in_model(config(**wide), build("llama")))
     base = torch.compile(build("llama"), backend="eager") if compiled else build("llama")
     return given, inject_adapter_in_model(narrow, base, state_dict=given)
 
@@ -174,7 +244,7 @@ def keys_and_model(narrow, compiled=False, **wide):
 def test_injection_follows_the_keys_of_a_state_dict(narrow, wide):
     with pytest.warns(RuntimeWarning, match="an inconsistency was discovered"):
         given, model = keys_and_model(config(**narrow), **wide)
-    assert get_peft_model_state_dict(model).keys() == given.keys()
+    assert peft.get_peft_model_state_dict(model).keys() == given.keys()
     untouched = logits(build("llama"))
     randomise(model)
     assert not torch.equal(logits(model), untouched)
@@ -200,9 +270,9 @@ def test_injection_into_a_compiled_model(with_keys):
     if with_keys:
         given, model = keys_and_model(config(), compiled=True)
     else:
-        given = get_peft_model_state_dict(expected)
+        given = peft.get_peft_model_state_dict(expected)
         model = inject_adapter_in_model(config(), torch.compile(build("llama"), backend="eager"))
-    assert {key.removeprefix("_orig_mod.") for key in get_peft_model_state_dict(model)} == given.keys()
+    assert {key.removeprefix("_orig_mod.") for key in peft.get_peft_model_state_dict(model)} == given.keys()
     randomise(model)
     torch.testing.assert_close(logits(model), logits(expected), atol=1e-5, rtol=1e-4)
 
@@ -233,7 +303,7 @@ def test_the_second_config_replaces_the_first(first, second, tmp_path):
     assert trained[0] == trained[1] and trained[0]
     randomise_all(model)
     model.save_pretrained(tmp_path)
-    assert load_file(tmp_path / "adapter_model.safetensors").keys() == get_peft_model_state_dict(alone).keys()
+    assert load_file(tmp_path / "adapter_model.safetensors").keys() == peft.get_peft_model_state_dict(alone).keys()
     assert torch.equal(logits(PeftModel.from_pretrained(build("llama"), tmp_path)), logits(model))
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(build("llama")))
@@ -307,7 +377,15 @@ def test_an_adapter_named_like_a_part_of_a_path_costs_the_others_nothing(name, f
     for each in ("first", name):
         model.set_adapter(each)
         expected[each] = logits(model)
+    if PEFT_0_20 and "modules_to_save" in fields and name == "weight":
+        with pytest.raises(KeyError, match="modules_to_save"):  # PEFT's own: a trained head is not ours to mend
+            model.save_pretrained(tmp_path)
+        return
     model.save_pretrained(tmp_path)
+    if PEFT_0_20 and name == "loreft_weights":
+        with pytest.raises(ValueError, match=r"with PEFT 0\.20 a name without 'loreft_' is needed"):
+            PeftModel.from_pretrained(build("llama"), tmp_path / name, adapter_name=name)
+        return
     together = PeftModel.from_pretrained(build("llama"), tmp_path / name, adapter_name=name)
     together.load_adapter(tmp_path / "first", "first")
     by_transformers = build("llama")
@@ -324,20 +402,23 @@ def test_a_state_dict_that_is_given_is_not_mended_with_the_models_own():
     model = get_peft_model(build("llama"), config())
     model.add_adapter("b", config())
     averaged = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"'default' cannot be saved .* adapter 'b', whose name is a part of it"):
-        get_peft_model_state_dict(model, state_dict=averaged)
-    own = get_peft_model_state_dict(model, state_dict=model.state_dict())
+    if PEFT_0_20:  # there is nothing to mend: LoReFT picks out its tensors before PEFT drops any
+        assert len(peft.get_peft_model_state_dict(model, state_dict=averaged)) == 9
+    else:
+        with pytest.raises(ValueError, match=r"'default' cannot be saved .* adapter 'b', whose name is a part of it"):
+            peft.get_peft_model_state_dict(model, state_dict=averaged)
+    own = peft.get_peft_model_state_dict(model, state_dict=model.state_dict())
     assert len(own) == 9
     model.delete_adapter("b")
     model.add_adapter("second", config())
-    assert get_peft_model_state_dict(model, state_dict=averaged).keys() == own.keys()
+    assert peft.get_peft_model_state_dict(model, state_dict=averaged).keys() == own.keys()
 
 
 def test_saved_beside_lora_of_the_same_name_is_only_our_own():
     base = build("llama")
     get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     model = get_peft_model(base, config())
-    assert all(".loreft." in key for key in get_peft_model_state_dict(model))
+    assert all(".loreft." in key for key in peft.get_peft_model_state_dict(model))
 
 
 # Shards of a model that is trained in parts.
@@ -348,7 +429,7 @@ def test_shards_are_not_saved(shard):
     model = get_peft_model(build("llama"), config())
     parts = {name: shard(t) if ".R" in name else t for name, t in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"layers\.0\S*\.R is a shard of shape .*GatheredParameters"):
-        get_peft_model_state_dict(model, state_dict=parts)
+        peft.get_peft_model_state_dict(model, state_dict=parts)
 
 
 # Weighted sums.

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 SENTENCES = ["a b c d", "e f g", "h i j k l", "m n", "o p q r", "s t u"]
 
 
-def recipe(name, *arguments, succeeds=True):
-    done = forked.run(ROOT / "experiments" / f"{name}.py", "--preset", "cpu", *arguments)
+def recipe(name, *arguments, succeeds=True, preset="cpu"):
+    done = forked.run(ROOT / "experiments" / f"{name}.py", "--preset", preset, *arguments)
     assert (done.returncode == 0) is succeeds, done.stderr[-3000:]
     return done.stdout if succeeds else done.stderr
 
@@ -181,6 +181,94 @@ def test_arithmetic(model, data, tmp_path):
     assert not list((tmp_path / "out").glob("*/checkpoint-*")), "done runs leave none"
 
 
+@pytest.mark.slow
+def test_every_method_on_word_sums(model, tmp_path):
+    """Each method trains, is saved, reloaded and answers; the joint one with both of its adapters."""
+    from safetensors.torch import load_file
+
+    arguments = ["--model", model, "--output", tmp_path / "out", "--steps", 2, "--rows", 4, "--held", 4]
+    methods = ["loreft, post-block", "loreft, brep", "loreft, bias everywhere", "loreft, heads", "loreft, heads, bias"]
+    methods += ["loreft, heads, red", "lora, r=1", "dora", "joint"]
+    arguments += ["--learning-rates", "1e-2", "--new-tokens", 3, "--methods", *methods]
+    recipe("arithmetic", *arguments, preset="words")
+    runs = {run["method"]: run for run in json.loads((tmp_path / "out" / "results.json").read_text())}
+    assert [*runs] == ["base", *methods]
+    assert all(run["test"] != runs["base"]["test"] for name, run in runs.items() if name != "base")
+    sizes = {name: run["parameters"] for name, run in runs.items()}
+    assert sizes["joint"] == sizes["loreft, post-block"] + sizes["lora, r=1"]
+    assert sizes["loreft, heads, red"] == 2 * sizes["loreft, heads, bias"]
+    (folder,) = (tmp_path / "out" / "adapters").glob("*joint*")
+    for weights in (folder, folder / "lora_beside"):
+        tensors = load_file(weights / "adapter_model.safetensors")
+        assert any(name.endswith((".W2", "lora_B.weight")) and tensor.any() for name, tensor in tensors.items())
+
+
+def test_methods(monkeypatch):
+    """All of them can be made; post-block steering and the joint method start as the base, with W_up at 0."""
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    import joint
+    from methods import METHODS
+    from training import adapt
+
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        expected = build("llama")(input_ids=ids).logits
+    for name, fields in METHODS.items():
+        loreft, lora = fields.get("loreft", fields), fields.get("lora", fields)
+        model = adapt(build("llama"), name, "CAUSAL_LM", loreft=loreft, lora=lora).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-6, rtol=1e-5)
+        kinds = {part for key, p in model.named_parameters() if p.requires_grad for part in key.split(".")}
+        assert ("loreft_weights" in kinds) is name.startswith(("loreft", "joint"))
+        assert ("lora_A" in kinds) is name.startswith(("lora", "dora", "joint"))
+        if name in ("loreft, post-block", "joint"):
+            for key, parameter in model.named_parameters():
+                if "loreft_weights" in key:
+                    assert parameter.any() != key.endswith("W2"), "W_up is 0, all else is not"
+    assert joint.is_joint(model) and joint.overlap(model) == 0
+
+
+def test_overlap(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    import joint
+
+    loreft = dict(r=1, intervention="nodireft", positions="all")
+    model = joint.joint_model(build("llama"), "CAUSAL_LM", loreft, dict(r=1, target_modules=["q_proj", "down_proj"]))
+    one, other = torch.eye(32)[:1], torch.eye(32)[1:2]
+    for direction, expected in ((one, 1.0), (-2 * one, 1.0), (one + other, 0.5), (other, 0.0)):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("W2"):
+                    parameter.copy_(one)
+                elif "down_proj.lora_B" in name:
+                    parameter.copy_(direction.T)
+        assert joint.overlap(model).item() == pytest.approx(expected, abs=1e-6)
+    joint.overlap(model).backward()
+
+
+def test_word_sums(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    import arithmetic
+    import word_sums
+
+    train, test = word_sums.rows(2000, seed=0), word_sums.rows(500, seed=0, test=True)
+    assert train[:50] == word_sums.rows(50, seed=0) != word_sums.rows(50, seed=1)
+    for row in train + test:
+        assert arithmetic.number(row["completion"]) == row["answer"]
+        first, second = row["completion"].partition("\n")[0].split(", ")
+        for step in (first, second):
+            left, right = step.split(" = ")
+            assert eval(left) == int(right) >= 0
+        assert first.split(" = ")[1] == second.split()[0] and second.endswith(f" {row['answer']}")
+        assert not any(letter.isdigit() for letter in row["prompt"])
+
+    def numbers(row):
+        words = row["prompt"].replace(".", "").split()
+        return tuple(word_sums.WORDS.index(word) for word in words if word in word_sums.WORDS)
+
+    assert {numbers(row) for row in train}.isdisjoint({numbers(row) for row in test})
+
+
 def test_commonsense(model, tmp_path):
     """All eight sets of a clone of LLM-Adapters are read, answered and scored."""
     clone = tmp_path / "clone"
@@ -329,3 +417,39 @@ def test_learning_rates(encoder, data, tmp_path):
         (steps, r, rate) for steps in (1, 2) for r in (8, 1) for rate in (1e-3, 1e-2)
     ]
     assert out.count("| the default |") == out.count("| r=1, f1 |") == 4
+
+
+@pytest.mark.slow
+def test_rates(model, encoder, data, tmp_path):
+    """Every setting, way and rate is measured; the page says which settings hold."""
+    arguments = ["--data", data, "--model", model, "--minilm", encoder, "--output", tmp_path / "out"]
+    arguments += ["--docs", tmp_path / "docs", "--learning-rates", "1e-3", "1e-2", "--seeds", 1, 2]
+    for only, ways in [("encoder r=8 80", 3), ("encoder r=1 80", 2)]:
+        recipe("rates", *arguments, "--only", only)
+        rows = [
+            line for line in (tmp_path / "docs" / "one_rate.md").read_text().splitlines() if line.startswith("| enc")
+        ]
+        assert len(rows) == ways and all(" yes " in row or " no " in row for row in rows)
+    runs = json.loads((tmp_path / "docs" / "results" / "rates.json").read_text())
+    assert {run["way"] for run in runs} == {"loreft fitted", "loreft adamw", "lora"}
+    assert {(run["learning_rate"], run["seed"]) for run in runs} >= {(1e-3, 1), (1e-3, 2), (1e-2, 1)}
+
+
+@pytest.mark.slow
+def test_worth(model, data, tmp_path):
+    """Rates are halved, seeds come at the best alone, errors stand beside the scores."""
+    arguments = ["--data", data, "--model", model, "--output", tmp_path / "out", "--tasks", "ultrafeedback", "cola"]
+    arguments += ["--dev", 3, "--test", 4, "--share", 0.05, "--methods", "base", "loreft, l7", "lora, r=1"]
+    arguments += ["--learning-rates", "1e-3", "3e-3", "1e-2", "--seeds", 1, 2]
+    out = recipe("worth", *arguments)
+    runs = json.loads((tmp_path / "out" / "results.json").read_text())
+    of_one = [run for run in runs if (run["task"], run["method"]) == ("ultrafeedback", "loreft, l7")]
+    assert [run["steps"] for run in of_one] == [1, 1, 1, 4, 4, 4]
+    short = sorted(of_one[:3], key=lambda run: run["dev"])
+    assert {run["learning_rate"] for run in of_one[3:5]} == {run["learning_rate"] for run in short[:2]}
+    assert [run["seed"] for run in of_one] == [1, 1, 1, 1, 1, 2]
+    assert of_one[5]["learning_rate"] == min(of_one[3:5], key=lambda run: run["dev"])["learning_rate"]
+    assert all(run["loss_error"] > 0 for run in runs if run["steps"] in (0, 4))
+    rows = [line for line in out.splitlines() if line.startswith(("| ultrafeedback", "| cola"))]
+    assert len(rows) == 6 and all(" ± " in row for row in rows)
+    assert recipe("worth", *arguments).splitlines()[-8:] == out.splitlines()[-8:], "what is there is not run again"

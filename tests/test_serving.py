@@ -589,6 +589,36 @@ def test_a_step_edits_by_the_formula(llama, empty, tmp_path):
     assert all(not edits.work for edits in loreft.edits.values())
 
 
+def test_heads_are_edited_in_the_input_of_the_projection(llama, empty, tmp_path):
+    """Head by head, written out here. A worker that has some of the heads refuses, and so does a clash."""
+    heads = adapter_for(llama, tmp_path, "heads", r=2, positions="l1", component="heads")
+    outputs = adapter_for(llama, tmp_path, "outputs", r=2, positions="l1", target_modules=["o_proj"])
+    model = Blocks(llama)
+    for block in model.model.layers:
+        block.self_attn = torch.nn.Module()
+        block.self_attn.o_proj = torch.nn.Linear(32, 32)
+    options = Options(adapters={"a": heads}, max_adapters=2, max_rank=8)
+    loreft = Server(model, empty, options, {}, torch.device("cpu"), compiles=False, graph_tokens=0)
+    loreft.prepare(pieces((3, 0, 3, loreft.places[fingerprint(heads)]), (2, 0, 2, NONE)))
+    projection = model.model.layers[1].self_attn.o_proj
+    h = torch.randn(5, 32)
+    tensors = load_file(f"{heads}/adapter_model.safetensors")
+    key = "base_model.model.model.layers.1.self_attn.o_proj.loreft.loreft_weights"
+    R, W, b = (tensors[f"{key}.{name}"] for name in "RWb")  # (heads, r, size), ..., (heads, r)
+    wanted = h.clone()
+    for head in range(4):
+        mine = slice(8 * head, 8 * head + 8)
+        wanted[2, mine] += R[head].T @ (W[head] @ h[2, mine] + b[head] - R[head] @ h[2, mine])
+    torch.testing.assert_close(projection(h.clone()), wanted @ projection.weight.T + projection.bias)
+    with pytest.raises(ValueError, match=r"edits the output of model\.layers\.0\.\S+, whose input another"):
+        loreft.add("b", read_adapter(outputs, empty))
+    for block in model.model.layers:
+        block.self_attn.o_proj = torch.nn.Linear(16, 32)
+        block.self_attn.o_proj.input_size_per_partition = 16
+    with pytest.raises(ValueError, match=r"this worker has 16 of 32 dimensions \(allowed: tensor_parallel_size=1"):
+        Server(model, empty, options, {}, torch.device("cpu"), compiles=False, graph_tokens=0)
+
+
 def test_captured_graphs_read_the_buffers(llama, empty, tmp_path, monkeypatch):
     """Operations that were captured in one step edit the tokens of another step, or no tokens."""
     monkeypatch.setattr("peft_reft.serving.edits.is_capturing", lambda hidden: True)

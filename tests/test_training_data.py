@@ -8,12 +8,14 @@ from datasets import Dataset
 from test_cli import ROWS, rows_file, train_arguments
 
 pytest.importorskip("trl")
+import trl
 from peft import PeftConfig
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from peft_reft import LoReftConfig, LoReftRuntimeConfig
 from peft_reft.cli import train
 from peft_reft.cli.arguments import check_path
+from peft_reft.cli.methods import METHODS
 from peft_reft.cli.rows import check_columns
 from peft_reft.cli.train_arguments import build_parser
 from peft_reft_cli import main
@@ -33,7 +35,8 @@ def trained_on(monkeypatch):
         seen.append((train_dataset, eval_dataset))
         raise Reached
 
-    monkeypatch.setattr(train, "SFTTrainer", trainer)
+    for method in METHODS.values():
+        monkeypatch.setattr(trl, method.trainer, trainer)
 
     def run(arguments):
         with pytest.raises(Reached):
@@ -85,7 +88,6 @@ def test_every_argument_of_trl_is_used_or_refused():
     assert {field.name for field in dataclasses.fields(ScriptArguments)} - taken == {"ignore_bias_buffers"}
     assert {field.name for field in dataclasses.fields(DatasetMixtureConfig)} <= taken
     assert {field.name for field in dataclasses.fields(LoReftConfig)} - taken == {
-        "target_parameters",
         "runtime_config",
         *(field.name for field in dataclasses.fields(PeftConfig)),
     }
@@ -316,7 +318,7 @@ def test_a_csv_file_is_text(tmp_path, trained_on, capsys):
 def test_chats_are_made_of_prompts_alone(tmp_path, capsys):
     path = other_file(tmp_path, [{"text": "a"}])
     error = refusal(train_arguments(tmp_path, "no-model", dataset_name=path, chat="true"), capsys)
-    assert "--chat true makes messages of prompt and completion" in error
+    assert "--chat true makes messages of prompt and answer" in error
 
 
 def test_dropped_rows_are_counted(tmp_path, model_id, capsys):

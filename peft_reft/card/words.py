@@ -39,6 +39,8 @@ def _formula(config: LoReftConfig) -> str:
 def _modules(config: LoReftConfig) -> str:
     if not config.target_modules:
         layers = "all layers" if config.layers == "all" else f"layers {config.layers}"
+        if config.component == "heads":
+            return f"the output of each attention head of {layers}"
         return f"the {config.component} output of {layers}"
     words = f"the output of modules {config.to_dict()['target_modules']}"
     if config.layers_to_transform is not None:

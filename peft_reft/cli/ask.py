@@ -96,3 +96,18 @@ def answer(
     prompt_length = inputs["input_ids"].shape[1]
     texts: list[str] = tokenizer.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
     return texts
+
+
+def document(tokenizer: Any, prompt: Any, completion: Any, in_chat: bool) -> tuple[list[int], int]:
+    """The token ids of prompt and completion, as TRL's SFT makes them, and how many of them are the prompt's."""
+    if in_chat:
+        asked = messages(prompt, "user")
+        before = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+        whole = tokenizer.apply_chat_template([*asked, *messages(completion, "assistant")], return_dict=True)
+        ids = whole["input_ids"]
+    else:
+        eos = "" if completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
+        before = tokenizer(prompt)["input_ids"]
+        ids = tokenizer(prompt + completion + eos)["input_ids"]
+    same = [one == other for one, other in zip(before, ids)]
+    return ids, len(same) if all(same) else same.index(False)

@@ -1,4 +1,4 @@
-"""The rows that `peft-reft train` trains on and evaluates on. They are checked before a model is loaded."""
+"""The rows that a command trains on and evaluates on. They are checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset, load_dataset
-from trl import DatasetMixtureConfig, SFTConfig, get_dataset
+from trl import DatasetMixtureConfig, get_dataset
 
 from .arguments import check_path
-from .rows import Rows, as_chats, check_columns, naming, read_file, rename
+from .methods import Method
+from .rows import Rows, as_chats, check_columns, check_some_columns, naming, read_file, rename
 
 
-def training_data(data: Any, mixture: DatasetMixtureConfig, args: SFTConfig) -> tuple[Rows, Rows | None]:
+def training_data(method: Method, data: Any, mixture: DatasetMixtureConfig, args: Any) -> tuple[Rows, Rows | None]:
     """Load the rows.
 
     Args:
-        data: `DataArguments`: one data set.
+        method: what is trained.
+        data: `data_arguments`: one data set.
         mixture: several data sets.
         args: the training's arguments, which say whether there is an evaluation.
 
@@ -59,22 +61,34 @@ def training_data(data: Any, mixture: DatasetMixtureConfig, args: SFTConfig) -> 
             "--test_file and --test_split_size choose rows to evaluate on, but nothing evaluates them: give "
             "--eval_strategy epoch, or steps."
         )
-    if isinstance(args.dataset_kwargs, dict) and args.dataset_kwargs.get("skip_prepare_dataset"):
+    prepared = getattr(args, "dataset_kwargs", None)
+    if isinstance(prepared, dict) and prepared.get("skip_prepare_dataset"):
         return train_rows, test_rows
-    train_rows = _understood(train_rows, name, data, args.dataset_text_field)
+    text_field = getattr(args, "dataset_text_field", None)
+    train_rows = _understood(method, train_rows, name, data, text_field)
     if test_rows is not None:
-        test_rows = _understood(test_rows, data.test_file or name, data, args.dataset_text_field)
+        test_rows = _understood(method, test_rows, data.test_file or name, data, text_field)
     return train_rows, test_rows
 
 
-def _understood(rows: Rows, name: str, data: Any, text_field: str) -> Rows:
+def training_split(data: Any, mixture: DatasetMixtureConfig) -> Rows:
+    """The rows to train on as the data set has them, not renamed, not checked. Raises as `training_data` does."""
+    _refuse_without_effect(data, mixture)
+    name = data.dataset_name or ", ".join(str(each.path) for each in mixture.datasets)
+    return _split(_load(data, mixture), data.dataset_train_split, name, "--dataset_train_split")
+
+
+def _understood(method: Method, rows: Rows, name: str, data: Any, text_field: str | None) -> Rows:
     """The rows with the columns that TRL reads, checked."""
-    rows = rename(rows, name, data.prompt_column, data.completion_column)
-    check_columns(rows, name, text_field)
+    rows = rename(rows, name, data.prompt_column, getattr(data, "completion_column", None))
+    if method.columns:
+        check_some_columns(rows, name, method.columns)
+    else:
+        check_columns(rows, name, text_field or "text")
     row = next(iter(rows))
     if data.chat:
         if "prompt" not in row:
-            raise ValueError(f"--chat true makes messages of prompt and completion, and {name} has {sorted(row)}.")
+            raise ValueError(f"--chat true makes messages of prompt and answer, and {name} has {sorted(row)}.")
         rows = as_chats(rows)
     if "prompt" in row and text_field in row:
         rows = rows.remove_columns(text_field)  # TRL would end this text, and not the completion, with the EOS token

@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from .ask import answer, encode, messages, uses_chat_template
+from .ask import answer, document, encode, uses_chat_template
 from .load import load_model
 from .rows import questions
 
@@ -22,7 +22,7 @@ def run(args: Namespace) -> None:
     expected = [_text(completion) for completion in completions]
     model, tokenizer = load_model(args.path_or_name, args.base, args.device)
     in_chat = uses_chat_template(args, model, tokenizer, [*prompts, *completions])
-    documents = [_document(tokenizer, *pair, in_chat) for pair in zip(prompts, completions)]
+    documents = [document(tokenizer, *pair, in_chat) for pair in zip(prompts, completions)]
     found = {"with": _evaluate(args.batch_size, model, tokenizer, prompts, expected, documents, in_chat)}
     if args.compare:
         with model.disable_adapter():
@@ -48,21 +48,6 @@ def _text(completion: Any) -> str:
         )
     content: str = completion[0]["content"]
     return content
-
-
-def _document(tokenizer: Any, prompt: Any, completion: Any, in_chat: bool) -> tuple[list[int], int]:
-    """The token ids of prompt and completion, as TRL's SFT makes them, and how many of them are the prompt's."""
-    if in_chat:
-        asked = messages(prompt, "user")
-        before = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
-        whole = tokenizer.apply_chat_template([*asked, *messages(completion, "assistant")], return_dict=True)
-        ids = whole["input_ids"]
-    else:
-        eos = "" if completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
-        before = tokenizer(prompt)["input_ids"]
-        ids = tokenizer(prompt + completion + eos)["input_ids"]
-    same = [one == other for one, other in zip(before, ids)]
-    return ids, len(same) if all(same) else same.index(False)
 
 
 def _evaluate(

@@ -29,6 +29,8 @@ _OF_CSV = {
     "na_values": [""],
 }  # `4` and `None` are texts; an empty cell is none
 _UNDERSTOOD = '"prompt" and "completion", or "messages", or "text"'
+_ROLES = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
+"""Who says what is in a column."""
 _OTHER_NAMES = [
     (["question"], "answer"),
     (["instruction", "input"], "output"),  # Alpaca's
@@ -162,13 +164,10 @@ def rename(rows: Rows, name: str, prompt_columns: Sequence[str] | None, completi
 
 
 def as_chats(rows: Rows) -> Rows:
-    """The rows with prompt and completion as messages of a user and of an assistant; messages stay as they are."""
+    """The rows with prompt and answers as messages of a user and of an assistant; messages stay as they are."""
 
     def chat(row: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            "prompt": messages(row["prompt"], "user"),
-            "completion": messages(row["completion"], "assistant"),
-        }
+        return {column: messages(row[column], role) for column, role in _ROLES.items() if column in row}
 
     return rows.map(chat)
 
@@ -194,6 +193,35 @@ def check_columns(rows: Rows, name: str, text_field: str = "text") -> None:
     if not types <= {str, list} or len(types) > 1:
         contents = ", ".join(f"{column!r}: {row[column]!r:.60}" for column in wanted)
         raise ValueError(f"The first row of {name} has {contents}. Expected texts, or else lists of messages.")
+    _check_that_none_is_empty(rows, name, wanted)
+
+
+def check_some_columns(rows: Rows, name: str, wanted: Sequence[Sequence[str]]) -> None:
+    """Check whether the rows have the columns that a trainer reads; rows of token ids are TRL's to check.
+
+    Args:
+        rows: of any columns.
+        name: file or data set, for the error.
+        wanted: sets of columns, of which the rows must have all of one.
+
+    Raises:
+        ValueError: they have not, or a row lacks one. The message names the columns that they have.
+    """
+    found = columns(rows, name)
+    if any(column.endswith("_ids") for column in found):
+        return
+    present = next((each for each in wanted if {*each} <= {*found}), None)
+    if present is None:
+        understood = ", or ".join(" and ".join(f'"{column}"' for column in each) for each in wanted)
+        rename = " If your prompts have another name, give --prompt_column NAME." if "prompt" not in found else ""
+        raise ValueError(f"{name} has the columns {found}. Understood are {understood}.{rename}")
+    _check_that_none_is_empty(rows, name, present)
+    label = next(iter(rows))["label"] if "label" in present else True
+    if not isinstance(label, bool | int):  # a CSV file is text, and the text "False" is true
+        raise ValueError(f"The first row of {name} has 'label': {label!r}. Expected true or false, in a JSON file.")
+
+
+def _check_that_none_is_empty(rows: Rows, name: str, wanted: Sequence[str]) -> None:
     if not isinstance(rows, Dataset):  # a stream would have to be read to its end
         return
     for column in wanted:

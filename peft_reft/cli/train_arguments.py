@@ -1,4 +1,4 @@
-"""The arguments of `peft-reft train`: those of TRL's classes that it uses, and the fields of our configs."""
+"""The arguments of the commands that train: those of TRL's classes that are used, and the fields of our configs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ import torch
 import yaml
 from peft import PeftConfig
 from transformers import TrainingArguments
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
+from trl import DatasetMixtureConfig, ModelConfig
+
+from peft_reft_cli import TRAINING
 
 from ..config import LoReftConfig
 from ..runtime_config import LoReftRuntimeConfig
+from .methods import METHODS, Method
 from .train_help import TrainParser
 
-# The fields of TRL's classes that this command reads. It has no argument for the others, which it would ignore.
+# The fields of TRL's classes that these commands read. There is no argument for the others, which would be ignored.
 _OF_MODEL = {
     "model_name_or_path",
     "model_revision",
@@ -42,11 +45,11 @@ _INSTEAD = {
     "lora_dropout": "--dropout",
     "lora_target_modules": "--layers and --component, or --target_modules",
     "lora_modules_to_save": "--modules_to_save",
+    "lora_task_type": "nothing (the command knows it)",
 }
 """What to give in place of the LoRA arguments of TRL's own command."""
 
 _OF_EVERY_METHOD = {field.name for field in fields(PeftConfig)}
-_REFUSED_BY_CONFIG = {"target_parameters"}  # LoReftConfig raises if it is set
 _RUNTIME = {"runtime_config"}  # its fields are arguments
 _HINTS = get_type_hints(LoReftConfig) | get_type_hints(LoReftRuntimeConfig)
 
@@ -108,34 +111,45 @@ _OF_ROWS = [
         list[str] | None,
         "The column of prompts, if it is not `prompt`. Several are joined by an empty line: instruction input.",
     ),
-    _argument("completion_column", str | None, "The column of answers, if it is not `completion`."),
-    _argument("chat", bool, "Make a user's message of each prompt, an assistant's of each completion.", False),
+    _argument("chat", bool, "Make a user's message of each prompt, an assistant's of each answer.", False),
 ]
+_OF_COMPLETIONS = [_argument("completion_column", str | None, "The column of answers, if it is not `completion`.")]
 
 ModelArguments: Any = _part_of(ModelConfig, _OF_MODEL, [])
-DataArguments: Any = _part_of(ScriptArguments, _OF_SCRIPT, _OF_ROWS)
 LoReftArguments: Any = make_dataclass(
     "LoReftArguments",
     [
         _loreft_argument(field)
         for field in (*fields(LoReftConfig), *fields(LoReftRuntimeConfig))
-        if field.name not in _OF_EVERY_METHOD | _REFUSED_BY_CONFIG | _RUNTIME
+        if field.name not in _OF_EVERY_METHOD | _RUNTIME
     ],
 )
 
 
-def build_parser() -> TrainParser:
-    """All arguments of TRL's `SFTConfig`, those of its other classes that are used here, and LoReFT's."""
-    classes: Any = (DataArguments, SFTConfig, ModelArguments, DatasetMixtureConfig, LoReftArguments)
+def data_arguments(method: Method) -> Any:
+    """The class of the arguments that say which rows there are, and what else the script of a method takes."""
+    of_script, *_ = method.dataclasses()
+    of_rows = _OF_ROWS + (_OF_COMPLETIONS if method.has_completions else [])
+    return _part_of(of_script, _OF_SCRIPT | {*method.of_script}, of_rows)
+
+
+def build_parser(command: str = "train") -> TrainParser:
+    """All arguments of the config of TRL's trainer, those of its other classes that are used here, and LoReFT's."""
+    method = METHODS[command]
+    of_data = data_arguments(method)
+    _, of_trainer, _, of_mixture = method.dataclasses()
+    classes: Any = (of_data, of_trainer, ModelArguments, of_mixture, LoReftArguments)
     parser = TrainParser(
         classes,
         groups={
-            "rows": _names(DataArguments),
+            "rows": _names(of_data),
             "LoReFT": _names(LoReftArguments),
             "the base model": _names(ModelArguments),
         },
-        prog="peft-reft train",
-        description="Finetune a causal LM with LoReFT, by TRL's SFTTrainer. --config FILE reads arguments from YAML.",
+        needed=method.needed,
+        of_trainer=of_trainer.__name__,
+        prog=f"peft-reft {command}",
+        description=f"{TRAINING[command]} --config FILE reads arguments from YAML.",
     )
     parser.set_defaults(output_dir="outputs/loreft", learning_rate=1e-3, report_to="none")
     if not torch.accelerator.is_available():
@@ -143,26 +157,26 @@ def build_parser() -> TrainParser:
     return parser
 
 
-def parse(words: list[str]) -> tuple[Any, TrainingArguments, Any, DatasetMixtureConfig, LoReftConfig]:
+def parse(command: str, words: list[str]) -> tuple[Any, TrainingArguments, Any, DatasetMixtureConfig, LoReftConfig]:
     """Read the command line, and the YAML file that `--config` names.
 
     Returns:
-        `DataArguments`, `SFTConfig`, `ModelArguments`, `DatasetMixtureConfig`, and the adapter's config.
+        `data_arguments`, the config of TRL's trainer, `ModelArguments`, `DatasetMixtureConfig`, the adapter's config.
 
     Raises:
         ValueError: an argument is unknown, has a wrong value, or would have no effect.
     """
     try:
-        parsed = build_parser().parse_args_and_config(words, return_remaining_strings=True)
+        parsed = build_parser(command).parse_args_and_config(words, return_remaining_strings=True)
     except (yaml.YAMLError, TypeError) as error:
         raise ValueError(f"The arguments, or the file that --config names, cannot be read: {error}") from error
     data, args, model, mixture, loreft, unknown = parsed
-    _refuse_unknown(unknown)
+    _refuse_unknown(command, unknown)
     _check_model(model)
-    return data, args, model, mixture, loreft_config(loreft)
+    return data, args, model, mixture, loreft_config(loreft, METHODS[command].task_type)
 
 
-def _refuse_unknown(unknown: list[str]) -> None:
+def _refuse_unknown(command: str, unknown: list[str]) -> None:
     """Raise ValueError if there are unknown arguments; for those of LoRA it says what to give instead."""
     flags = [word.removeprefix("--").partition("=")[0].replace("-", "_") for word in unknown if word.startswith("--")]
     of_lora = [flag for flag in flags if flag.startswith("lora_") or flag in ("use_peft", "use_dora", "use_rslora")]
@@ -173,7 +187,10 @@ def _refuse_unknown(unknown: list[str]) -> None:
             f"trains a LoReFT adapter.{instead}"
         )
     if unknown:
-        raise ValueError(f"Unknown arguments: {' '.join(unknown)}. `peft-reft train --help_all` lists all.")
+        raise ValueError(
+            f"Unknown arguments: {' '.join(unknown)}. `peft-reft {command} --help_all` lists all. Those of "
+            f"`accelerate launch` stand before: accelerate launch ... -m peft_reft.cli {command} ..."
+        )
 
 
 def _check_model(model: Any) -> None:
@@ -188,7 +205,7 @@ def _check_model(model: Any) -> None:
             raise ValueError(f"--{field.name} {value} goes with --load_in_4bit true.")
 
 
-def loreft_config(arguments: Any) -> LoReftConfig:
+def loreft_config(arguments: Any, task_type: str) -> LoReftConfig:
     """The config that the `LoReftArguments` describe. A field that was not given keeps its default."""
     given = {}
     for field in fields(arguments):
@@ -196,7 +213,7 @@ def loreft_config(arguments: Any) -> LoReftConfig:
         if value != field.default:
             given[field.name] = _read_value(field.name, value)
     of_runtime = {field.name: given.pop(field.name) for field in fields(LoReftRuntimeConfig) if field.name in given}
-    return LoReftConfig(task_type="CAUSAL_LM", runtime_config=LoReftRuntimeConfig(**of_runtime), **given)
+    return LoReftConfig(task_type=task_type, runtime_config=LoReftRuntimeConfig(**of_runtime), **given)
 
 
 def _read_value(name: str, value: Any) -> Any:

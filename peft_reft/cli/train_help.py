@@ -1,4 +1,4 @@
-"""`peft-reft train --help`: what people need comes first, then our arguments; `--help_all` lists TRL's too."""
+"""The help of the commands that train: what people need, then our arguments; `--help_all` lists TRL's too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from trl import TrlParser
 
-_NEEDED = {
+_NEEDED: dict[str, str | None] = {
     "model_name_or_path": "The base model: a folder, or a name on the Hub.",
     "dataset_name": "The rows: a file (JSON lines, JSON, CSV, TSV, Parquet), a folder, or a name on the Hub.",
     "output_dir": "Where the adapter and the checkpoints are written.",
@@ -50,15 +50,18 @@ class TrainParser(TrlParser):
     Args:
         classes: dataclasses whose fields are the arguments.
         groups: titles of groups, and the names of the arguments in each; arguments in none are for `--help_all`.
+        needed: what people need beside the arguments that all commands have, and its help.
+        of_trainer: name of TRL's class whose arguments are for `--help_all`.
         kwargs: for TRL's parser.
     """
 
     shows_all = False
 
-    def __init__(self, classes: Any, groups: dict[str, Collection[str]], **kwargs: Any) -> None:
-        super().__init__(
-            classes, usage="peft-reft train --model_name_or_path MODEL --dataset_name ROWS [ARGUMENT ...]", **kwargs
-        )
+    def __init__(
+        self, classes: Any, groups: dict[str, Collection[str]], needed: dict[str, str], of_trainer: str, **kwargs: Any
+    ) -> None:
+        usage = f"{kwargs['prog']} --model_name_or_path MODEL --dataset_name ROWS [ARGUMENT ...]"
+        super().__init__(classes, usage=usage, **kwargs)
         self.formatter_class = HelpFormatter
         self.add_argument(
             "--help_all",
@@ -68,13 +71,15 @@ class TrainParser(TrlParser):
             default=argparse.SUPPRESS,
             help="list TRL's arguments too",
         )
-        self._groups = {"the ten that people need": list(_NEEDED), **groups}
+        self._of_trainer = of_trainer
+        self._needed = {**_NEEDED, **needed}
+        self._groups = {"those that people need": list(self._needed), **groups}
 
     def format_help(self) -> str:
         actions: dict[str, argparse.Action] = {}
         for action in self._actions:
             actions.setdefault(action.dest, action)  # `--bf16`, and not its complement `--no_bf16`
-        for name, text in _NEEDED.items():
+        for name, text in self._needed.items():
             actions[name].help = text or actions[name].help
         formatter: argparse.HelpFormatter = self._get_formatter()
         formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
@@ -86,10 +91,10 @@ class TrainParser(TrlParser):
         others = [action for name, action in actions.items() if name not in shown and action.option_strings]
         trls = [action for action in others if action.dest not in ("help", argparse.SUPPRESS)]
         if self.shows_all:
-            self._add_section(formatter, "TRL's SFTConfig, and mixtures of data sets", trls)
+            self._add_section(formatter, f"TRL's {self._of_trainer}, and mixtures of data sets", trls)
         self._add_section(formatter, "help", [action for action in others if action not in trls])
         if not self.shows_all:
-            formatter.add_text(f"--help_all lists {len(trls)} arguments more: those of TRL's SFTConfig.")
+            formatter.add_text(f"--help_all lists {len(trls)} arguments more: those of TRL's {self._of_trainer}.")
         return formatter.format_help()
 
     @staticmethod

@@ -60,6 +60,10 @@ def to_pyreft(adapter: Adapter, destination: str, base: str | None = None) -> No
         raise ValueError(f"intervention={config.intervention!r}: pyreft has only {', '.join(map(repr, names))}.")
     if config.gate:
         raise ValueError("gate=True: pyreft's interventions have no gate.")
+    if config.component not in COMPONENTS.values():
+        raise ValueError(
+            f"component={config.component!r}: pyreft has only {', '.join(map(repr, COMPONENTS.values()))}."
+        )
     modules = their_modules(adapter, base)
     new_folder(destination)
     representations: list[list[Any]] = []

@@ -227,6 +227,30 @@ class Factors(Part, ABC):
         unbound = [tensor.unbind() for tensor in self.tensors()]
         return [self.with_tensors(each) for each in zip(*unbound, strict=True)]
 
+    def join_heads(self: AnyFactors) -> AnyFactors:
+        """Return one edit of hidden states of size H·d that edits each of H slices by factors of its own.
+
+        The tensors have H in front, behind a leading dimension G if there is one. The edit of rank r of each slice
+        makes one of rank H·r, whose matrices are block-diagonal::
+
+            B of 2 heads, r = 1, d = 2      [1 2]   [3 4]        [1 2 0 0]
+                                                           ->    [0 0 3 4]
+
+        Raises:
+            TypeError: there is a gate, which would multiply the edits of all slices.
+        """
+        if self.gate is not None:
+            raise TypeError("A gate multiplies the whole edit of a hidden state: heads cannot have one each.")
+        joined = []
+        for tensor, dimensions in self._with_dimensions():
+            if dimensions == "rd":
+                eye = torch.eye(tensor.shape[-3], device=tensor.device)  # (H, H)
+                blocks = tensor.unsqueeze(-2) * eye.unsqueeze(-2).unsqueeze(-1)  # (..., H, r, H, d)
+                joined.append(blocks.flatten(-4, -3).flatten(-2, -1))  # (..., H·r, H·d)
+            else:  # "r" or "d"
+                joined.append(tensor.flatten(-2, -1))
+        return self.with_tensors(joined)
+
     def with_source_hidden(self, source_hidden: Float[Tensor, "... n d"]) -> Factors:
         """Return the factors with the hidden states s of a source run put into them.
 

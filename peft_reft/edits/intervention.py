@@ -31,7 +31,10 @@ class Intervention(nn.Module, ABC):
             code; False: random, for tests.
         act_fn: name of the activation f, one of `families.ACTIVATIONS` (transformers' `ACT2FN`).
         gate: whether tanh(v·h + c) multiplies the edit, with d + 1 parameters more. v and c begin at 0, so that every
-            formula begins as the identity; its other parameters begin as with `"paper"`.
+            formula begins as the identity; its other parameters begin as with `"paper"`. Not with `heads`.
+        heads: how many heads a hidden state is made up of, one behind the other; None if it is not. Each head then has
+            an intervention of its own, of size d / heads and of rank r: parameters have `heads` in front, behind
+            `count`, and inputs are hidden states of all heads.
 
     It computes in float32 with autocast off, whatever the type of the parameters and of the input.
 
@@ -67,6 +70,7 @@ class Intervention(nn.Module, ABC):
         init_weights: InitWeights = True,
         act_fn: str | None = None,
         gate: bool = False,
+        heads: int | None = None,
     ) -> None:
         super().__init__()
         if act_fn is not None and not self.takes_act_fn:
@@ -74,9 +78,12 @@ class Intervention(nn.Module, ABC):
                 f"act_fn={act_fn!r}: {type(self).__name__} has no Wh + b for it to act on (allowed: None)."
             )
         self.act_fn = act_fn
+        if gate and heads is not None:
+            raise ValueError(f"gate={gate}: heads={heads} have no gate (allowed: False).")
         self.gated = gate
-        lead = () if count is None else (count,)
-        sizes: dict[str, Any] = {"d": d, "r": r, "1": 1}
+        self.heads = heads
+        lead = tuple(number for number in (count, heads) if number is not None)
+        sizes: dict[str, Any] = {"d": d if heads is None else d // heads, "r": r, "1": 1}
         self.shapes = self.shapes_of(act_fn, gate)
         for name, dimensions in self.shapes.items():
             shape = (*lead, *(sizes[dimension] for dimension in dimensions))
@@ -143,16 +150,26 @@ class Intervention(nn.Module, ABC):
         """Return the factors of the parameters as they are now, float32, differentiable in the parameters."""
         return factors_of([self])[0]
 
+    def factors_by_head(self) -> Factors:
+        """Return the same, but with `heads` as the parameters have it: the heads' factors side by side."""
+        return _factors(self, _parameters(self))
+
     def rotation(self) -> Float[Tensor, "... r d"]:
         """Return R, float32 with orthonormal rows to 1e-5, differentiable in the parameter."""
         return on_manifold(self.R.float(), pulls_back(self.R))
+
+    @property
+    def d(self) -> int:
+        """Hidden size."""
+        ends_with_d = next(name for name, dimensions in self.shapes.items() if dimensions.endswith("d"))
+        return int(getattr(self, ends_with_d).shape[-1]) * (self.heads or 1)
 
     @property
     def signature(self) -> Hashable:
         """Equal for interventions that `factors_of` can compute together."""
         parameters = [getattr(self, name) for name in self.shapes]
         alike = [(p.shape, p.dtype, p.device, p.requires_grad, p.is_leaf) for p in parameters]
-        return type(self), self.act_fn, self.gated, *alike
+        return type(self), self.act_fn, self.gated, self.heads, *alike
 
     def _random_rotation(self, name: str) -> None:
         """Fill a parameter with a random matrix of orthonormal rows."""
@@ -173,13 +190,9 @@ def factors_of(interventions: Sequence[Intervention]) -> list[Factors]:
     Several are computed side by side: one stacked decomposition costs hardly more than one of a single R.
     """
     first = interventions[0]
-    parameters: dict[str, Tensor]
     if len(interventions) == 1:
-        parameters = {name: getattr(first, name).float() for name in first.shapes}
-        if "R" in parameters:
-            parameters["R"] = first.rotation()
-        return [_factors(first, parameters)]
-    parameters = {}
+        return [_joined(first, _factors(first, _parameters(first)))]
+    parameters: dict[str, Tensor] = {}
     for name in first.shapes:
         parameters[name] = torch.stack([getattr(each, name) for each in interventions]).float()
     if "R" in parameters:
@@ -188,7 +201,19 @@ def factors_of(interventions: Sequence[Intervention]) -> list[Factors]:
         if pull_back:  # the stack is a copy: each parameter has to be written, too
             for each, rotation in zip(interventions, parameters["R"].detach()):
                 each.R.data.copy_(rotation)
-    return _factors(first, parameters).unstack()
+    return _joined(first, _factors(first, parameters)).unstack()
+
+
+def _parameters(intervention: Intervention) -> dict[str, Tensor]:
+    """The parameters of one intervention, by name, as `Intervention.factors` takes them."""
+    parameters: dict[str, Tensor] = {name: getattr(intervention, name).float() for name in intervention.shapes}
+    if "R" in parameters:
+        parameters["R"] = intervention.rotation()
+    return parameters
+
+
+def _joined(intervention: Intervention, factors: Factors) -> Factors:
+    return factors if intervention.heads is None else factors.join_heads()
 
 
 def _factors(intervention: Intervention, parameters: Mapping[str, Tensor]) -> Factors:

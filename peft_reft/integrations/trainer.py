@@ -19,6 +19,7 @@ from ..tools.chat import loreft_configs, set_marks, warn_of_limits
 from ..tools.collator import DataCollatorForLoReft
 from .cards import CompleteCards
 from .first_forwards import FirstForwards, attachment_of
+from .not_learning import WarnIfNotLearning
 from .trainer_checks import CheckGradients, refuse_merged_rollouts, refuse_packing
 
 
@@ -131,6 +132,6 @@ def add_default_callbacks() -> None:
 
     # Compared by name, because a reloaded module has new classes.
     names = {callback.__name__ for callback in trainer.DEFAULT_CALLBACKS if isinstance(callback, type)}
-    for callback in (FindMarksAndLogFirstRow, CheckGradients, CompleteCards, AddEditNorms):
+    for callback in (FindMarksAndLogFirstRow, CheckGradients, CompleteCards, AddEditNorms, WarnIfNotLearning):
         if callback.__name__ not in names:
             trainer.DEFAULT_CALLBACKS.append(callback)

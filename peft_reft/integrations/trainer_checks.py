@@ -17,7 +17,7 @@ from ..tuner.layer import LoReftLayer
 from ..tuner.merging import ROLLOUTS, why_not_merge
 
 _SHOWN = 8  # names in a warning
-_WITHOUT_GRAD = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
+WITHOUT_GRAD = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
 """Environment variables by which accelerate says that gradients are not in `grad`, or only in pieces."""
 
 
@@ -60,6 +60,14 @@ def refuse_merged_rollouts(args: Any, model: nn.Module, names: Sequence[str]) ->
     Raises:
         ValueError: names the line that is missing in the user's script.
     """
+    if hasattr(args, "weight_sync_timeout"):  # TRL's asynchronous trainers, which have a way of their own
+        reason = why_not_merge(model, names)
+        if reason is not None:
+            raise ValueError(
+                f"{type(args).__name__}: TRL's asynchronous trainers send a server merged weights, or LoRA adapters, "
+                f"but {reason}. Use GRPOTrainer or DistillationTrainer with use_vllm=True, after `{ROLLOUTS}`."
+            )
+        return
     vllm_generation = sys.modules.get("trl.generation.vllm_generation")
     if not getattr(args, "use_vllm", False) or vllm_generation is None:
         return
@@ -111,7 +119,7 @@ class CheckGradients(TrainerCallback):
         self.checked = False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        without_grad = any(os.environ.get(name, "false").lower() == "true" for name in _WITHOUT_GRAD)
+        without_grad = any(os.environ.get(name, "false").lower() == "true" for name in WITHOUT_GRAD)
         if not self.checked and state.is_world_process_zero and not without_grad:
             warn_of_missing_gradients(kwargs["model"])
         self.checked = True

@@ -140,7 +140,8 @@ class Checks:
         """Whether no token is edited."""
         turns, none = self.turns, ~self.turns.real.new_zeros(())
         if self.wanted.edits_prompts:
-            none = none & ~(turns.event & (turns.end > turns.starts)).any()
+            # A document without a supervised token teaches nothing. axolotl's padding of packed rows is such a one.
+            none = none & ~(turns.event & (turns.end > turns.starts) & (turns.spans > 0)).any()
             if self.batch.packed and not self.wanted.edits_answers:
                 lone, answered = self._lone()
                 none = none | (lone.any() & self._all_lone(lone, answered))

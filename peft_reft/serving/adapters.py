@@ -41,11 +41,13 @@ class ServedAdapter:
         factors: from the name of an edited module to the tensors of the formula, float32, with a leading dimension if
             there are several sets of weights.
         facts: what else must be known of it, its fingerprint among them.
+        edits_inputs: whether it edits the inputs of the modules, not their outputs.
     """
 
     plans: dict[str, ServedPlan]
     factors: dict[str, Factors]
     facts: Facts
+    edits_inputs: bool = False
 
     @property
     def rank(self) -> int:
@@ -111,7 +113,7 @@ class Reader:
         factors = made.factors()
         if isinstance(source, str) and fingerprint(source) != facts.fingerprint:
             raise ValueError(f"{source} changed while it was read. Load it again when it is complete.")
-        return ServedAdapter(plans, factors, facts)
+        return ServedAdapter(plans, factors, facts, edits_inputs=config.component == "heads")
 
     def _load(self, config: LoReftConfig, files: AdapterFiles) -> PeftModel:
         """Have PEFT load an adapter into a copy of the empty model. PEFT reads weights from folders only."""

@@ -22,9 +22,10 @@ class Edits:
     A compiled graph can hold no such object, but it can hold its name (see `engine.named_in_graphs`).
     """
 
-    def __init__(self, name: str, table: Table) -> None:
+    def __init__(self, name: str, table: Table, of_input: bool = False) -> None:
         self.name = f"peft_reft.{name}"
         self.table = table
+        self.of_input = of_input
         self.work: list[tuple[FormulaKey, DeviceWork]] = []
         """Empty in a step that edits nothing here. Modules in which the adapters do the same share one list."""
         self.fixed: list[tuple[FormulaKey, Tensor, Tensor]] = []
@@ -32,7 +33,7 @@ class Edits:
         multiplies the edit, (tokens, 1) float32."""
 
     def apply(self, hidden: Tensor, residual: Tensor | None) -> None:
-        """Edit the module's output in place.
+        """Edit the module's output, or its input, in place.
 
         Args:
             hidden: (tokens, d) or (1, tokens, d), changed in place.
@@ -59,9 +60,12 @@ def is_capturing(hidden: Tensor) -> bool:
 
 
 def hook(module: nn.Module, edits: Edits) -> None:
-    """Have the output of `module` edited."""
+    """Have the output of `module` edited, or its input."""
     setattr(module, _ATTRIBUTE, edits)
-    module.register_forward_hook(_edit_output)
+    if edits.of_input:
+        module.register_forward_pre_hook(_edit_input)
+    else:
+        module.register_forward_hook(_edit_output)
 
 
 def _edit_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -70,6 +74,15 @@ def _edit_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     The hidden states are a new tensor that nothing else holds yet, so the edit changes them in place.
     """
     hidden, residual = output if isinstance(output, tuple) else (output, None)
+    _apply(module, hidden, residual)
+
+
+def _edit_input(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Hook before the forward. What attention returns is given to its output projection and to nothing else."""
+    _apply(module, args[0], None)
+
+
+def _apply(module: nn.Module, hidden: Tensor, residual: Tensor | None) -> None:
     edits: Edits = getattr(module, _ATTRIBUTE)
     if torch.compiler.is_compiling():
         torch.ops.peft_reft.edit(hidden, residual, edits.name)

@@ -14,6 +14,7 @@ from ..tuner.architectures import find_targets
 from .adapters import Reader, ServedAdapter
 from .chosen import Facts
 from .edits import Edits, FixedSteps, hook, send
+from .engine.worker import share_of_input
 from .options import KEY, Options
 from .schedule import NONE, Ints, Pieces, Plans, ServedPlan, TurnPieces, Work, edited, group_by_weights
 from .tables import LINEAR, DeviceWork, FormulaKey, Table, formula_key
@@ -115,10 +116,10 @@ class Server:
             distinct = list(dict.fromkeys([LINEAR, *self.formulas]))
             self.fixed = FixedSteps([*self.edits.values()], distinct, graph_tokens, device)
 
-    def _hook(self, name: str, d: int) -> None:
-        """Prepare a module, whose output is (..., d), for edits."""
+    def _hook(self, name: str, d: int, of_input: bool = False) -> None:
+        """Prepare a module, whose output or input is (..., d), for edits."""
         table = Table(d=d, r=self.max_rank, sets=self.max_places * self.max_positions, device=self.device)
-        edits = Edits(name, table)
+        edits = Edits(name, table, of_input)
         self.edits[name] = edits
         self.named[edits.name] = edits
         hook(self.model.get_submodule(self._served_name(name)), edits)
@@ -153,7 +154,7 @@ class Server:
         new_modules = [module for module in own if module not in self.edits]
         self._check(name, adapter, key, new_modules)
         for module in new_modules:
-            self._hook(module, adapter.factors[module].d)
+            self._hook(module, adapter.factors[module].d, adapter.edits_inputs)
         place = min({*range(self.max_places)} - {*self.places.values()})
         for module in own:
             self.edits[module].table.write(place * self.max_positions, adapter.factors[module])
@@ -178,12 +179,27 @@ class Server:
                 raise ValueError(
                     f"{name!r} edits {module}, and vLLM's {type(self.model).__name__} has no module of that name."
                 )
+            if adapter.edits_inputs:
+                self._check_input(name, module, adapter.factors[module].d)
+        for module in adapter.plans:
+            if module in self.edits and self.edits[module].of_input is not adapter.edits_inputs:
+                here, there = ("input", "output") if adapter.edits_inputs else ("output", "input")
+                raise ValueError(f"{name!r} edits the {here} of {module}, whose {there} another adapter edits.")
         if new_modules and not self.takes_hooks:
             raise ValueError(f"{name!r} edits {new_modules[0]}, and a compiled model takes no new hooks. {_AT_START}")
         if self.graphs_lack_edits and adapter.edits_answers:
             raise ValueError(f"{name!r} edits answers, and captured graphs hold no edits. {_ANSWERS}")
         if self.fixed is not None and key not in self.fixed.keys:
             raise ValueError(f"{name!r} has a formula that captured graphs do not compute. {_AT_START}")
+
+    def _check_input(self, name: str, module: str, d: int) -> None:
+        """Raise ValueError if this worker gives a module a part of its input only."""
+        share = share_of_input(self.model.get_submodule(self._served_name(module)))
+        if share not in (None, d):
+            raise ValueError(
+                f"{name!r} edits the input of {module} (component='heads'), of which this worker has {share} of {d} "
+                "dimensions (allowed: tensor_parallel_size=1)."
+            )
 
     def keep(self, fingerprints: Collection[str]) -> None:
         """Free the places of all adapters but these. No request may be using the others."""

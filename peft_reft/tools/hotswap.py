@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft.utils import load_peft_weights, set_peft_model_state_dict
+import peft
+from peft.utils import load_peft_weights
 from torch import Tensor, nn
 
 from ..config import LoReftConfig
@@ -12,7 +13,7 @@ from ..files import check_finite
 from ..tuner.layer import LoReftLayer
 from ..tuner.model import LoReftModel
 
-_MAY_DIFFER = (
+MAY_DIFFER = (
     "base_model_name_or_path",
     "dropout",
     "exclude_modules",
@@ -39,8 +40,8 @@ def hotswap_adapter(
 ) -> None:
     """Replace the weights of a loaded adapter by those of another of the same shape, in place.
 
-    It is for LoReFT what `peft.utils.hotswap.hotswap_adapter` is for LoRA. A compiled model (`torch.compile`) is not
-    compiled again. If anything does not fit, nothing is changed.
+    A compiled model (`torch.compile`) is not compiled again. If anything does not fit, nothing is changed. PEFT's
+    function, `peft.utils.hotswap.hotswap_adapter`, does the same with an adapter of this package.
 
     Args:
         model: a PEFT model, or `torch.compile` of one.
@@ -64,28 +65,46 @@ def hotswap_adapter(
         ...     model.save_pretrained(folder)
         ...     hotswap_adapter(model, folder)
     """
-    peft_model: Any = getattr(model, "_orig_mod", model)  # `torch.compile` wraps it
-    loaded = peft_model.peft_config.get(adapter_name)
-    if not isinstance(loaded, LoReftConfig):
-        raise ValueError(f"adapter_name={adapter_name!r}: the model has no LoReFT adapter of that name.")
+    _loaded(model, adapter_name)  # before anything is read
     config = LoReftConfig.from_pretrained(model_name_or_path, **kwargs)
-    _check_configs_alike(loaded, config, adapter_name=adapter_name, path_or_name=model_name_or_path)
+    weights = load_peft_weights(model_name_or_path, device=torch_device or "cpu", **kwargs)
+    exchange(model, adapter_name, config, weights, model_name_or_path)
+
+
+def _loaded(model: Any, adapter_name: str) -> tuple[Any, LoReftConfig]:
+    """The PEFT model within `torch.compile`'s wrapper, and the config of its adapter.
+
+    Raises:
+        ValueError: the model has no LoReFT adapter of that name, or it is merged.
+    """
+    peft_model = getattr(model, "_orig_mod", model)
+    config = peft_model.peft_config.get(adapter_name)
+    if not isinstance(config, LoReftConfig):
+        raise ValueError(f"adapter_name={adapter_name!r}: the model has no LoReFT adapter of that name.")
     for module in peft_model.modules():
         if isinstance(module, LoReftLayer) and adapter_name in module.merged_adapters:
             raise ValueError(f"{adapter_name!r} is merged into the weights. Call `unmerge_adapter` first.")
-    weights = load_peft_weights(model_name_or_path, device=torch_device or "cpu", **kwargs)
-    check_finite(weights, f"The adapter of {model_name_or_path}")
+    return peft_model, config
+
+
+def exchange(
+    model: nn.Module, adapter_name: str, config: LoReftConfig, weights: dict[str, Tensor], source: str
+) -> None:
+    """Put `weights`, under the keys of a file, in the place of a loaded adapter's, after all checks."""
+    peft_model, loaded = _loaded(model, adapter_name)
+    _check_configs_alike(loaded, config, adapter_name=adapter_name, path_or_name=source)
+    check_finite(weights, f"The adapter of {source}")
     placed = LoReftModel._remap_adapter_state_dict_for_load(peft_model, loaded, adapter_name, weights)
     parameters = dict(peft_model.named_parameters())
-    _check_shapes_alike(parameters, placed, adapter_name=adapter_name, path_or_name=model_name_or_path)
-    set_peft_model_state_dict(peft_model, weights, adapter_name)
+    _check_shapes_alike(parameters, placed, adapter_name=adapter_name, path_or_name=source)
+    peft.set_peft_model_state_dict(peft_model, weights, adapter_name)  # by this name it is wrapped, if PEFT is 0.20
 
 
 def _check_configs_alike(loaded: LoReftConfig, other: LoReftConfig, adapter_name: str, path_or_name: str) -> None:
     """Raise ValueError if the configs differ in a field that says what the weights compute."""
     loaded_fields, other_fields = loaded.to_dict(), other.to_dict()
     for field, value in loaded_fields.items():
-        if field not in _MAY_DIFFER and value != other_fields[field]:
+        if field not in MAY_DIFFER and value != other_fields[field]:
             raise ValueError(
                 f"The adapters are not alike: {field}={value!r} in {adapter_name!r}, {other_fields[field]!r} in "
                 f"{path_or_name}. Use `load_adapter` instead."

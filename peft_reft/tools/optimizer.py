@@ -55,10 +55,13 @@ def create_loreft_optimizer(
     Examples:
         >>> from peft import get_peft_model
         >>> from peft_reft import LoReftConfig, create_loreft_optimizer
-        >>> from transformers import AutoModelForCausalLM
-        >>> model = AutoModelForCausalLM.from_pretrained(model_id)
-        >>> model = get_peft_model(model, LoReftConfig(task_type="CAUSAL_LM"))
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=576, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+        >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes))
+        >>> model = get_peft_model(base, LoReftConfig(task_type="CAUSAL_LM", r=8))
         >>> optimizer = create_loreft_optimizer(model, lr=1e-3)
+        >>> f"{optimizer.param_groups[0]['lr']:.4f}"  # 1e-3 * 2000 / (2 * sqrt(8 * 576))
+        '0.0147'
     """
     rates = {id(parameter): lr * factor for parameter, factor in _factors(model, head_lr_ratio)}
     groups: dict[float, list[nn.Parameter]] = {}

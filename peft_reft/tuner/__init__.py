@@ -9,6 +9,7 @@ An adapter's life:
 - `architectures`: where a model has its blocks, and how large their hidden states are.
 - `conflicts`: targets whose edits would be lost, refused.
 - `state_dicts`: the tensors of one adapter in a state dict.
+- `older_peft`: the same for PEFT 0.20, which asks no tuner about them.
 - `weighted`: an adapter that is the weighted sum of others.
 - `merging`: adapters folded into the weights of a model.
 - `folding`: an edit folded into one linear map.
@@ -51,8 +52,6 @@ symbol                                     used for                             
 `_move_adapter_to_device_of_base_layer`    a block has no `weight` that has the device                  none
 `_enable_peft_forward_hooks`               hands `adapter_names` to the layers                          none
 **called**
-`_filter_state_dict_by_key_prefixes`       picks an adapter's tensors out, as PEFT does                 none
-`_get_tuner_state_dict_key_prefixes`       what the keys of an adapter begin with                       none
 `_maybe_include_all_linear_layers`         `target_modules="all-linear"` names what LoRA's names        none
 `_get_input_embeddings_name`               the module that `trainable_token_indices` will wrap          none
 `_get_module_names_tied_with_embedding`    the modules that are wrapped with it                         none

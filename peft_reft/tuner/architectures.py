@@ -20,6 +20,12 @@ COMPONENT_NAMES: dict[str, tuple[str, ...]] = {
     "mlp": ("mlp", "feed_forward", "block_sparse_moe", "ffn", "fc2", "output"),
 }
 
+# Names, within the attention, of the linear map that reads the outputs of all heads, one behind the other.
+HEADS_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "output.dense", "attention.out_proj", "out_lin", "Wo", "wo")
+
+# Attributes, of the attention or of a module in it, with the number of heads.
+_NUMBERS_OF_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+
 # Parts of multimodal models that do not read text.
 _NOT_TEXT = ("vision", "visual", "audio", "image")
 
@@ -42,11 +48,13 @@ _SIZE_NAMES = ("hidden_size", "d_model", "n_embd", "dim")
 
 @dataclass(frozen=True)
 class Target:
-    """A module whose output can be edited: its name, its layer, and the size d of the hidden state it returns."""
+    """A module whose output, or input, can be edited: its name, its layer, and the size d of the hidden state."""
 
     name: str
     layer: int
     d: int
+    heads: int | None = None
+    """With `component="heads"`: the number of heads, whose outputs are the input of the module and make up d."""
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -61,11 +69,11 @@ def in_base(name: str) -> str:
 
 
 def find_targets(model: nn.Module, component: str) -> list[Target]:
-    """The blocks of `model`, or their attention or feed-forward modules, one for each layer, in order.
+    """The blocks of `model`, or modules in them, one for each layer, in order.
 
     Args:
         model: the base model.
-        component: "block", "attention" or "mlp".
+        component: "block", "attention", "mlp"; or "heads": the output projections of the attention.
 
     Raises:
         ValueError: no list of modules could be the blocks, or more than one could, or a block has no such component.
@@ -76,8 +84,11 @@ def find_targets(model: nn.Module, component: str) -> list[Target]:
     targets = []
     for layer, (index, block) in enumerate(model.get_submodule(blocks).named_children()):
         name = f"{blocks}.{index}"
+        if component == "heads":
+            targets.append(_heads(model, f"{name}.{_component(block, name, 'attention', component)}", layer))
+            continue
         if component != "block":
-            name = f"{name}.{_component(block, name, component)}"
+            name = f"{name}.{_component(block, name, component, component)}"
         targets.append(Target(name, layer, d))
     return targets
 
@@ -120,6 +131,9 @@ def output_size(model: nn.Module, name: str) -> int:
         size = getattr(module, attribute, None)
         if isinstance(size, int) and size:
             return size
+    normalised = getattr(module, "normalized_shape", ())  # of `nn.LayerNorm` and `nn.RMSNorm`
+    if normalised:
+        return int(normalised[-1])
     return _hidden_size(model, _text_config(model))
 
 
@@ -194,13 +208,57 @@ def _block_list(model: nn.Module, config: Any) -> str:
     )
 
 
-def _component(block: nn.Module, name: str, component: str) -> str:
-    """Name of a component within its block, which is called `name`."""
+def _component(block: nn.Module, name: str, component: str, asked: str) -> str:
+    """Name of a component within its block, which is called `name`; `asked`: the field's value, for the message."""
     children = dict(block.named_children())
     for candidate in COMPONENT_NAMES[component]:
         if candidate in children:
             return candidate
     raise ValueError(
-        f"component={component!r}: {name} ({type(block).__name__}) has no module of that kind by a known name "
+        f"component={asked!r}: {name} ({type(block).__name__}) has no module of that kind by a known name "
         f"({', '.join(COMPONENT_NAMES[component])}). It has: {', '.join(children)}. Use `target_modules`."
     )
+
+
+def _heads(model: nn.Module, attention: str, layer: int) -> Target:
+    """The output projection of the attention of that name.
+
+    Raises:
+        ValueError: there is none by a known name, or its input is not made up of heads.
+    """
+    module = model.get_submodule(attention)
+    inside = dict(module.named_modules())
+    found = next((name for name in HEADS_NAMES if name in inside), None)
+    if found is None:
+        children = ", ".join(name for name, _ in module.named_children())
+        raise ValueError(
+            f"component='heads': {attention} ({type(module).__name__}) has no output projection by a known name "
+            f"({', '.join(HEADS_NAMES)}). It has: {children}. Use another component."
+        )
+    name = f"{attention}.{found}"
+    d, heads = input_size(inside[found]), _number_of_heads(model, module)
+    if d is None or heads is None or d % heads:
+        raise ValueError(
+            f"component='heads': the input of {name} has the size {d}, and {type(module).__name__} says that it has "
+            f"{heads} heads; a head's share of the input is not known. Use another component."
+        )
+    return Target(name, layer, d, heads)
+
+
+def input_size(module: nn.Module) -> int | None:
+    """Size of the last dimension of what a linear map is given; None if it does not say it."""
+    for attribute in ("in_features", "nx"):  # `nx`: transformers' Conv1D (GPT-2)
+        size = getattr(module, attribute, None)
+        if isinstance(size, int) and size:
+            return size
+    return None
+
+
+def _number_of_heads(model: nn.Module, attention: nn.Module) -> int | None:
+    """The number of heads of an attention: what it says itself, or a module in it, or else the config of the model."""
+    for part in (*attention.modules(), _text_config(model)):
+        for attribute in _NUMBERS_OF_HEADS:
+            number = getattr(part, attribute, None)
+            if isinstance(number, int):
+                return number
+    return None

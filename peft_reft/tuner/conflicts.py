@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
+import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.other import _get_input_embeddings_name, _get_module_names_tied_with_embedding
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..config import LoReftConfig
+from ..patching import WrappedMethod
 from .forward import ATTRIBUTE, Attachment
 from .layer import CHILD, LoReftLayer
 
@@ -51,6 +53,14 @@ def refuse_conflicts(
                 f"target_modules names {name}, but {wrapper} is in `{field}` of another adapter "
                 f"({type(modules[wrapper]).__name__}): what is trained there would not be saved under a name that a "
                 f"base model has. Leave {wrapper} out of one of the two."
+            )
+        layer = getattr(modules[name], CHILD, None)
+        edits_input = config.component == "heads"
+        if isinstance(layer, LoReftLayer) and layer.edits_input is not edits_input:
+            here, there = ("input", "output") if edits_input else ("output", "input")
+            raise ValueError(
+                f"component={config.component!r}: the {here} of {name} cannot be edited, since another adapter edits "
+                f"its {there} (component='heads' edits the input, target_modules the output). Load one of the two."
             )
         if isinstance(modules[name], _NEVER_CALLED):
             raise ValueError(
@@ -101,7 +111,8 @@ def refuse_fused_head(model: Any, given: dict[str, Any]) -> None:
     """Refuse a forward that computes logits without calling the output embeddings, if their output is edited.
 
     TRL's trainers for SFT, DPO, KTO, GRPO and RLOO multiply the hidden states by `lm_head.weight` themselves
-    (`fused_lm_head=True`). They refuse LoRA there, but cannot see a LoReFT layer, which does not replace the module.
+    (`fused_lm_head=True`), and so does Liger's fused loss. TRL refuses LoRA there, but cannot see a LoReFT layer,
+    which does not replace the module.
 
     Args:
         model: the base model.
@@ -110,16 +121,31 @@ def refuse_fused_head(model: Any, given: dict[str, Any]) -> None:
     Raises:
         ValueError: an active adapter edits the output embeddings.
     """
-    if not given.get("fused_lm_head"):
+    by_liger = False
+    if model.training and given.get("labels") is not None and not torch.compiler.is_compiling():
+        by_liger = _has_ligers_forward(model)
+    if not given.get("fused_lm_head") and not by_liger:
         return
     head = model.get_output_embeddings()
     layer = getattr(head, CHILD, None)
     if layer is not None and not layer.disable_adapters and layer.plans.keys() & layer.active_adapters:
         name = next(name for name, module in model.named_modules() if module is head)
+        who, way_out = "TRL", ""
+        if by_liger:
+            who, way_out = "Liger", ", or set liger_kernel_config={'fused_linear_cross_entropy': False}"
         raise ValueError(
-            f"target_modules names {name!r}, whose output is never computed here: TRL multiplies the hidden states by "
-            f"its weight directly, so the adapter would never be trained. Remove {name!r} from `target_modules`."
+            f"target_modules names {name!r}, whose output is never computed here: {who} multiplies the hidden states "
+            "by its weight directly, so the adapter would never be trained. "
+            f"Remove {name!r} from `target_modules`{way_out}."
         )
+
+
+def _has_ligers_forward(model: Any) -> bool:
+    """Whether Liger's fused loss has replaced the forward of a model, or of its class."""
+    own = model.__dict__.get("forward")
+    if isinstance(own, WrappedMethod):
+        own = own.args[1]
+    return str(getattr(own or type(model).forward, "__module__", "")).startswith("liger_kernel.")
 
 
 def _to_be_wrapped(model: nn.Module, config: LoReftConfig, modules: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
+from peft.utils import resolve_quantization_backend
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,7 +22,7 @@ from ..edits.intervention import Intervention
 from ..positions.index import PositionIndex
 from ..shapes import Float
 from .exchange import exchange
-from .folding import NEW_BIAS, Folded, fold, gains_bias, onloaded, projection_of, unfold
+from .folding import NEW_BIAS, Folded, fold, gains_bias, is_plain, not_known, onloaded, projection_of, unfold
 from .forward import Attachment, Forward, LayerPlan, current, current_adapter_names
 
 Editing = tuple[str, LayerPlan, PositionIndex]
@@ -33,13 +36,15 @@ PREFIX = "loreft_"
 
 
 class LoReftLayer(nn.Module, BaseTunerLayer):
-    """Edits the output of its block, at the positions of the forward that runs.
+    """Edits the output of its block, or its input, at the positions of the forward that runs.
 
-    The layer is a child of the block, and a forward hook on the block calls it.
+    The layer is a child of the block, and a hook on the block calls it.
 
     Args:
-        block: the module whose output is edited.
+        block: the module whose output or input is edited.
         attachment: what all layers of the model have in common.
+        parent: if the input is edited, the module that has `block` as its child; else None.
+        quantisation: what PEFT needs to know of a quantised model (`get_quantization_kwargs`).
     """
 
     adapter_layer_names = ("loreft_weights",)
@@ -53,18 +58,32 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
         def active_adapters(self) -> list[str]:
             """PEFT's property, which mypy does not see."""
 
-    def __init__(self, block: nn.Module, attachment: Attachment) -> None:
+    def __init__(
+        self,
+        block: nn.Module,
+        attachment: Attachment,
+        parent: nn.Module | None = None,
+        quantisation: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         super().__init__()
         self.loreft_weights = nn.ModuleDict()
         self.plans: dict[str, LayerPlan] = {}
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._folded: Folded | None = None
+        self._quantisation = {"get_apply_tensor_subclass": not_known, **quantisation}
         self.attachment = attachment
         attachment.layers.append(self)
         self._block = (block,)  # in a tuple, or it would be registered as a child of its own child
+        self.edits_input = parent is not None
+        self._place: tuple[nn.Module, str] | None = None
+        if parent is not None:
+            self._place = parent, next(name for name, child in parent.named_children() if child is block)
         # `prepend`: transformers' recorder of hidden states is a hook too, and must see the edited ones.
-        self._handle = block.register_forward_hook(_edit_output, prepend=True)
+        if self.edits_input:
+            self._handle = block.register_forward_pre_hook(_edit_input, prepend=True, with_kwargs=True)
+        else:
+            self._handle = block.register_forward_hook(_edit_output, prepend=True)
 
     def update_layer(self, adapter_name: str, intervention: Intervention, plan: LayerPlan) -> None:
         """Add an adapter, or replace the adapter of that name."""
@@ -78,11 +97,11 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
         return cast(Intervention, self.loreft_weights[adapter_name])
 
     def forward(self, output: Any, inputs: Sequence[Any] = ()) -> Any:
-        """Edit a block's output.
+        """Edit a block's output or input.
 
         Args:
             output: hidden states (batch, seq, d) or (batch * seq, d), or a tuple that begins with them.
-            inputs: what the block was given; never changed.
+            inputs: what must not be changed, such as what the block was given.
 
         Returns:
             The same structure with edited hidden states; the very same object if nothing is edited.
@@ -120,17 +139,19 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
         batch, seq = editing[0][2].shape
         if hidden.numel() != batch * seq * hidden.shape[-1]:
             raise ValueError(
-                f"LoReFT was given positions for a batch of {batch} x {seq} tokens, but the module it edits returned "
-                f"hidden states of shape {tuple(hidden.shape)}."
+                f"LoReFT was given positions for a batch of {batch} x {seq} tokens, but the module it edits "
+                f"{'was given' if self.edits_input else 'returned'} hidden states of shape {tuple(hidden.shape)}."
             )
         edits: list[Edit] = []
         if adapter_names is None:
             for name, plan, index in editing:
                 edits += self._edits(forward, name, plan, index, hidden)
         else:
-            edits = self._edits_by_row(forward, editing, forward.names_of_rows(adapter_names, batch))
+            edits = self._mixed_batch_forward(forward, editing, forward.names_of_rows(adapter_names, batch))
         if not edits:
             return output
+        if self.edits_input:
+            self._check_input(hidden, edits[0].factors.d)
         edited = add_edits(hidden, edits, may_change(hidden, inputs))
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
@@ -181,10 +202,11 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
             for g, of_group in enumerate(keep)
         ]
 
-    def _edits_by_row(self, forward: Forward, editing: list[Editing], names: Sequence[str]) -> list[Edit]:
+    def _mixed_batch_forward(self, forward: Forward, editing: list[Editing], names: Sequence[str]) -> list[Edit]:
         """Edits of a batch whose n-th row adapter `names[n]` edits.
 
-        Adapters that are alike, with one plan and factors of one form, are computed in one batched product.
+        Adapters that are alike, with one plan and factors of one form, are computed in one batched product. The name
+        is that of LoRA's method for such batches, by which PEFT's table of methods finds that a method has them.
         """
         alike: dict[Hashable, list[tuple[str, Factors]]] = {}
         positions: dict[Hashable, tuple[LayerPlan, PositionIndex]] = {}
@@ -287,7 +309,7 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
     def gains_bias(self, adapter_names: Iterable[str]) -> bool:
         """Whether merging would give the linear map its first bias. The adapters can be merged here."""
         edits = self._edits_to_merge([name for name in adapter_names if name in self.plans])
-        return gains_bias(projection_of(self.block), edits)
+        return gains_bias(projection_of(self.block), edits, self.edits_input)
 
     @torch.no_grad()
     def merge(
@@ -297,7 +319,7 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
         new_parameters: bool = False,
         shared: bool = False,
     ) -> None:
-        """Fold the edits into the linear map whose output they edit; see `LoReftModel.merge_adapter`.
+        """Fold the edits into the linear map whose output or input they edit; see `LoReftModel.merge_adapter`.
 
         Args:
             safe_merge: whether to raise ValueError, before anything is changed, if the result is not finite.
@@ -322,7 +344,9 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
         edits = self._edits_to_merge(names)
         projection = projection_of(self.block)
         with onloaded(projection):
-            self._folded = fold(projection, edits, safe_merge, shared)
+            self._folded = fold(
+                projection, edits, safe_merge, shared, self.quantization_backend, of_input=self.edits_input
+            )
         self.merged_adapters = names
 
     def unmerge(self) -> None:
@@ -341,17 +365,33 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
 
     @property
     def block(self) -> nn.Module:
-        """The module whose output is edited."""
+        """The module whose output or input is edited."""
         return self._block[0]
 
     def get_base_layer(self) -> nn.Module:
-        """The module whose output is edited, taken out of other methods' wrappers.
+        """The module whose output or input is edited, taken out of other methods' wrappers.
 
         PEFT's `weight`, `bias` and `get_base_weight()` call this. The layer has no attribute `base_layer`: PEFT would
         put that in the place of this child when it unloads.
         """
         block = self.block
         return block.get_base_layer() if isinstance(block, BaseTunerLayer) else block
+
+    @property
+    def quantization_backend(  # pyright: ignore[reportIncompatibleVariableOverride]  # PEFT sets it once
+        self,
+    ) -> QuantizationBackend | None:
+        """How PEFT reads and writes the weight of the linear map whose output is edited; None if it is not quantised.
+
+        PEFT's status functions show it, and `merge` uses it. Edits themselves read no weight of the base.
+        """
+        try:
+            module: nn.Module = projection_of(self.block)
+        except ValueError:
+            module = self.get_base_layer()
+        if is_plain(module):
+            return None
+        return resolve_quantization_backend(module, **self._quantisation)
 
     @property
     def in_features(self) -> int:
@@ -364,10 +404,25 @@ class LoReftLayer(nn.Module, BaseTunerLayer):
     def out_features(self) -> int:
         """Size d of the hidden states that are edited. Raises AttributeError if no adapter is left."""
         for adapter_name in self.loreft_weights:
-            weights = self.weights(adapter_name)
-            ends_with_d = next(name for name, dimensions in weights.shapes.items() if dimensions.endswith("d"))
-            return int(getattr(weights, ends_with_d).shape[-1])
+            return self.weights(adapter_name).d
         raise AttributeError("out_features is the size of the edits, but this layer has no adapter any more.")
+
+    def _check_input(self, hidden: Tensor, d: int) -> None:
+        """Raise ValueError if the input is not the whole one, or if another method has wrapped the block since."""
+        if hidden.shape[-1] != d:
+            raise ValueError(
+                f"component='heads' edits hidden states of size {d}, but the module was given {hidden.shape[-1]} of "
+                "them: tensor parallelism divides heads among processes. Edit blocks instead (component='block')."
+            )
+        assert self._place is not None
+        parent, name = self._place
+        wrapper: Any = parent._modules.get(name)
+        if isinstance(wrapper, BaseTunerLayer) and wrapper.get_base_layer() is self.block:
+            raise ValueError(
+                f"{type(wrapper).__module__}.{type(wrapper).__name__} was put around {name}, whose input LoReFT edits "
+                "(component='heads'): its own part would get the input without the edit. Add that adapter first, then "
+                f"LoReFT; or leave {name} out of it."
+            )
 
     @property
     def has_new_bias(self) -> bool:
@@ -438,3 +493,17 @@ def _edit_output(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     if edited is given:
         return output
     return list(edited) if isinstance(output, list) else edited
+
+
+def _edit_input(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Hook before the forward of a block whose input is edited. Linear maps have one argument."""
+    if not args:
+        raise ValueError(
+            f"{type(block).__name__}, whose input LoReFT edits, was called with {', '.join(kwargs)} by name: give the "
+            "hidden states as the first argument."
+        )
+    hidden = args[0]
+    if hidden.is_meta:
+        return None
+    edited = getattr(block, CHILD)(hidden, (hidden,))  # never in place: what made it, or the caller, may have kept it
+    return None if edited is hidden else ((edited, *args[1:]), kwargs)

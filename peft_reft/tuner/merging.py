@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from .folding import NEW_BIAS, SHARED_WEIGHT, projection_of
+from .folding import NEW_BIAS, QUANTISED, SHARED_WEIGHT, projection_of
 from .layer import LoReftLayer
 
 ROLLOUTS = "peft_reft.integrations.trl.rollouts_in_vllm()"
@@ -17,7 +17,7 @@ _ADVICE = (
     "Keep the adapter beside the model; `unload()` gives the base model back without it. (For TRL's rollouts in vLLM "
     f"call `{ROLLOUTS}` before the trainer is made: then nothing is merged.)"
 )
-_OF_BLOCK = "a block's output is edited, which no single weight makes (allowed: 'attention', 'mlp')"
+_OF_BLOCK = "a block's output is edited, which no single weight makes (allowed: 'attention', 'mlp', 'heads')"
 
 
 def merge_layers(
@@ -59,6 +59,8 @@ def why_not_merge(model: nn.Module, names: Sequence[str], new_parameters: bool =
     if not new_parameters:
         for layer, shares in zip(chosen, _share_weights(model, chosen)):
             map_name = type(projection_of(layer.block)).__name__
+            if layer.quantization_backend is not None:
+                return QUANTISED.format(layer.quantization_backend.backend_name)
             if shares:
                 return SHARED_WEIGHT.format(map_name)
             if layer.gains_bias(names):

@@ -11,14 +11,13 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig, TaskType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, onload_layer
+from peft.utils import get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..config import LoReftConfig
 from ..edits.formulas import INTERVENTIONS
 from ..edits.intervention import Intervention
-from ..edits.rotation import orthonormalise
-from ..files import check_finite, does_not_fit
 from ..positions.index import weight_sets
 from ..positions.layout import Layout
 from ..positions.marks import Marks
@@ -30,7 +29,7 @@ from .hooks import attach, attach_parts, detach
 from .layer import CHILD, PREFIX, LoReftLayer
 from .merging import merge_layers
 from .mixed_batches import hand_adapter_names
-from .state_dicts import check_gathered, each_once, is_ours, own_tensors, put_back, to_all_layers, without_adapter_name
+from .state_dicts import from_file, own_tensors, put_back, to_file, without_adapter_name
 from .targets import Choice, Chosen, choose, targets_of
 from .weighted import check_combination, fill_weighted, weighted_config
 
@@ -190,7 +189,9 @@ class LoReftModel(BaseTuner):
             injection.shared = intervention
         layer: LoReftLayer | None = getattr(target, CHILD, None)
         if layer is None:
-            layer = LoReftLayer(target, _attachment_of(target, self.model, injection.attachment))
+            attachment = _attachment_of(target, self.model, injection.attachment)
+            parent_of_input = None if chosen.target.heads is None else parent
+            layer = LoReftLayer(target, attachment, parent_of_input, get_quantization_kwargs(self.model))
             target.add_module(CHILD, layer)
         groups = chosen.positions.groups
         plan = LayerPlan(wanted_by(config, groups), groups, config.sharing, config.dropout)
@@ -296,17 +297,19 @@ class LoReftModel(BaseTuner):
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, new_parameters: bool = False
     ) -> None:
-        """Fold adapters into the weights, if that is exact: `component` "attention" or "mlp", positions "all".
+        """Fold adapters into the weights, if that is exact: any `component` but "block", positions "all".
 
-        The linear map whose output is edited takes up the edit, exactly but for the rounding of the weights' type.
-        `unmerge_adapter` takes it out again. Trained tokens are merged too, and other PEFT layers of the model.
+        The linear map whose output or input is edited takes up the edit, exactly but for the rounding of the weights'
+        type. Of weights that bitsandbytes or torchao has quantised that rounding is coarse. `unmerge_adapter` takes it
+        out again. Trained tokens are merged too, and other PEFT layers of the model.
 
         Args:
             adapter_names: which; None for the active ones.
             safe_merge: whether to raise, before a layer is changed, if its result is not finite.
             new_parameters: whether a linear map may get a parameter that the base model does not have: a bias, if it
-                has none, or a weight of its own, if it shares one (tied embeddings). Code that reads the merged
-                weights by the base's names would not find it. TRL does so when it sends weights to vLLM.
+                has none; a weight of its own, if it shares one (tied embeddings); or a newly quantised weight. Code
+                that reads the merged weights by the base's names would not find it. TRL does so when it sends weights
+                to vLLM.
 
         Raises:
             ValueError: it cannot be merged; the message says which condition fails, and no weight has changed.
@@ -363,18 +366,11 @@ class LoReftModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """The tensors to save: R with orthonormal rows, the others as they are; with `tie="model"` each once."""
+        """The tensors to save; see `to_file`."""
         config = _as_ours(config)
         shapes = INTERVENTIONS[config.intervention].shapes_of(config.act_fn, config.gate)
         put_back(model, adapter_name, state_dict, others=unwanted_adapter_names, parameters=shapes)
-        tensors = own_tensors(model, adapter_name, state_dict)
-        check_gathered(tensors, shapes)
-        if config.tie == "model":
-            tensors = each_once(tensors)
-        for key, tensor in tensors.items():
-            if key.endswith(".R") and not tensor.is_meta:
-                tensors[key] = orthonormalise(tensor.float())[0]
-        return tensors
+        return to_file(own_tensors(adapter_name, state_dict), config)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -385,29 +381,12 @@ class LoReftModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The tensors of a file under the names that the model has for them.
-
-        Raises:
-            ValueError: a tensor is missing, has no place, or has values that are not finite.
-        """
-        own = own_tensors(model, adapter_name, model.state_dict())
-        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
-        if _as_ours(config).tie == "model":
-            remapped = to_all_layers(remapped, own)
-        missing = [without_adapter_name(key, adapter_name) for key in own if key not in remapped]
-        unknown = [key for key in remapped if is_ours(key) and key not in own]
-        if missing and all(key.startswith("base_model.model.base_model.model.") for key in missing):
-            raise ValueError(
-                f"The file of adapter {adapter_name!r} is for a base model, but was to be loaded on a PeftModel. Load "
-                "it on the model within, and give it another name than the first adapter has: "
-                'PeftModel.from_pretrained(first.base_model.model, folder, adapter_name="second").'
-            )
-        if missing or unknown:
-            raise ValueError(does_not_fit(f"The file of adapter {adapter_name!r}", missing, unknown))
-        check_finite(state_dict, f"The file of adapter {adapter_name!r}")
-        return remapped
+        """The tensors of a file under the names that the model has for them; see `from_file`."""
+        tensors = from_file(state_dict, model, adapter_name, _as_ours(config))
+        in_model = {
+            without_adapter_name(key, adapter_name): key for key in own_tensors(adapter_name, model.state_dict())
+        }
+        return {in_model.get(key, key): tensor for key, tensor in tensors.items()}
 
 
 def wanted_by(config: LoReftConfig, groups: Layout) -> Wanted:
@@ -467,6 +446,7 @@ def _new_intervention(config: LoReftConfig, chosen: Chosen) -> Intervention:
         init_weights=config.init_weights,
         act_fn=config.act_fn,
         gate=config.gate,
+        heads=chosen.target.heads,
     )
 
 

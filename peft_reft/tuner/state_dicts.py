@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from peft.tuners.tuners_utils import _filter_state_dict_by_key_prefixes, _get_tuner_state_dict_key_prefixes
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .layer import CHILD, PREFIX
+from ..config import LoReftConfig
+from ..edits.formulas import INTERVENTIONS
+from ..edits.rotation import orthonormalise
+from ..files import check_finite, does_not_fit
+from .layer import CHILD, PREFIX, LoReftLayer
 
 
 def is_ours(key: str) -> bool:
@@ -28,22 +31,10 @@ def without_adapter_name(key: str, adapter_name: str) -> str:
     return f"{before}{holder}{after.removeprefix(f'{adapter_name}.')}" if holder else key
 
 
-def key_prefixes(model: nn.Module, adapter_name: str) -> set[str]:
-    """What the keys of an adapter's tensors begin with, LoReFT's and those of other methods.
-
-    State dicts leave out the names of torch's wrappers of checkpointed and of sharded modules.
-    """
-    prefixes: set[str] = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
-    for wrapper in ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module."):
-        prefixes = {prefix.replace(wrapper, "") for prefix in prefixes}
-    return prefixes
-
-
-def own_tensors(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def own_tensors(adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """LoReFT's tensors of an adapter."""
-    prefixes = {prefix for prefix in key_prefixes(model, adapter_name) if is_ours(prefix)}
-    found: dict[str, Tensor] = _filter_state_dict_by_key_prefixes(state_dict, prefixes)
-    return found
+    own = f".{CHILD}.{PREFIX}weights.{adapter_name}"
+    return {key: tensor for key, tensor in state_dict.items() if f".{key}".rpartition(".")[0].endswith(own)}
 
 
 def each_once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -84,16 +75,13 @@ def put_back(
     Raises:
         ValueError: something is lost, and `state_dict` does not hold this model's own tensors.
     """
-    prefixes = key_prefixes(model, adapter_name)
-    for name, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            prefixes |= {f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values()}
+    prefixes = _prefixes(model, adapter_name)
     parts = {part for prefix in (*prefixes, *parameters) for part in prefix.split(".")}
     clashing = parts & set(others)
     if not clashing:
         return
     whole = model.state_dict()
-    lost = {key for key in _filter_state_dict_by_key_prefixes(whole, prefixes) if key not in state_dict}
+    lost = {key for key in whole if key not in state_dict and f"{key}.".startswith(prefixes)}
     if not lost:
         return
     if any(_is_another(tensor, whole.get(key)) for key, tensor in state_dict.items()):
@@ -106,6 +94,20 @@ def put_back(
     state_dict.update(complete)
 
 
+def _prefixes(model: nn.Module, adapter_name: str) -> tuple[str, ...]:
+    """What the keys of an adapter's tensors begin with: LoReFT's, and those of modules that are trained beside it."""
+    prefixes: list[str] = []
+    for name, module in model.named_modules():
+        # State dicts leave out the names of torch's wrappers of checkpointed and of sharded modules.
+        name = name.replace("_checkpoint_wrapped_module.", "").replace("_fsdp_wrapped_module.", "")
+        if isinstance(module, LoReftLayer) and adapter_name in module.plans:
+            prefixes.append(f"{name}.{PREFIX}weights.{adapter_name}.")
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            keys = module.adapter_state_dict_load_map(adapter_name).values()
+            prefixes += [f"{name}.{key}." for key in keys]
+    return tuple(prefixes)
+
+
 def _is_another(tensor: Any, own: Any) -> bool:
     """Whether `tensor` is not the model's own tensor. Entries that are no tensors do not count."""
     if not isinstance(tensor, Tensor):
@@ -113,7 +115,49 @@ def _is_another(tensor: Any, own: Any) -> bool:
     return not isinstance(own, Tensor) or tensor.data_ptr() != own.data_ptr()
 
 
-def check_gathered(tensors: dict[str, Tensor], shapes: dict[str, str]) -> None:
+def to_file(tensors: dict[str, Tensor], config: LoReftConfig) -> dict[str, Tensor]:
+    """The tensors of an adapter as its file has them: R with orthonormal rows, shared ones (`tie="model"`) once.
+
+    Raises:
+        ValueError: a tensor is a shard.
+    """
+    _check_gathered(tensors, INTERVENTIONS[config.intervention].shapes_of(config.act_fn, config.gate))
+    if config.tie == "model":
+        tensors = each_once(tensors)
+    for key, tensor in tensors.items():
+        if parameter_name(key) == "R" and not tensor.is_meta:
+            tensors[key] = orthonormalise(tensor.float())[0]
+    return tensors
+
+
+def from_file(
+    tensors: dict[str, Tensor], model: nn.Module, adapter_name: str, config: LoReftConfig
+) -> dict[str, Tensor]:
+    """The tensors of a file, shared ones (`tie="model"`) under the names of all layers. Its keys stay a file's.
+
+    Raises:
+        ValueError: a tensor is missing, has no place, or has values that are not finite.
+    """
+    own = [without_adapter_name(key, adapter_name) for key in own_tensors(adapter_name, model.state_dict())]
+    what = f"The file of adapter {adapter_name!r}"
+    given = tensors
+    if config.tie == "model":
+        tensors = to_all_layers(tensors, own)
+    missing = [key for key in own if key not in tensors]
+    unknown = [key for key in tensors if is_ours(key) and key not in own]
+    if missing and all(key.startswith("base_model.model.base_model.model.") for key in missing):
+        raise ValueError(
+            f"{what} is for a base model, but was to be loaded on a PeftModel. Load it on the model within, and give "
+            "it another name than the first adapter has: "
+            'PeftModel.from_pretrained(first.base_model.model, folder, adapter_name="second").'
+        )
+    if missing or unknown:
+        raise ValueError(does_not_fit(what, missing, unknown))
+    check_finite(given, what)
+    return tensors
+
+
+def _check_gathered(tensors: dict[str, Tensor], shapes: dict[str, str]) -> None:
     """Raise ValueError if tensors are flat or empty, as the shards of FSDP and ZeRO-3 are.
 
     Args:

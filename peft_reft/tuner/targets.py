@@ -74,9 +74,11 @@ def choose(model: nn.Module, config: LoReftConfig, in_state_dict: Collection[str
     _check_ranks(by_config)
     found = Choice(by_config, _only_in_state_dict(model, config, targets, {*in_state_dict} - {*by_config}))
     if config.tie == "model":
-        sizes = {each.target.d for each in (found.by_config | found.only_in_state_dict).values()}
-        if len(sizes) > 1:
-            raise ValueError(f"tie='model' needs one hidden size, but the targets have {sorted(sizes)}.")
+        all_targets = [each.target for each in (found.by_config | found.only_in_state_dict).values()]
+        sizes, heads = {target.d for target in all_targets}, {target.heads for target in all_targets}
+        if len(sizes) > 1 or len(heads) > 1:
+            numbers = f", and {sorted(map(str, heads))} heads" if len(heads) > 1 else ""
+            raise ValueError(f"tie='model' needs one hidden size, but the targets have {sorted(sizes)}{numbers}.")
     return found
 
 
@@ -126,6 +128,12 @@ def _check_readers(model: nn.Module, targets: list[Target], readers: set[int] | 
 
 def _check_ranks(chosen: dict[str, Chosen]) -> None:
     for name, each in chosen.items():
+        heads = each.target.heads
+        if each.r is not None and heads is not None and each.r > each.target.d // heads:
+            raise ValueError(
+                f"r={each.r} is larger than a head of {name}: each of its {heads} heads has {each.target.d // heads} "
+                f"dimensions, so allowed are 1 to {each.target.d // heads}."
+            )
         if each.r is not None and each.r > each.target.d:
             raise ValueError(
                 f"r={each.r} is larger than the hidden size {each.target.d} of {name}: "
@@ -146,6 +154,8 @@ def _only_in_state_dict(
     specs = for_all.positions_by_layer(len(targets))
     found: dict[str, Chosen] = {}
     for name in sorted(names & there):
+        if config.component == "heads" and name not in known:
+            raise ValueError(f"state_dict has {name}, which component='heads' does not edit.")
         target = known.get(name) or Target(name, -1, output_size(model, name))
         spec = specs.get(target.layer)
         if spec is None and isinstance(for_all.positions, str):

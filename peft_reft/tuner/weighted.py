@@ -111,7 +111,7 @@ def fill_weighted(target: Intervention, summands: Sequence[tuple[float, Interven
         target: `nodireft` or `red`.
         summands: weight and intervention of each adapter that edits here.
     """
-    weighted = [(weight, intervention.current_factors()) for weight, intervention in summands]
+    weighted = [(weight, intervention.factors_by_head()) for weight, intervention in summands]
     values = _low_rank_sum(weighted) if target.has_rank else _elementwise_sum(weighted)
     for name, value in values.items():
         getattr(target, name).copy_(value)

@@ -75,6 +75,19 @@ REFUSED = {
 }
 """Of each family, a part of the error at injection."""
 
+NO_MODULE = "no module of that kind by a known name"
+NO_PROJECTION = "no output projection by a known name"
+NO_HEADS = {
+    **{name: reason for name, reason in REFUSED.items() if not reason.startswith("its blocks return 4")},
+    **dict.fromkeys(["bamba", "ctrl", "dbrx", "falcon_mamba", "granitemoehybrid", "jamba"], NO_MODULE),
+    **dict.fromkeys(["lfm2_moe", "lfm3", "mamba", "mamba2", "nemotron_h", "olmo_hybrid"], NO_MODULE),
+    **dict.fromkeys(["qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"], NO_MODULE),
+    **dict.fromkeys(["qwen4_exp", "qwen4_exp_text", "xlstm", "zamba", "zamba2"], NO_MODULE),
+    **dict.fromkeys(["deepseek_v4", "jetmoe", "longcat_flash", "recurrent_gemma", "rwkv"], NO_PROJECTION),
+    "moshi": "a head's share of the input is not known",
+}
+"""The same with `component="heads"`."""
+
 
 IN_ONE_PART = {
     "axk2",
@@ -233,8 +246,8 @@ def is_right(model, way):
         return False
 
 
-def adapted(base, spec):
-    model = get_peft_model(base, LoReftConfig(task_type="CAUSAL_LM", r=4, positions=spec))
+def adapted(base, spec, **fields):
+    model = get_peft_model(base, LoReftConfig(task_type="CAUSAL_LM", r=4, positions=spec, **fields))
     randomise(model)
     return model.eval()
 
@@ -266,6 +279,28 @@ def test_family(name, record_property):
         wrong = {way: found for way in ways if not (found := difference(model, way)) < CLOSE}
         assert not wrong, f"positions={spec!r}: {wrong}"
         assert model.unload() is base
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "llama" else pytest.mark.slow) for name in NAMES]
+)
+@pytest.mark.cell("Causal language models: each attention head by itself", "{name}")
+def test_heads(name, record_property):
+    base = build(name)
+    if name in NO_HEADS:
+        with pytest.raises(ValueError, match=NO_HEADS[name]) as raised:
+            adapted(base, "f3+l2", component="heads")
+        record_property("refused", str(raised.value))
+        return
+    ways = [way for way in WAYS if way not in BASE_DIFFERS.get(name, {})]
+    plain = teacher_forced(base, prompts()[0], ANSWERS[0])
+    model = adapted(base, "f3+l2+g2", component="heads")
+    edit = (teacher_forced(model, prompts()[0], ANSWERS[0]) - plain).abs().max() / plain.std()
+    assert edit > 20 * CLOSE, "an edit too small to see"
+    wrong = {way: found for way in ways if not (found := difference(model, way)) < CLOSE}
+    assert not wrong, wrong
+    assert model.unload() is base
 
 
 @pytest.mark.filterwarnings("ignore")

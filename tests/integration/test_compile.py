@@ -36,14 +36,14 @@ def losses_and_gradients(model, call):
     return out
 
 
-@pytest.mark.parametrize("tie", ["layer", "group"])
+@pytest.mark.parametrize("fields", [dict(), dict(tie="group"), dict(component="heads")], ids=str)
 @pytest.mark.parametrize("what", ["forward", "model", "model, positions given", "each block"])
 @pytest.mark.cell("torch.compile", "training, fullgraph: {what}")
-def test_training_without_graph_breaks_or_recompilation(what, tie):
+def test_training_without_graph_breaks_or_recompilation(what, fields):
     torch._dynamo.reset()
-    plain = adapted(tie=tie)
+    plain = adapted(**fields)
     expected = losses_and_gradients(plain, lambda inputs: plain(**inputs).loss)
-    model = adapted(tie=tie)
+    model = adapted(**fields)
     base = model.get_base_model()
     compiled = CompileCounterWithBackend("aot_eager")
     if what == "forward":

@@ -177,12 +177,15 @@ def traces(model):
     }, list(model.state_dict())
 
 
-def assert_trains(model, family):
-    """Assert that one step moves every parameter of the adapter and of a classifier's head, and nothing else."""
+def assert_trains(model, family, heads=1):
+    """Assert that one step moves every parameter of the adapter and of a classifier's head, and nothing else.
+
+    Each of `heads` has an edit of its own; together they have the hidden size D.
+    """
     model.train()
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     own = {name: p for name, p in trainable.items() if "loreft_weights" in name}
-    assert sum(p.numel() for p in own.values()) == LAYERS * (2 * R * D + R)
+    assert sum(p.numel() for p in own.values()) == LAYERS * (2 * R * D + heads * R)
     assert all(".modules_to_save." in name for name in set(trainable) - set(own))
     assert bool(set(trainable) - set(own)) == (family.task == "SEQ_CLS")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -255,11 +258,11 @@ def test_family(family, tmp_path):
         assert torch.equal(logits_of(base, family), expected)
 
 
-@pytest.mark.parametrize("component", ["attention", "mlp"])
+@pytest.mark.parametrize("component", ["attention", "mlp", "heads"])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 @pytest.mark.cell("Families", "{family.name}")
 def test_components(family, component, record_property):
-    if component in family.without:
+    if ("attention" if component == "heads" else component) in family.without:
         record_property("refused", f"`component={component!r}`: not every block has such a module by a known name")
         base = family.build()
         clean = traces(base)
@@ -269,7 +272,7 @@ def test_components(family, component, record_property):
             adapted(family, base, component=component)
         assert traces(base) == clean
     else:
-        assert_trains(adapted(family, component=component), family)
+        assert_trains(adapted(family, component=component), family, heads=4 if component == "heads" else 1)
 
 
 def test_vision_blocks_as_many_as_text_blocks():

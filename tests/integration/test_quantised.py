@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import VOCAB, WIDER, randomise
-from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftModel, get_model_status, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +22,8 @@ from .training import arguments, losses
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("optimum.quanto")
 Int8WeightOnlyConfig = pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig
+quantize_ = pytest.importorskip("torchao").quantize_
+TorchAOBaseTensor = pytest.importorskip("torchao.utils").TorchAOBaseTensor
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning"),
@@ -175,6 +177,62 @@ def test_life_of_an_adapter(kind, folder, tmp_path):
     unloaded = model.unload()
     assert set(dict(unloaded.named_modules())) == names
     assert torch.equal(logits_of(unloaded), expected)
+
+
+MERGES = [kind for kind in QUANTISED if "quanto" not in kind]
+BACKENDS = {"nf4": "bnb 4bit", "fp4": "bnb 4bit", "bitsandbytes int8": "bnb 8bit", "torchao": "torchao"}
+
+
+def numbers(tensor):
+    """torchao's tensors cannot be compared; what they stand for can."""
+    return tensor.dequantize() if isinstance(tensor, TorchAOBaseTensor) else tensor
+
+
+@pytest.mark.cell("Quantised bases", "{kind}: merging")
+@pytest.mark.parametrize("kind", MERGES)
+@pytest.mark.filterwarnings("ignore:3 linear maps without a bias got one by merging")
+@pytest.mark.filterwarnings("ignore:2 linear maps without a bias got one by merging")
+@pytest.mark.parametrize("fields", [dict(component="mlp"), dict(target_modules=["o_proj"], intervention="red", r=8)])
+def test_merging_is_exact_to_the_rounding_of_the_quantised_weights(kind, fields, folder):
+    """And what is unmerged is what it was, to the bit."""
+    base = load(folder, kind)
+    quantised = logits_of(base)
+    rounding = (quantised - logits_of(AutoModelForCausalLM.from_pretrained(folder))).abs().max()
+    model = get_peft_model(base, LoReftConfig(task_type="CAUSAL_LM", positions="all", **{"r": R, **fields}))
+    assert get_model_status(model).quantization_backend == next(name for key, name in BACKENDS.items() if key in kind)
+    randomise(model)
+    edited = logits_of(model)
+    state = {name: numbers(tensor).clone() for name, tensor in base.state_dict().items()}
+    with pytest.raises(ValueError, match=r"the weights are quantised \((bnb|torchao)"):
+        model.merge_adapter()  # TRL does so, and sends the weights to vLLM
+    for _ in range(2):
+        model.merge_adapter(new_parameters=True)
+        assert (logits_of(model) - edited).abs().max() < 2 * rounding < (edited - quantised).abs().max()
+        model.unmerge_adapter()
+        assert torch.equal(logits_of(model), edited)
+    after = {name: numbers(tensor) for name, tensor in base.state_dict().items()}
+    assert after.keys() == state.keys() and all(torch.equal(after[name], tensor) for name, tensor in state.items())
+    merged = model.merge_and_unload()
+    assert (logits_of(merged) - edited).abs().max() < 2 * rounding
+    assert type(merged.model.layers[0].mlp.down_proj) is type(base.model.layers[0].mlp.up_proj)
+
+
+def test_merging_that_would_read_wrong_weights_is_refused(folder):
+    model = get_peft_model(load(folder, "quanto int8"), LoReftConfig(positions="all", component="mlp", r=R))
+    with pytest.raises(ValueError, match=r"ends with QLinear: .*quantised by bitsandbytes or torchao, but not"):
+        model.merge_adapter(new_parameters=True)
+    base = load(folder, "bitsandbytes fp4")
+    base.model.layers[0].mlp.down_proj.weight.quant_state.packing_format_for_cpu = True
+    model = get_peft_model(base, LoReftConfig(positions="all", component="mlp", r=R))
+    with pytest.raises(ValueError, match=r"has repacked the weights of .* Set `support_avx512bf16_for_cpu = False`"):
+        model.merge_adapter(new_parameters=True)
+    by_hand = AutoModelForCausalLM.from_pretrained(folder)
+    quantize_(by_hand, Int8WeightOnlyConfig())
+    before = logits_of(by_hand)
+    model = get_peft_model(by_hand, LoReftConfig(positions="all", component="mlp", r=R))
+    with pytest.raises(ValueError, match="torchao has quantised the weights without transformers"):
+        model.merge_adapter(new_parameters=True)
+    assert torch.equal(logits_of(model.unload()), before)
 
 
 def train(folder, data, tokenizer, out, kind=None, adapter=None):

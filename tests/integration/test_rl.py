@@ -9,6 +9,7 @@ import os
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import contextlib
+import importlib
 
 import pytest
 import torch
@@ -508,3 +509,25 @@ def test_ligers_head_is_refused(make, which):
     kernels = {"fused_linear_cross_entropy": True}
     with pytest.warns(FutureWarning, match="use_liger_kernel"), pytest.raises(ValueError, match="fused LM head"):
         make(which, use_liger_kernel=True, liger_kernel_config=kernels)
+
+
+@pytest.mark.parametrize(
+    ("which", "module"), [("AsyncGRPO", "async_grpo"), ("AsyncDistillation", "async_distillation")]
+)
+@pytest.mark.cell(SECTION, "AsyncGRPO, AsyncDistillation", refused="they send a server merged weights, or LoRA")
+def test_asynchronous_trainers_are_refused(which, module, model_id, tokenizer, tmp_path):
+    """An adapter that can be merged is another matter: these trainers are not run here, they need GPUs."""
+    found = importlib.import_module(f"trl.experimental.{module}")
+    rewards, settings = dict(reward_funcs=lambda completions, **kwargs: [0.0]), {}
+    if which == "AsyncDistillation":
+        rewards, settings = {}, dict(model_init_kwargs={"attn_implementation": "sdpa"})  # by default FlashAttention 3
+    args = arguments(getattr(found, f"{which}Config"), tmp_path, **settings)
+    with pytest.raises(ValueError, match=rf"{which}Config.*merged weights.*no single weight.*rollouts_in_vllm"):
+        getattr(found, f"{which}Trainer")(
+            model=model_id,
+            args=args,
+            train_dataset=Dataset.from_list([{"prompt": "a b c"}] * 4),
+            processing_class=tokenizer,
+            peft_config=LoReftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2"),
+            **rewards,
+        )

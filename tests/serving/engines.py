@@ -120,6 +120,8 @@ ADAPTERS = {
     "some layers": dict(positions="l4", layers=[0, 2]),
     "attention": dict(positions="f2+l2", component="attention"),
     "mlp": dict(positions="all", component="mlp"),
+    "heads": dict(positions="f2+l2+g1", component="heads", r=2),
+    "heads, bias": dict(positions="all", component="heads", intervention="bias"),
     "by name": dict(positions="l3", target_modules=["model.layers.1"]),
     "noreft": dict(intervention="noreft", positions="f2+l2"),
     "direft": dict(intervention="direft", positions="f2+l2"),

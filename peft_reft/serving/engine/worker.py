@@ -9,6 +9,7 @@ attribute                                                 used for              
 `vllm.model_executor.models.utils.PPMissingLayer`         stands for a block of another pipeline stage         0.28
 `Worker.load_model`                                       wrapped: hooks go into the model                     0.28
 `Worker.vllm_config`                                      the engine's config                                  0.28
+`RowParallelLinear.input_size_per_partition`              its share of a linear map's input (tensor parallel)  0.28
 ========================================================= ==================================================== =====
 
 What is added to vLLM's objects:
@@ -57,3 +58,9 @@ def is_placeholder(module: nn.Module) -> bool:
     from vllm.model_executor.models.utils import PPMissingLayer
 
     return isinstance(module, PPMissingLayer)
+
+
+def share_of_input(module: nn.Module) -> int | None:
+    """Size of what this worker gives a linear map that several workers share; None if they do not share its input."""
+    size: int | None = getattr(module, "input_size_per_partition", None)
+    return size
