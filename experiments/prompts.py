@@ -44,7 +44,8 @@ def gsm8k(folder: Path) -> list[Row]:
 
 
 def ultrafeedback(folder: Path) -> list[Row]:
-    rows = json.loads((folder / "ultrafeedback_1k" / "ultrafeedback_1k.json").read_text(encoding="utf-8"))
+    lines = (folder / "ultrafeedback_1k" / "ultrafeedback_1k.json").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
     return [(f"### Instruction:\n{row['instruction']}\n\n### Response:\n", row["output"]) for row in rows]
 
 
