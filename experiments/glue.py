@@ -133,6 +133,7 @@ class GlueTask:
     """One task: its rows, read once, and models that are trained and scored on them."""
 
     lower = False  # the highest `dev` is the best
+    fitted = False  # whether `create_loreft_optimizer` makes the optimizer
 
     def __init__(self, settings: GlueSettings, name: str) -> None:
         self.settings = settings
@@ -169,6 +170,7 @@ class GlueTask:
             batch=settings.batch,
             steps=settings.steps,
             epochs=settings.epochs,
+            fitted=self.fitted,
         )
         return {
             "dev": evaluate(model, self.dev, self.collate, self.name),

@@ -33,3 +33,10 @@ METHODS: dict[str, dict[str, Any]] = {
     # arXiv 2603.00425, joint: steering and LoRA in one training, kept apart in the residual stream (`joint.py`).
     "joint": {"loreft": STEERING, "lora": dict(r=1, lora_alpha=2, target_modules=MAPS)},
 }
+
+SUFFIXES: dict[str, dict[str, Any]] = {
+    "loreft, l7": {**PAPER, "positions": "l7"},
+    "loreft, l14": {**PAPER, "positions": "l14"},
+    "loreft, l7+g": {**PAPER, "positions": "l7+g"},
+}
+"""Edits that leave the beginning of a prompt to the base: half the training, and one prefix cache for all."""

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from peft_reft import DataCollatorForLoReft, LoReftConfig
+from peft_reft import DataCollatorForLoReft, LoReftConfig, create_loreft_optimizer
 
 HEADS = ("classifier", "score")
 CHECKPOINTS = dict(save_strategy="steps", save_steps=0.25, save_total_limit=1)
@@ -73,6 +73,7 @@ def train(
     batch: int,
     steps: int,
     epochs: float = 1.0,
+    fitted: bool = False,
 ) -> None:
     """Train with transformers' Trainer: linear decay, a tenth of the steps to warm up, AdamW without weight decay.
 
@@ -81,6 +82,7 @@ def train(
             One with two adapters begins anew, because a Trainer's checkpoint would bring back one of them.
         batch: rows in a batch.
         steps: number of steps; -1 trains for `epochs`.
+        fitted: whether `create_loreft_optimizer` makes the optimizer; every parameter has the same rate otherwise.
     """
     set_seed(seed)
     if isinstance(model, PeftModel) and isinstance(config := model.peft_config["default"], LoReftConfig):
@@ -101,6 +103,7 @@ def train(
         **(dict(save_strategy="no") if is_joint(model) else CHECKPOINTS),
     )
     trainer = JointTrainer if is_joint(model) else Trainer
-    resume(trainer(model, settings, train_dataset=rows, data_collator=collate))
+    optimizer = create_loreft_optimizer(model, lr=learning_rate) if fitted else None
+    resume(trainer(model, settings, train_dataset=rows, data_collator=collate, optimizers=(optimizer, None)))
     shutil.rmtree(folder, ignore_errors=True)
     model.eval()

@@ -417,3 +417,39 @@ def test_learning_rates(encoder, data, tmp_path):
         (steps, r, rate) for steps in (1, 2) for r in (8, 1) for rate in (1e-3, 1e-2)
     ]
     assert out.count("| the default |") == out.count("| r=1, f1 |") == 4
+
+
+@pytest.mark.slow
+def test_rates(model, encoder, data, tmp_path):
+    """Every setting, way and rate is measured; the page says which settings hold."""
+    arguments = ["--data", data, "--model", model, "--minilm", encoder, "--output", tmp_path / "out"]
+    arguments += ["--docs", tmp_path / "docs", "--learning-rates", "1e-3", "1e-2", "--seeds", 1, 2]
+    for only, ways in [("encoder r=8 80", 3), ("encoder r=1 80", 2)]:
+        recipe("rates", *arguments, "--only", only)
+        rows = [
+            line for line in (tmp_path / "docs" / "one_rate.md").read_text().splitlines() if line.startswith("| enc")
+        ]
+        assert len(rows) == ways and all(" yes " in row or " no " in row for row in rows)
+    runs = json.loads((tmp_path / "docs" / "results" / "rates.json").read_text())
+    assert {run["way"] for run in runs} == {"loreft fitted", "loreft adamw", "lora"}
+    assert {(run["learning_rate"], run["seed"]) for run in runs} >= {(1e-3, 1), (1e-3, 2), (1e-2, 1)}
+
+
+@pytest.mark.slow
+def test_worth(model, data, tmp_path):
+    """Rates are halved, seeds come at the best alone, errors stand beside the scores."""
+    arguments = ["--data", data, "--model", model, "--output", tmp_path / "out", "--tasks", "ultrafeedback", "cola"]
+    arguments += ["--dev", 3, "--test", 4, "--share", 0.05, "--methods", "base", "loreft, l7", "lora, r=1"]
+    arguments += ["--learning-rates", "1e-3", "3e-3", "1e-2", "--seeds", 1, 2]
+    out = recipe("worth", *arguments)
+    runs = json.loads((tmp_path / "out" / "results.json").read_text())
+    of_one = [run for run in runs if (run["task"], run["method"]) == ("ultrafeedback", "loreft, l7")]
+    assert [run["steps"] for run in of_one] == [1, 1, 1, 4, 4, 4]
+    short = sorted(of_one[:3], key=lambda run: run["dev"])
+    assert {run["learning_rate"] for run in of_one[3:5]} == {run["learning_rate"] for run in short[:2]}
+    assert [run["seed"] for run in of_one] == [1, 1, 1, 1, 1, 2]
+    assert of_one[5]["learning_rate"] == min(of_one[3:5], key=lambda run: run["dev"])["learning_rate"]
+    assert all(run["loss_error"] > 0 for run in runs if run["steps"] in (0, 4))
+    rows = [line for line in out.splitlines() if line.startswith(("| ultrafeedback", "| cola"))]
+    assert len(rows) == 6 and all(" ± " in row for row in rows)
+    assert recipe("worth", *arguments).splitlines()[-8:] == out.splitlines()[-8:], "what is there is not run again"

@@ -1,0 +1,100 @@
+"""Tasks of prompt and completion that a small decoder learns in minutes: what `worth.py` compares methods on.
+
+FOLDER has gsm8k/*.jsonl, ultrafeedback_1k/*.json, trec/*.txt and cola/*.tsv. Most prompts are long enough that the
+first and the last tokens of a prompt are a part of it, not all.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import glue
+
+Row = tuple[str, str]
+"""Prompt and completion."""
+
+TYPES = ["description", "entity", "abbreviation", "person", "place", "number"]
+"""TREC's classes by number. Each is one token of SmolLM2's behind a space."""
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """Rows to train on and held-out rows, with the size of a training."""
+
+    name: str
+    rows: list[Row]
+    dev: list[Row]
+    """Chooses the learning rate."""
+    test: list[Row]
+    """Is what tables show."""
+    batch: int
+    steps: int
+    max_length: int
+    """Tokens of a row, at most. Longer rows are left out."""
+    choices: list[str] | None = None
+    """The completions of a classification, which is scored by the likeliest of them."""
+
+
+def gsm8k(folder: Path) -> list[Row]:
+    lines = (folder / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [(f"Question: {row['question']}\nAnswer:", f" {row['answer']}") for row in rows]
+
+
+def ultrafeedback(folder: Path) -> list[Row]:
+    lines = (folder / "ultrafeedback_1k" / "ultrafeedback_1k.json").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [(f"### Instruction:\n{row['instruction']}\n\n### Response:\n", row["output"]) for row in rows]
+
+
+def trec_alone(folder: Path) -> list[Row]:
+    """Questions, with nothing before them."""
+    rows = glue.read_trec(folder / "trec" / "train.txt")
+    return [(f"{row['text']}\nCategory:", f" {TYPES[row['label']]}") for row in rows]
+
+
+def trec(folder: Path) -> list[Row]:
+    """Questions behind twelve examples, two of each class."""
+    rows = glue.read_trec(folder / "trec" / "train.txt")
+    random.Random(0).shuffle(rows)
+    shown = [row for label in range(len(TYPES)) for row in [row for row in rows if row["label"] == label][:2]]
+    random.Random(1).shuffle(shown)
+    head = "Say what kind of answer a question asks for: " + ", ".join(TYPES[:-1]) + f" or {TYPES[-1]}.\n\n"
+    for row in shown:
+        head += f"{row['text']}\nCategory: {TYPES[row['label']]}\n\n"
+    return [(f"{head}{row['text']}\nCategory:", f" {TYPES[row['label']]}") for row in rows if row not in shown]
+
+
+def cola(folder: Path) -> list[Row]:
+    rows = glue.read_cola(folder / "cola" / "in_domain_train.tsv")
+    head = (
+        "A linguist reads sentences from papers on grammar. Some are English that a native speaker accepts. In others "
+        "a word is missing, stands in the wrong place, or has the wrong form. For each sentence, say whether it is "
+        "acceptable.\n\nSentence: The cat sat on the mat.\nAcceptable: yes\n\nSentence: The cat sat the mat on.\n"
+        "Acceptable: no\n\nSentence: "
+    )
+    return [(f"{head}{row['sentence']}\nAcceptable:", " yes" if row["label"] else " no") for row in rows]
+
+
+SIZES: dict[str, tuple[Callable[[Path], list[Row]], dict]] = {
+    "gsm8k": (gsm8k, dict(batch=4, steps=80, max_length=192)),
+    "ultrafeedback": (ultrafeedback, dict(batch=2, steps=80, max_length=384)),
+    "trec": (trec, dict(batch=4, steps=80, max_length=320, choices=[f" {name}" for name in TYPES])),
+    "trec, no examples": (trec_alone, dict(batch=8, steps=80, max_length=96, choices=[f" {name}" for name in TYPES])),
+    "cola": (cola, dict(batch=8, steps=80, max_length=160, choices=[" yes", " no"])),
+}
+
+
+def read(name: str, folder: Path, dev: int, test: int) -> TextTask:
+    """A task, its held-out rows drawn by one seed from its training data.
+
+    Args:
+        dev: number of rows that choose the learning rate.
+        test: number of rows that are scored.
+    """
+    make, sizes = SIZES[name]
+    rows = make(folder)
+    random.Random(0).shuffle(rows)
+    return TextTask(name, dev=rows[:dev], test=rows[dev : dev + test], rows=rows[dev + test :], **sizes)

@@ -1,0 +1,165 @@
+"""Does one learning rate hold? Encoders and decoders, ranks 1 to 32, short and long training.
+
+    python experiments/rates.py --data FOLDER --minilm FOLDER --model SMOLLM2_FOLDER
+
+The task is TREC, questions of six types: an encoder gets a new head, a decoder writes a word behind the question. Each
+adapter is trained with AdamW alone ("adamw") and with the rates of `create_loreft_optimizer` ("fitted"), beside LoRA.
+Every setting is trained with every rate and one seed; then with three seeds at the best rate and at RECOMMENDED. A
+setting holds if the score at RECOMMENDED is within one standard error of the best: that of the difference over
+seeds, and of the score over the test questions. Results are kept in OUTPUT/results.json, and a run that is there is
+not run again.
+"""
+
+import io
+import math
+import statistics
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import glue
+from glue import GlueTask
+from methods import METHODS
+from prompts import read
+from runs import Found, Results, Run
+from settings import Settings, read_arguments
+from tables import publish, show
+from worth import Worth, WorthSettings
+
+RECOMMENDED = 1e-3
+
+
+@dataclass(kw_only=True)
+class RatesSettings(Settings):
+    output: Path = Path("outputs/rates")
+    data: str = "."
+    minilm: str = "sentence-transformers/all-MiniLM-L6-v2"
+    learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2])
+    seeds: list[int] = field(default_factory=lambda: [42, 43, 44])
+    only: str = ""
+    """Settings whose names have this word; all by default."""
+
+
+PRESETS = {"cpu": RatesSettings(model="HuggingFaceTB/SmolLM2-135M-Instruct")}
+
+SETTINGS: list[dict[str, Any]] = [
+    *(
+        dict(name=f"encoder r={r} {steps} steps", r=r, steps=steps)
+        for r, steps in [(1, 80), (8, 80), (32, 80), (8, 400)]
+    ),
+    *(
+        dict(name=f"decoder r={r} {steps} steps", r=r, steps=steps)
+        for r, steps in [(8, 80), (1, 80), (32, 80), (8, 320)]
+    ),
+]
+WAYS = ["loreft fitted", "loreft adamw", "lora"]
+"""LoRA is trained with the rank and length of r=8 alone."""
+
+
+PAGE = """# One learning rate
+
+`create_loreft_optimizer(model, lr=1e-3)` gives each parameter a rate of its own, by a rule ([API](api.md)). This page
+shows why, and how far it holds.
+
+## The rule
+
+Adam moves each number by about its rate in a step. W has d numbers for each of r coordinates, so ‖Wh‖ grows with
+sqrt(r · d), and the edits of n layers add up. The rule divides the rate by n and by sqrt(r · d). A test measures the
+first step with and without it (`tests/test_optimizer.py`): over widths of 64 and 512, ranks of 1 and 16, 2 and 8
+layers Adam's own steps differ more than three times as much.
+
+The head of a classifier is new and begins at small random numbers. With one rate for all it learns too late, under
+LoRA as under LoReFT. The rule gives it ten times the rate.
+
+## Measured
+
+TREC, six types of questions: an encoder (MiniLM, 500 test questions) or a decoder (SmolLM2, 300 held-out ones).
+"fitted" has the rule, "adamw" one rate for all. Columns of rates have one seed. "holds" says whether the mean of
+{seeds} seeds at 1e-3 is within one standard error of the mean at the best rate.
+
+{table}
+
+Command:
+
+    python experiments/rates.py --data FOLDER --minilm MINILM_FOLDER --model SMOLLM2_FOLDER --docs docs
+
+The runs are in [results/rates.json](results/rates.json).
+"""
+
+
+def measure(settings: RatesSettings, setting: dict[str, Any], way: str, rate: float, seed: int) -> Found:
+    """Train one model and score it: `test`, the accuracy."""
+    loreft = dict(r=setting["r"], positions="f7+l7")
+    if setting["name"].startswith("encoder"):
+        of_task = dict(model=settings.minilm, data=settings.data, output=settings.output, steps=setting["steps"])
+        task = GlueTask(replace(glue.PRESETS["cpu"], **of_task), "trec")
+        task.fitted = way == "loreft fitted"
+        found = task.measure(Run(method=way.split()[0], learning_rate=rate, seed=seed, loreft=loreft))
+        score = (found["dev"] * len(task.dev) + found["test"] * len(task.test)) / (len(task.dev) + len(task.test))
+        return {"test": score, "rows": len(task.dev) + len(task.test), "parameters": found["parameters"]}
+    worth = Worth(
+        WorthSettings(model=settings.model, output=settings.output, dev=2, test=300, eval_batch=25),
+        replace(read("trec, no examples", Path(settings.data), dev=2, test=300), steps=setting["steps"]),
+        {"loreft fitted": loreft, "loreft adamw": loreft, "lora": METHODS["lora"]},
+    )
+    found = worth.measure(dict(method=way, learning_rate=rate, seed=seed, steps=setting["steps"]))
+    return {"test": found["accuracy"], "rows": 300, "parameters": found["parameters"]}
+
+
+def row_of(settings: RatesSettings, results: Results, setting: dict[str, Any], way: str) -> dict[str, Any]:
+    """A row of the table: every rate's score, the best rate, and whether RECOMMENDED holds."""
+
+    def run(rate: float, seed: int) -> dict[str, Any]:
+        fields = dict(setting=setting["name"], way=way, learning_rate=rate, seed=seed)
+        return results.once(fields, lambda: measure(settings, setting, way, rate, seed))
+
+    swept = [run(rate, settings.seeds[0]) for rate in settings.learning_rates]
+    best = max(swept, key=lambda found: found["test"])["learning_rate"]
+    of_best = [run(best, seed)["test"] for seed in settings.seeds]
+    recommended = [run(RECOMMENDED, seed)["test"] for seed in settings.seeds]
+    p, rows = statistics.mean(of_best), swept[0]["rows"]
+    differences = [ours - theirs for ours, theirs in zip(recommended, of_best)]
+    error = math.sqrt(p * (1 - p) / rows + statistics.variance(differences) / len(differences))
+    return {
+        "setting": setting["name"],
+        "way": way,
+        "parameters": swept[0]["parameters"],
+        **{f"{found['learning_rate']:g}": found["test"] for found in swept},
+        "best rate": f"{best:g}",
+        "at best": p,
+        "at recommended": statistics.mean(recommended),
+        "error": error,
+        "holds": "yes" if statistics.mean(differences) >= -error else "no",
+        "seeds": len(settings.seeds),
+        "cpu_minutes": sum(
+            each["cpu_minutes"] for each in results.runs if each["setting"] == setting["name"] and each["way"] == way
+        ),
+    }
+
+
+def page(table: list[dict[str, Any]], settings: RatesSettings) -> str:
+    """The page of the documentation."""
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        show(table, [*table[0]])
+    return PAGE.format(seeds=len(settings.seeds), table=printed.getvalue().strip())
+
+
+def main(argv: list[str] | None = None) -> None:
+    settings = read_arguments(__doc__, PRESETS, argv)
+    results = Results(settings.output / "results.json", {})
+    table = []
+    for setting in SETTINGS:
+        for way in WAYS:
+            if settings.only in setting["name"] and (way != "lora" or setting["r"] == 8):
+                table.append(row_of(settings, results, setting, way))
+                print(table[-1], flush=True)
+    show(table, [*table[0]])
+    publish("rates", settings)
+    if settings.docs:
+        (settings.docs / "one_rate.md").write_text(page(table, settings), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Methods compared under an equal search: learning rates by successive halving, seeds at the best alone."""
+
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from runs import Found, Results
+
+Measure = Callable[[dict[str, Any]], Found]
+"""Trains and scores one model. It is given `task`, `method`, `learning_rate`, `seed`, `steps` and `final`."""
+
+
+def search(
+    results: Results,
+    measure: Measure,
+    *,
+    task: str,
+    method: str,
+    learning_rates: list[float],
+    seeds: list[int],
+    steps: int,
+) -> dict[str, Any]:
+    """Train a method with every rate for a quarter of the steps, with the best two for all of them, then more seeds.
+
+    The loss on the rows `dev` decides. A method without a learning rate is scored as it is.
+
+    Returns:
+        One row of a table: the means over seeds, errors, and what the search cost.
+    """
+    spent: dict[str, dict[str, Any]] = {}
+
+    def run(rate: float, seed: int, steps: int) -> dict[str, Any]:
+        settings = dict(task=task, method=method, learning_rate=rate, seed=seed, steps=steps)
+        found = results.once(settings, lambda: measure(settings))
+        spent[repr(settings)] = found
+        return found
+
+    if method == "base":
+        runs = [run(0.0, seeds[0], 0)]
+    else:
+        short = sorted((run(rate, seeds[0], max(steps // 4, 1)) for rate in learning_rates), key=by_dev)
+        full = sorted((run(found["learning_rate"], seeds[0], steps) for found in short[:2]), key=by_dev)
+        runs = [full[0], *(run(full[0]["learning_rate"], seed, steps) for seed in seeds[1:])]
+    row = {
+        "task": task,
+        "method": method,
+        "parameters": runs[0]["parameters"],
+        "learning_rate": runs[0]["learning_rate"],
+        "searched": {str(found["learning_rate"]): found["dev"] for found in spent.values()},
+        "seeds": len(runs),
+        "runs": len(spent),
+        "search_minutes": sum(found["cpu_minutes"] for found in spent.values()),
+        "minutes": statistics.mean(found["minutes"] for found in runs),
+    }
+    for name in ("loss", "accuracy"):
+        if name in runs[0]:
+            row[name], row[f"{name}_error"] = with_error(runs, name)
+    return row
+
+
+def by_dev(found: dict[str, Any]) -> float:
+    """What sorts runs, the best first; a run that diverged comes last."""
+    return found["dev"] if math.isfinite(found["dev"]) else math.inf
+
+
+def with_error(runs: list[dict[str, Any]], name: str) -> tuple[float, float]:
+    """The mean over seeds, and its standard error: over held-out rows and over seeds together.
+
+    The rows are the same for every seed, so their part does not shrink with more seeds.
+    """
+    values = [found[name] for found in runs]
+    over_rows = statistics.mean(found[f"{name}_error"] for found in runs)
+    over_seeds = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return statistics.mean(values), math.hypot(over_rows, over_seeds)

@@ -1,0 +1,175 @@
+"""What LoReFT is worth beside LoRA: the same rows, the same search for a learning rate, errors beside every number.
+
+    python experiments/worth.py --data FOLDER --model SMOLLM2_FOLDER --tasks gsm8k trec
+
+Every method has the same rates to choose from (`trials.search`): each for a quarter of the steps, the best two for all
+of them, three seeds at the best. What is held out is never trained on: `dev` chooses, `test` is shown. The loss is the
+mean over rows of the mean over an answer's tokens; `accuracy` is the share of rows whose likeliest choice is right.
+An error is one standard error, over held-out rows and over seeds together. Results are kept in OUTPUT/results.json; a
+run that is there is not run again, and an interrupted run goes on from its last checkpoint. LoReFT is trained with the
+rates of `create_loreft_optimizer`.
+"""
+
+import json
+import math
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from methods import METHODS, SUFFIXES
+from prompts import Row, TextTask, read
+from runs import Found, Results
+from settings import Settings, read_arguments
+from tables import publish, show
+from torch import nn
+from torch.nn import functional as F
+from training import adapt, train, trainable
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
+from trials import search
+
+COMPARED = ["base", "loreft", *SUFFIXES, "loreft, decoding too", "lora", "lora, r=1"]
+"""What is compared if `--methods` does not say it. All of `methods.py` can be."""
+
+
+@dataclass(kw_only=True)
+class WorthSettings(Settings):
+    output: Path = Path("outputs/worth")
+    tasks: list[str] = field(default_factory=lambda: ["gsm8k", "ultrafeedback", "trec", "cola"])
+    methods: list[str] = field(default_factory=lambda: [*COMPARED])
+    learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2])
+    seeds: list[int] = field(default_factory=lambda: [42, 43, 44])
+    dev: int = 100
+    test: int = 200
+    share: float = 1.0
+    """Share of each task's steps."""
+    eval_batch: int = 10
+
+
+PRESETS = {"cpu": WorthSettings(model="HuggingFaceTB/SmolLM2-135M-Instruct")}
+
+
+class Worth:
+    """One task: its rows as tokens, and models that are trained and scored on them."""
+
+    def __init__(self, settings: WorthSettings, task: TextTask, methods: dict[str, dict[str, Any]]) -> None:
+        """`methods` has the fields of the config of each method; with "adamw" in its name all has one rate."""
+        self.settings = settings
+        self.methods = methods
+        self.task = task
+        self.tokenizer = AutoTokenizer.from_pretrained(settings.model)
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        self.collate = DataCollatorForSeq2Seq(self.tokenizer)
+        self.rows, self.dev, self.test = (self.encode(rows) for rows in (task.rows, task.dev, task.test))
+        self.choices = [self.one_token(choice) for choice in task.choices] if task.choices else None
+
+    def one_token(self, text: str) -> int:
+        (token,) = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return token
+
+    def encode(self, rows: list[Row]) -> list[dict[str, list[int]]]:
+        found = []
+        for prompt, completion in rows:
+            first = self.tokenizer(prompt)["input_ids"]
+            rest = self.tokenizer(completion, add_special_tokens=False)["input_ids"]
+            if not self.task.choices:
+                rest = [*rest, self.tokenizer.eos_token_id]
+            if len(first) + len(rest) <= self.task.max_length:
+                found.append({"input_ids": first + rest, "labels": [-100] * len(first) + rest})
+        return found
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, rows: list[dict[str, list[int]]]) -> Found:
+        """Loss and accuracy with their standard errors over rows."""
+        losses, right = [], []
+        for start in range(0, len(rows), self.settings.eval_batch):
+            batch = self.collate(rows[start : start + self.settings.eval_batch])
+            labels = batch["labels"][:, 1:]  # (batch, seq - 1)
+            logits = model(**batch).logits[:, :-1]  # (batch, seq - 1, vocabulary)
+            of_tokens = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # (batch, seq - 1)
+            counted = labels != -100
+            losses += (of_tokens.sum(-1) / counted.sum(-1)).tolist()
+            if self.choices is not None:
+                at = counted.int().argmax(-1)  # (batch,): where the answer is predicted
+                chosen = logits[torch.arange(len(at)), at][:, self.choices].argmax(-1)
+                answer = labels[torch.arange(len(at)), at]
+                right += (torch.tensor(self.choices)[chosen] == answer).float().tolist()
+        found = {"loss": statistics.mean(losses), "loss_error": error(losses)}
+        if right:
+            found |= {"accuracy": statistics.mean(right), "accuracy_error": error(right)}
+        return found
+
+    def measure(self, trial: dict[str, Any]) -> Found:
+        """Train one model and score it. A run of fewer steps than the task's is scored on `dev` alone."""
+        method, steps, seed = trial["method"], trial["steps"], trial["seed"]
+        torch.manual_seed(seed)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(self.settings.model)
+        parameters, minutes = 0, 0.0
+        if method != "base":
+            fields = self.methods[method]
+            loreft, lora = fields.get("loreft", fields), fields.get("lora", fields)
+            model = adapt(model, method, "CAUSAL_LM", loreft=loreft, lora=lora)
+            parameters = trainable(model)
+            began = time.process_time()
+            train(
+                model,
+                self.rows,
+                self.collate,
+                self.settings.output / f"{self.task.name}-{method}-{trial['learning_rate']:g}-{seed}-{steps}",
+                seed=seed,
+                learning_rate=trial["learning_rate"],
+                batch=self.task.batch,
+                steps=steps,
+                fitted=method.startswith("loreft") and "adamw" not in method,
+            )
+            minutes = (time.process_time() - began) / 60
+        model.eval()
+        found = {"parameters": parameters, "minutes": minutes, "dev": self.score(model, self.dev)["loss"]}
+        if steps in (0, self.steps):
+            found |= self.score(model, self.test)
+        return found
+
+    @property
+    def steps(self) -> int:
+        return round(self.task.steps * self.settings.share)
+
+
+def error(values: list[float]) -> float:
+    """The standard error of a mean."""
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def main(argv: list[str] | None = None) -> None:
+    settings = read_arguments(__doc__, PRESETS, argv)
+    common = dict(model=Path(settings.model).name, dev_rows=settings.dev, test_rows=settings.test)
+    results = Results(settings.output / "results.json", common)
+    table = []
+    for name in settings.tasks:
+        worth = Worth(settings, read(name, Path(settings.data), settings.dev, settings.test), {**METHODS, **SUFFIXES})
+        for method in settings.methods:
+            table.append(
+                search(
+                    results,
+                    worth.measure,
+                    task=name,
+                    method=method,
+                    learning_rates=settings.learning_rates,
+                    seeds=settings.seeds,
+                    steps=worth.steps,
+                )
+            )
+            print(json.dumps(table[-1]), flush=True)
+    for row in table:
+        for score in ("loss", "accuracy"):
+            row[score] = f"{row[score]:.3f} ± {row[f'{score}_error']:.3f}" if score in row else ""
+    show(
+        table,
+        ["task", "method", "parameters", "learning_rate", "loss", "accuracy", "seeds", "runs", "search_minutes"],
+    )
+    publish("worth", settings)
+
+
+if __name__ == "__main__":
+    main()
