@@ -296,16 +296,21 @@ def _add_show_positions(commands: Any) -> None:
 
 def _add_convert(commands: Any) -> None:
     parser = _add_command(commands, "convert", "Convert an adapter from, or to, the format of another library.")
-    parser.add_argument("path_or_name", metavar="SRC", help="a folder, or a name on the Hub")
-    _add_destination(parser)
+    parser.add_argument(
+        "path_or_name", metavar="SRC", help="a folder, or a name on the Hub; from gguf and axbench a file"
+    )
+    parser.add_argument("destination", metavar="DST", help="a folder that is new or empty; to gguf a new file")
     formats = parser.add_mutually_exclusive_group(required=True)
-    formats.add_argument("--from", dest="from_format", choices=["pyreft", "adapters"])
-    formats.add_argument("--to", dest="to_format", choices=["pyreft", "easysteer"])
+    formats.add_argument("--from", dest="from_format", choices=["pyreft", "adapters", "gguf", "axbench"])
+    formats.add_argument("--to", dest="to_format", choices=["pyreft", "easysteer", "gguf"])
     parser.add_argument(
         "--positions", help="from pyreft, whose folders do not say it: f7+l7 ... (l7~1: all but the last)"
     )
     parser.add_argument("--act-fn", help="from pyreft, whose folders do not say it: relu ...")
     parser.add_argument("--intervention", help="from adapters, if it is not LoReFT: noreft or nodireft (their DiReFT)")
+    parser.add_argument("--concept", type=int, help="from axbench: the row of the dictionary")
+    parser.add_argument("--layer", type=int, help="from axbench, whose files do not say it: the block, from 0")
+    parser.add_argument("--strength", type=float, help="from axbench: factor times the concept's largest activation")
     parser.add_argument("--base", help="base model (only its config is read): names of blocks, and for the card")
     parser.add_argument("--task-type", default="CAUSAL_LM", help="CAUSAL_LM (default), SEQ_CLS ...")
 

@@ -5,19 +5,29 @@ from __future__ import annotations
 from argparse import Namespace
 
 from ..card import describe
-from ..convert import from_adapters, from_pyreft, to_easysteer, to_pyreft
+from ..convert import (
+    from_adapters,
+    from_axbench,
+    from_control_vector,
+    from_pyreft,
+    to_control_vector,
+    to_easysteer,
+    to_pyreft,
+)
 from .arguments import parse_positions
 from .errors import loading
 from .load import load_adapter
 
 
 def run(args: Namespace) -> None:
-    if args.to_format is not None:
+    if args.to_format == "gguf":
+        _write_control_vector(args)
+    elif args.to_format is not None:
         _write_theirs(args)
     elif args.from_format == "pyreft":
         _read_pyreft(args)
     else:
-        _read_adapters(args)
+        _read_others(args)
 
 
 def _read_pyreft(args: Namespace) -> None:
@@ -32,11 +42,30 @@ def _read_pyreft(args: Namespace) -> None:
         print(f"Blocks are taken to be named as in {next(iter(adapter.weights))}; for another family give --base.")
 
 
-def _read_adapters(args: Namespace) -> None:
+def _read_others(args: Namespace) -> None:
+    if args.from_format == "axbench":
+        _check_axbench(args)
     with loading(args.path_or_name):
-        adapter = from_adapters(args.path_or_name, args.intervention, args.base, args.task_type)
+        if args.from_format == "gguf":
+            adapter = from_control_vector(args.path_or_name, args.base, args.task_type)
+        elif args.from_format == "axbench":
+            numbers = args.concept, args.layer, args.strength
+            adapter = from_axbench(args.path_or_name, *numbers, args.base, args.task_type)
+        else:
+            adapter = from_adapters(args.path_or_name, args.intervention, args.base, args.task_type)
     adapter.save(args.destination)
     print(f"Wrote {args.destination}. {describe(adapter.config)}")
+
+
+def _check_axbench(args: Namespace) -> None:
+    for name in ("concept", "layer", "strength"):
+        if getattr(args, name) is None:
+            raise ValueError(f"--{name} is missing: an AxBench dictionary holds vectors alone, one for each concept.")
+
+
+def _write_control_vector(args: Namespace) -> None:
+    to_control_vector(load_adapter(args.path_or_name), args.destination, args.base)
+    print(f"Wrote {args.destination}. For llama.cpp: --control-vector {args.destination}")
 
 
 def _write_theirs(args: Namespace) -> None:
