@@ -55,6 +55,10 @@ def test_a_new_head_has_a_higher_rate_and_a_pretrained_module_has_not():
     assert [*heads] == pytest.approx([1e-2])
     found = rates(model, create_loreft_optimizer(model, lr=1e-3, head_lr_ratio=3.0))
     assert [rate for name, rate in found.items() if "classif" in name] == pytest.approx([3e-3] * 2)
+    tokens = LoReftConfig(task_type="SEQ_CLS", positions="f1", trainable_token_indices={"word_embeddings": [3]})
+    model = get_peft_model(build("bert"), tokens)
+    found = rates(model, create_loreft_optimizer(model, lr=1e-3))
+    assert [rate for name, rate in found.items() if "trainable_tokens" in name] == [1e-3]
     model = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", modules_to_save=["norm"]))
     found = rates(model, create_loreft_optimizer(model, lr=1e-3))
     assert {rate for name, rate in found.items() if "modules_to_save" in name} == {1e-3}

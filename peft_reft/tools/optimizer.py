@@ -1,4 +1,4 @@
-"""An optimizer with which one learning rate holds: for encoders and decoders, many layers and few, all ranks."""
+"""An optimizer that fits the learning rate to edited layers, rank, hidden size, and new heads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, TaskType
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..tuner.layer import LoReftLayer
@@ -29,7 +29,7 @@ def create_loreft_optimizer(
     weight_decay: float = 0.0,
     **kwargs: Any,
 ) -> torch.optim.Optimizer:
-    """Make an optimizer whose parameter groups have rates of their own, so that ``lr=1e-3`` fits any model.
+    """Make an optimizer whose parameter groups have rates of their own, made from one ``lr``.
 
     Adam moves each number of W and R by about its rate, whatever the gradient. One step so changes a hidden state by a
     share of about ``rate · sqrt(r · d)`` behind each of the n edited modules. The rate of an adapter is therefore
@@ -40,9 +40,9 @@ def create_loreft_optimizer(
     Args:
         model: a model with a LoReFT adapter.
         optimizer_cls: Adam, or one of its kin.
-        lr: the learning rate; 1e-3 is what the measurements recommend.
-        head_lr_ratio: what lr is multiplied by for the modules that PEFT trains beside the adapter, if the task type
-            is one with a new head (SEQ_CLS, TOKEN_CLS, QUESTION_ANS).
+        lr: the learning rate; begin with 1e-3.
+        head_lr_ratio: what lr is multiplied by for `modules_to_save`, to which PEFT adds the head, if the task type is
+            one with a new head (SEQ_CLS, TOKEN_CLS, QUESTION_ANS).
         weight_decay: as in the optimizer.
         **kwargs: other arguments of the optimizer.
 
@@ -95,6 +95,6 @@ def _factors(model: PeftModel, head_lr_ratio: float) -> Iterator[tuple[nn.Parame
                 yield parameter, _STEP / (len(edited) * math.sqrt(r * d))
         if config.task_type in _FRESH_HEADS:
             for module in model.modules():
-                if isinstance(module, AuxiliaryTrainingWrapper):
+                if isinstance(module, ModulesToSaveWrapper):
                     for parameter in module.parameters():
                         yield parameter, head_lr_ratio
