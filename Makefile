@@ -239,10 +239,17 @@ dist: $(BIN)/.installed
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/python tests/check_dist.py dist $(ARGS)
 
-check: $(BIN)/.installed
+.PHONY: check-style check-mypy check-pyright
+check: check-style check-mypy check-pyright
+
+check-style: $(BIN)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+check-mypy: $(BIN)/.installed
 	$(BIN)/mypy
+
+check-pyright: $(BIN)/.installed
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 format: $(BIN)/.installed

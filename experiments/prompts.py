@@ -21,14 +21,10 @@ TYPES = ["description", "entity", "abbreviation", "person", "place", "number"]
 
 @dataclass(frozen=True)
 class TextTask:
-    """Rows to train on and held-out rows, with the size of a training."""
+    """Rows in an order of their own, with the size of a training."""
 
     name: str
     rows: list[Row]
-    dev: list[Row]
-    """Chooses the learning rate."""
-    test: list[Row]
-    """Is what tables show."""
     batch: int
     steps: int
     max_length: int
@@ -56,10 +52,10 @@ def trec_alone(folder: Path) -> list[Row]:
 
 
 def trec(folder: Path) -> list[Row]:
-    """Questions behind twelve examples, two of each class."""
+    """Questions behind six examples, one of each class."""
     rows = glue.read_trec(folder / "trec" / "train.txt")
     random.Random(0).shuffle(rows)
-    shown = [row for label in range(len(TYPES)) for row in [row for row in rows if row["label"] == label][:2]]
+    shown = [row for label in range(len(TYPES)) for row in [row for row in rows if row["label"] == label][:1]]
     random.Random(1).shuffle(shown)
     head = "Say what kind of answer a question asks for: " + ", ".join(TYPES[:-1]) + f" or {TYPES[-1]}.\n\n"
     for row in shown:
@@ -79,22 +75,17 @@ def cola(folder: Path) -> list[Row]:
 
 
 SIZES: dict[str, tuple[Callable[[Path], list[Row]], dict]] = {
-    "gsm8k": (gsm8k, dict(batch=4, steps=80, max_length=192)),
-    "ultrafeedback": (ultrafeedback, dict(batch=2, steps=80, max_length=384)),
-    "trec": (trec, dict(batch=4, steps=80, max_length=320, choices=[f" {name}" for name in TYPES])),
+    "gsm8k": (gsm8k, dict(batch=4, steps=80, max_length=128)),
+    "ultrafeedback": (ultrafeedback, dict(batch=2, steps=80, max_length=320)),
+    "trec": (trec, dict(batch=4, steps=80, max_length=192, choices=[f" {name}" for name in TYPES])),
     "trec, no examples": (trec_alone, dict(batch=8, steps=80, max_length=96, choices=[f" {name}" for name in TYPES])),
-    "cola": (cola, dict(batch=8, steps=80, max_length=160, choices=[" yes", " no"])),
+    "cola": (cola, dict(batch=4, steps=80, max_length=160, choices=[" yes", " no"])),
 }
 
 
-def read(name: str, folder: Path, dev: int, test: int) -> TextTask:
-    """A task, its held-out rows drawn by one seed from its training data.
-
-    Args:
-        dev: number of rows that choose the learning rate.
-        test: number of rows that are scored.
-    """
+def read(name: str, folder: Path) -> TextTask:
+    """A task, its rows shuffled by one seed."""
     make, sizes = SIZES[name]
     rows = make(folder)
     random.Random(0).shuffle(rows)
-    return TextTask(name, dev=rows[:dev], test=rows[dev : dev + test], rows=rows[dev + test :], **sizes)
+    return TextTask(name, rows, **sizes)

@@ -10,10 +10,8 @@ seeds, and of the score over the test questions. Results are kept in OUTPUT/resu
 not run again.
 """
 
-import io
 import math
 import statistics
-from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from methods import METHODS
 from prompts import read
 from runs import Found, Results, Run
 from settings import Settings, read_arguments
-from tables import publish, show
+from tables import markdown, publish, show
 from worth import Worth, WorthSettings
 
 RECOMMENDED = 1e-3
@@ -50,11 +48,21 @@ SETTINGS: list[dict[str, Any]] = [
     ),
     *(
         dict(name=f"decoder r={r} {steps} steps", r=r, steps=steps)
-        for r, steps in [(8, 80), (1, 80), (32, 80), (8, 320)]
+        for r, steps in [(8, 80), (1, 80), (32, 80), (8, 240)]
     ),
 ]
 WAYS = ["loreft fitted", "loreft adamw", "lora"]
-"""LoRA is trained with the rank and length of r=8 alone."""
+
+
+def is_trained(setting: dict[str, Any], way: str) -> bool:
+    """Long trainings are those of the rule alone, and LoRA is for encoders, with rank 8.
+
+    Of SmolLM2 with rank 8 the rule gives every parameter 0.98 times the rate, so both ways are one.
+    """
+    decoder = setting["name"].startswith("decoder")
+    if way == "loreft adamw":
+        return setting["steps"] == 80 and not (decoder and setting["r"] == 8)
+    return way == "loreft fitted" or (setting["steps"] == 80 and setting["r"] == 8 and not decoder)
 
 
 PAGE = """# One learning rate
@@ -100,7 +108,7 @@ def measure(settings: RatesSettings, setting: dict[str, Any], way: str, rate: fl
         return {"test": score, "rows": len(task.dev) + len(task.test), "parameters": found["parameters"]}
     worth = Worth(
         WorthSettings(model=settings.model, output=settings.output, dev=2, test=300, eval_batch=25),
-        replace(read("trec, no examples", Path(settings.data), dev=2, test=300), steps=setting["steps"]),
+        replace(read("trec, no examples", Path(settings.data)), steps=setting["steps"]),
         {"loreft fitted": loreft, "loreft adamw": loreft, "lora": METHODS["lora"]},
     )
     found = worth.measure(dict(method=way, learning_rate=rate, seed=seed, steps=setting["steps"]))
@@ -140,10 +148,7 @@ def row_of(settings: RatesSettings, results: Results, setting: dict[str, Any], w
 
 def page(table: list[dict[str, Any]], settings: RatesSettings) -> str:
     """The page of the documentation."""
-    printed = io.StringIO()
-    with redirect_stdout(printed):
-        show(table, [*table[0]])
-    return PAGE.format(seeds=len(settings.seeds), table=printed.getvalue().strip())
+    return PAGE.format(seeds=len(settings.seeds), table=markdown(table, [*table[0]]))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -152,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     table = []
     for setting in SETTINGS:
         for way in WAYS:
-            if settings.only in setting["name"] and (way != "lora" or setting["r"] == 8):
+            if settings.only in setting["name"] and is_trained(setting, way):
                 table.append(row_of(settings, results, setting, way))
                 print(table[-1], flush=True)
     show(table, [*table[0]])

@@ -41,9 +41,10 @@ class Results:
         """`common` are the settings of all runs of this call. Runs with other settings do not count as the same."""
         self.path = path
         self.common = common
-        self.runs: list[dict[str, Any]] = []
-        if path.exists():
-            self.runs = json.loads(path.read_text(encoding="utf-8"))
+        self.runs = self.read()
+
+    def read(self) -> list[dict[str, Any]]:
+        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else []
 
     def once(self, settings: dict[str, Any], measure: Callable[[], Found]) -> dict[str, Any]:
         """What `measure()` returns, together with the settings: from the file if it is there."""
@@ -54,7 +55,7 @@ class Results:
         began = cpu_seconds()
         found = {**wanted, **measure()}
         found["cpu_minutes"] = round((cpu_seconds() - began) / 60, 2)
-        self.runs.append(found)
+        self.runs = [*self.read(), found]  # another process may have added its own
         write_json(self.path, self.runs)
         return found
 

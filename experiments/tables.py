@@ -6,14 +6,20 @@ from typing import Any
 from settings import Settings
 
 
-def show(table: list[dict[str, Any]], columns: list[str]) -> None:
-    """Print rows as a Markdown table."""
-    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+def markdown(table: list[dict[str, Any]], columns: list[str]) -> str:
+    """Rows as a Markdown table."""
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for row in table:
         cells = [
             f"{row[c]:.3f}" if isinstance(row[c], float) and c != "learning_rate" else str(row[c]) for c in columns
         ]
-        print(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def show(table: list[dict[str, Any]], columns: list[str]) -> None:
+    """Print rows as a Markdown table."""
+    print(f"\n{markdown(table, columns)}")
 
 
 def pyplot() -> Any:

@@ -1,19 +1,21 @@
 """What LoReFT is worth beside LoRA: the same rows, the same search for a learning rate, errors beside every number.
 
-    python experiments/worth.py --data FOLDER --model SMOLLM2_FOLDER --tasks gsm8k trec
+    python experiments/worth.py --data FOLDER --model SMOLLM2_FOLDER --docs docs
+    python experiments/worth.py --data FOLDER --model SMOLLM2_FOLDER --tasks trec --methods "loreft, l7" lora
 
 Every method has the same rates to choose from (`trials.search`): each for a quarter of the steps, the best two for all
 of them, three seeds at the best. What is held out is never trained on: `dev` chooses, `test` is shown. The loss is the
 mean over rows of the mean over an answer's tokens; `accuracy` is the share of rows whose likeliest choice is right.
 An error is one standard error, over held-out rows and over seeds together. Results are kept in OUTPUT/results.json; a
-run that is there is not run again, and an interrupted run goes on from its last checkpoint. LoReFT is trained with the
-rates of `create_loreft_optimizer`.
+run that is there is not run again, and an interrupted run goes on from its last checkpoint. Several processes, each
+with its own tasks or methods, can share OUTPUT. LoReFT is trained with the rates of `create_loreft_optimizer`.
 """
 
 import json
 import math
 import statistics
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,22 +31,36 @@ from torch.nn import functional as F
 from training import adapt, train, trainable
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 from trials import search
+from worth_page import COLUMNS, page
 
-COMPARED = ["base", "loreft", *SUFFIXES, "loreft, decoding too", "lora", "lora, r=1"]
-"""What is compared if `--methods` does not say it. All of `methods.py` can be."""
+IN_SHORT = ["base", "lora", "loreft", "loreft, l7", "loreft, l14", "lora, r=1"]
+COMPARED = {
+    "trec": IN_SHORT,
+    "cola": IN_SHORT,
+    "gsm8k": [*IN_SHORT, "loreft, l7+g", *(name for name in METHODS if name not in IN_SHORT)],
+    "ultrafeedback": [*IN_SHORT, "loreft, l7+g"],
+}
+"""What is compared if `--methods` does not say it. TREC and CoLA have answers of one token, without use for `g`."""
+
+
+EACH = "those of the task"
 
 
 @dataclass(kw_only=True)
 class WorthSettings(Settings):
     output: Path = Path("outputs/worth")
-    tasks: list[str] = field(default_factory=lambda: ["gsm8k", "ultrafeedback", "trec", "cola"])
-    methods: list[str] = field(default_factory=lambda: [*COMPARED])
-    learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2])
+    tasks: list[str] = field(default_factory=lambda: [*COMPARED])
+    methods: list[str] = field(default_factory=lambda: [EACH])
+    learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])
     seeds: list[int] = field(default_factory=lambda: [42, 43, 44])
-    dev: int = 100
+    dev: int = 40
+    """Held-out rows that choose the learning rate."""
     test: int = 200
+    """Held-out rows that tables are about."""
     share: float = 1.0
     """Share of each task's steps."""
+    minutes: float = math.inf
+    """After so long no run begins. A method that is not done is not shown."""
     eval_batch: int = 10
 
 
@@ -62,7 +78,8 @@ class Worth:
         self.tokenizer = AutoTokenizer.from_pretrained(settings.model)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.collate = DataCollatorForSeq2Seq(self.tokenizer)
-        self.rows, self.dev, self.test = (self.encode(rows) for rows in (task.rows, task.dev, task.test))
+        rows, held = self.encode(task.rows), settings.dev + settings.test
+        self.dev, self.test, self.rows = rows[: settings.dev], rows[settings.dev : held], rows[held:]
         self.choices = [self.one_token(choice) for choice in task.choices] if task.choices else None
 
     def one_token(self, text: str) -> int:
@@ -141,34 +158,70 @@ def error(values: list[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
+class OutOfTime(Exception):
+    """`--minutes` are over, and a run is not there."""
+
+
+def rows_of(settings: WorthSettings, results: Results) -> list[dict[str, Any]]:
+    """A row for each task and method whose runs are there, after those that the time allows."""
+    ends = time.monotonic() + settings.minutes * 60
+    table = []
+    for name in settings.tasks:
+        worth = Worth(settings, read(name, Path(settings.data or ".")), {**METHODS, **SUFFIXES})
+
+        def measure(trial: dict[str, Any], worth: Worth = worth) -> Found:
+            if time.monotonic() >= ends:
+                raise OutOfTime
+            return worth.measure(trial)
+
+        for method in COMPARED[name] if settings.methods == [EACH] else settings.methods:
+            with suppress(OutOfTime):
+                table.append(
+                    search(
+                        results,
+                        measure,
+                        task=name,
+                        method=method,
+                        learning_rates=settings.learning_rates,
+                        seeds=settings.seeds,
+                        steps=worth.steps,
+                    )
+                )
+                print(json.dumps(table[-1]), flush=True)
+    return table
+
+
+def beside_lora(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows as they are shown: `share`, of LoRA's parameters, and `within`, whether one standard error parts them.
+
+    The error is LoRA's own. Of tasks with an accuracy that is compared, of others the loss.
+    """
+    of_lora = {row["task"]: row for row in table if row["method"] == "lora"}
+    shown = []
+    for row in table:
+        lora, cells = of_lora.get(row["task"]), {**row, "share": "", "within": ""}
+        if lora is not None and row["method"] not in ("lora", "base"):
+            cells["share"] = f"1/{lora['parameters'] / row['parameters']:.0f}"
+            score, sign = ("accuracy", 1) if "accuracy" in row else ("loss", -1)
+            cells["within"] = "yes" if sign * (row[score] - lora[score]) >= -lora[f"{score}_error"] else "no"
+        for score in ("loss", "accuracy"):
+            cells[score] = f"{row[score]:.3f} ± {row[f'{score}_error']:.3f}" if score in row else ""
+        cells["search"] = f"{row['runs']} runs, {row['search_minutes']:.0f} min"
+        cells["minutes"] = f"{row['minutes']:.1f}"
+        shown.append(cells)
+    return shown
+
+
 def main(argv: list[str] | None = None) -> None:
     settings = read_arguments(__doc__, PRESETS, argv)
     common = dict(model=Path(settings.model).name, dev_rows=settings.dev, test_rows=settings.test)
     results = Results(settings.output / "results.json", common)
-    table = []
-    for name in settings.tasks:
-        worth = Worth(settings, read(name, Path(settings.data), settings.dev, settings.test), {**METHODS, **SUFFIXES})
-        for method in settings.methods:
-            table.append(
-                search(
-                    results,
-                    worth.measure,
-                    task=name,
-                    method=method,
-                    learning_rates=settings.learning_rates,
-                    seeds=settings.seeds,
-                    steps=worth.steps,
-                )
-            )
-            print(json.dumps(table[-1]), flush=True)
-    for row in table:
-        for score in ("loss", "accuracy"):
-            row[score] = f"{row[score]:.3f} ± {row[f'{score}_error']:.3f}" if score in row else ""
-    show(
-        table,
-        ["task", "method", "parameters", "learning_rate", "loss", "accuracy", "seeds", "runs", "search_minutes"],
-    )
+    table = beside_lora(rows_of(settings, results))
+    show(table, ["task", *COLUMNS])
     publish("worth", settings)
+    if settings.docs:
+        text = page(table, steps=80, rows=settings.test, dev=settings.dev, rates=len(settings.learning_rates))
+        (settings.docs / "worth.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
