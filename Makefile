@@ -83,15 +83,16 @@ support-table: $(BIN)/.installed $(VENV)-extras/.installed $(VENV)-vllm/.install
 	$(VENV)-swift/bin/python -m pytest tests/ms_swift -W default -m cell --support-table
 	$(VENV)-axolotl/bin/python -m pytest tests/with_axolotl -W default -m cell --support-table
 
-# The paper's experiments at small scale, with their figures and results in docs/; about two hours on one core. DATA is a
+# The paper's experiments at small scale, with their figures and results in docs/; about 20 hours on one core, most of
+# them for rates and worth. DATA is a
 # folder with trec/, cola/, alice/, gsm8k/, german/ and ultrafeedback_1k/. Run again, it goes on where it was stopped.
-RECIPES = glue memorisation sweep learning_rates qlora_style preference grpo instruct arithmetic commonsense overhead composition
+RECIPES = glue memorisation sweep qlora_style preference grpo instruct arithmetic commonsense overhead composition rates widths worth
 MINILM = sentence-transformers/all-MiniLM-L6-v2
 .PHONY: recipes
 recipes: $(RECIPES:%=recipe-%)
 recipe-%: $(SMOLLM2)/model.safetensors
 	$(BIN)/python -W ignore experiments/$*.py --preset cpu --docs docs --output outputs/$* \
-		--model $(if $(filter glue sweep learning_rates,$*),$(MINILM),$(SMOLLM2)) $(if $(filter overhead grpo,$*),,--data $(DATA)) \
+		--model $(if $(filter glue sweep,$*),$(MINILM),$(SMOLLM2)) $(if $(filter overhead grpo widths,$*),,--data $(DATA)) \
 		$(if $(filter sweep,$*),--tasks trec --steps 100) $(ARGS)
 
 # Side by side with LoRA and IA3; about 40 minutes on two cores that have nothing else to do.

@@ -22,7 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from peft_reft import LoReftConfig
+from peft_reft import LoReftConfig, create_loreft_optimizer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model", help="Hub id or folder of an encoder")
@@ -50,7 +50,6 @@ trainer = Trainer(
     model=model,
     args=TrainingArguments(
         output_dir=args.output,
-        learning_rate=3e-3,  # of an encoder
         num_train_epochs=10,
         max_steps=args.steps,
         per_device_train_batch_size=16,
@@ -61,6 +60,7 @@ trainer = Trainer(
     train_dataset=data["train"],
     eval_dataset=data["test"],
     data_collator=DataCollatorWithPadding(tokenizer),
+    optimizers=(create_loreft_optimizer(model, lr=1e-3), None),  # the new head has a rate of its own
     compute_metrics=lambda given: {"accuracy": (given.predictions.argmax(-1) == given.label_ids).mean().item()},
 )
 trainer.train()

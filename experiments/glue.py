@@ -158,7 +158,7 @@ class GlueTask:
         settings = self.settings
         torch.manual_seed(run.seed)
         base = AutoModelForSequenceClassification.from_pretrained(settings.model, num_labels=self.labels)
-        lora = dict(r=8, lora_alpha=16, target_modules=["query", "value"])
+        lora = dict(r=8, lora_alpha=16, target_modules=r".*\.(query|value|attn\.q|attn\.v)")  # MPNet's are attn.q, .v
         model = adapt(base, run.method, "SEQ_CLS", loreft={**self.loreft, **(run.loreft or {})}, lora=lora)
         train(
             model,

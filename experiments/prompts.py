@@ -29,6 +29,8 @@ class TextTask:
     steps: int
     max_length: int
     """Tokens of a row, at most. Longer rows are left out."""
+    cut: bool = False
+    """Whether long answers are cut at `max_length`, if the prompt takes no more than half of it."""
     choices: list[str] | None = None
     """The completions of a classification, which is scored by the likeliest of them."""
 
@@ -52,31 +54,27 @@ def trec_alone(folder: Path) -> list[Row]:
 
 
 def trec(folder: Path) -> list[Row]:
-    """Questions behind six examples, one of each class."""
-    rows = glue.read_trec(folder / "trec" / "train.txt")
-    random.Random(0).shuffle(rows)
-    shown = [row for label in range(len(TYPES)) for row in [row for row in rows if row["label"] == label][:1]]
-    random.Random(1).shuffle(shown)
-    head = "Say what kind of answer a question asks for: " + ", ".join(TYPES[:-1]) + f" or {TYPES[-1]}.\n\n"
-    for row in shown:
-        head += f"{row['text']}\nCategory: {TYPES[row['label']]}\n\n"
-    return [(f"{head}{row['text']}\nCategory:", f" {TYPES[row['label']]}") for row in rows if row not in shown]
+    """Questions behind three examples."""
+    head = (
+        "Say what kind of answer a question asks for: " + ", ".join(TYPES[:-1]) + f" or {TYPES[-1]}.\n\n"
+        "Who wrote Hamlet ?\nCategory: person\n\nWhat does NASA stand for ?\nCategory: abbreviation\n\n"
+        "How far is the moon ?\nCategory: number\n\n"
+    )
+    return [(head + prompt, answer) for prompt, answer in trec_alone(folder)]
 
 
 def cola(folder: Path) -> list[Row]:
     rows = glue.read_cola(folder / "cola" / "in_domain_train.tsv")
     head = (
-        "A linguist reads sentences from papers on grammar. Some are English that a native speaker accepts. In others "
-        "a word is missing, stands in the wrong place, or has the wrong form. For each sentence, say whether it is "
-        "acceptable.\n\nSentence: The cat sat on the mat.\nAcceptable: yes\n\nSentence: The cat sat the mat on.\n"
-        "Acceptable: no\n\nSentence: "
+        "Is the sentence acceptable English, with no word missing or misplaced?\n\nSentence: The cat sat on the mat.\n"
+        "Acceptable: yes\n\nSentence: The cat sat the mat on.\nAcceptable: no\n\nSentence: "
     )
     return [(f"{head}{row['sentence']}\nAcceptable:", " yes" if row["label"] else " no") for row in rows]
 
 
 SIZES: dict[str, tuple[Callable[[Path], list[Row]], dict]] = {
     "gsm8k": (gsm8k, dict(batch=4, steps=80, max_length=128)),
-    "ultrafeedback": (ultrafeedback, dict(batch=2, steps=80, max_length=320)),
+    "ultrafeedback": (ultrafeedback, dict(batch=2, steps=80, max_length=160, cut=True)),
     "trec": (trec, dict(batch=4, steps=80, max_length=192, choices=[f" {name}" for name in TYPES])),
     "trec, no examples": (trec_alone, dict(batch=8, steps=80, max_length=96, choices=[f" {name}" for name in TYPES])),
     "cola": (cola, dict(batch=4, steps=80, max_length=160, choices=[" yes", " no"])),

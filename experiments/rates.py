@@ -14,7 +14,7 @@ import math
 import statistics
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import glue
 from glue import GlueTask
@@ -23,6 +23,7 @@ from prompts import read
 from runs import Found, Results, Run
 from settings import Settings, read_arguments
 from tables import markdown, publish, show
+from widths import side_by_side
 from worth import Worth, WorthSettings
 
 RECOMMENDED = 1e-3
@@ -33,6 +34,8 @@ class RatesSettings(Settings):
     output: Path = Path("outputs/rates")
     data: str = "."
     minilm: str = "sentence-transformers/all-MiniLM-L6-v2"
+    mpnet: str = "sentence-transformers/all-mpnet-base-v2"
+    gemma: str = "google/gemma-3-270m"
     learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2])
     seeds: list[int] = field(default_factory=lambda: [42, 43, 44])
     only: str = ""
@@ -41,28 +44,40 @@ class RatesSettings(Settings):
 
 PRESETS = {"cpu": RatesSettings(model="HuggingFaceTB/SmolLM2-135M-Instruct")}
 
-SETTINGS: list[dict[str, Any]] = [
-    *(
-        dict(name=f"encoder r={r} {steps} steps", r=r, steps=steps)
-        for r, steps in [(1, 80), (8, 80), (32, 80), (8, 400)]
-    ),
-    *(
-        dict(name=f"decoder r={r} {steps} steps", r=r, steps=steps)
-        for r, steps in [(8, 80), (1, 80), (32, 80), (8, 240)]
-    ),
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of the table."""
+
+    model: Literal["MiniLM", "MPNet", "SmolLM2", "Gemma"]
+    r: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}, r={self.r}, {self.steps} steps"
+
+    def is_trained(self, way: str) -> bool:
+        """Long trainings are those of the rule alone; LoRA is for encoders, with rank 8.
+
+        Of SmolLM2 with rank 8 the rule gives every parameter 0.98 times the rate, so both ways are one. Gemma is
+        trained in one way for its size.
+        """
+        if way == "loreft adamw":
+            return self.steps == 80 and self.model in ("MiniLM", "MPNet", "SmolLM2" if self.r != 8 else "")
+        return way == "loreft fitted" or (self.steps == 80 and self.r == 8 and self.model in ENCODERS)
+
+
+ENCODERS = ("MiniLM", "MPNet")
+OTHERS = ("MiniLM", "MPNet", "Gemma")
+"""Models whose folders have a setting of their own; `model` is SmolLM2's."""
+SETTINGS = [
+    *(Setting("MiniLM", r, steps) for r, steps in [(1, 80), (8, 80), (32, 80), (8, 400)]),
+    Setting("MPNet", 8, 80),
+    *(Setting("SmolLM2", r, steps) for r, steps in [(8, 80), (1, 80), (32, 80), (8, 240)]),
+    Setting("Gemma", 8, 80),
 ]
 WAYS = ["loreft fitted", "loreft adamw", "lora"]
-
-
-def is_trained(setting: dict[str, Any], way: str) -> bool:
-    """Long trainings are those of the rule alone, and LoRA is for encoders, with rank 8.
-
-    Of SmolLM2 with rank 8 the rule gives every parameter 0.98 times the rate, so both ways are one.
-    """
-    decoder = setting["name"].startswith("decoder")
-    if way == "loreft adamw":
-        return setting["steps"] == 80 and not (decoder and setting["r"] == 8)
-    return way == "loreft fitted" or (setting["steps"] == 80 and setting["r"] == 8 and not decoder)
 
 
 PAGE = """# One learning rate
@@ -73,53 +88,62 @@ shows why, and how far it holds.
 ## The rule
 
 Adam moves each number by about its rate in a step. W has d numbers for each of r coordinates, so ‖Wh‖ grows with
-sqrt(r · d), and the edits of n layers add up. The rule divides the rate by n and by sqrt(r · d). A test measures the
-first step with and without it (`tests/test_optimizer.py`): over widths of 64 and 512, ranks of 1 and 16, 2 and 8
-layers Adam's own steps differ more than three times as much.
+sqrt(r · d), and the edits of n layers add up. The rule divides the rate by n and by sqrt(r · d).
 
 The head of a classifier is new and begins at small random numbers. With one rate for all it learns too late, under
 LoRA as under LoReFT. The rule gives it ten times the rate.
 
 ## Measured
 
-TREC, six types of questions: an encoder (MiniLM, 500 test questions) or a decoder (SmolLM2, 300 held-out ones).
-"fitted" has the rule, "adamw" one rate for all. Columns of rates have one seed. "holds" says whether the mean of
-{seeds} seeds at 1e-3 is within one standard error of the mean at the best rate.
+TREC, six types of questions, for encoders (MiniLM, MPNet: 500 test questions) and decoders (SmolLM2, Gemma 3 270M: 300
+held-out ones). "fitted" has the rule, "adamw" one rate for all. Columns of rates have one seed. "holds" says whether
+the mean of {seeds} seeds at 1e-3 is within one standard error of the mean at the best rate.
 
 {table}
 
-Command:
+## Stable at other widths
 
+Llama of random weights, one batch, 20 steps at 1e-3. "step" is |h' − h| / |h| of the last hidden state after the first
+step. With one rate for all the steps differ eleven times, with the rule twice. They fall with n, because the edits of
+random layers add up as sqrt(n), not as n. No training went up ("highest loss", of the first).
+
+{widths}
+
+Commands:
+
+    python experiments/widths.py --docs docs
     python experiments/rates.py --data FOLDER --minilm MINILM_FOLDER --model SMOLLM2_FOLDER --docs docs
 
-The runs are in [results/rates.json](results/rates.json).
+The runs are in [results/rates.json](results/rates.json) and [results/widths.json](results/widths.json).
 """
 
 
-def measure(settings: RatesSettings, setting: dict[str, Any], way: str, rate: float, seed: int) -> Found:
+def measure(settings: RatesSettings, setting: Setting, way: str, rate: float, seed: int) -> Found:
     """Train one model and score it: `test`, the accuracy."""
-    loreft = dict(r=setting["r"], positions="f7+l7")
-    if setting["name"].startswith("encoder"):
-        of_task = dict(model=settings.minilm, data=settings.data, output=settings.output, steps=setting["steps"])
+    folders = {"SmolLM2": settings.model, **{name: getattr(settings, name.lower()) for name in OTHERS}}
+    model, loreft = folders[setting.model], dict(r=setting.r, positions="f7+l7")
+    output = settings.output / setting.name / way  # its checkpoints are no other run's
+    if setting.model in ENCODERS:
+        of_task = dict(model=model, data=settings.data, output=output, steps=setting.steps)
         task = GlueTask(replace(glue.PRESETS["cpu"], **of_task), "trec")
         task.fitted = way == "loreft fitted"
         found = task.measure(Run(method=way.split()[0], learning_rate=rate, seed=seed, loreft=loreft))
         score = (found["dev"] * len(task.dev) + found["test"] * len(task.test)) / (len(task.dev) + len(task.test))
         return {"test": score, "rows": len(task.dev) + len(task.test), "parameters": found["parameters"]}
     worth = Worth(
-        WorthSettings(model=settings.model, output=settings.output, dev=2, test=300, eval_batch=25),
-        replace(read("trec, no examples", Path(settings.data)), steps=setting["steps"]),
+        WorthSettings(model=model, output=output, dev=2, test=300, eval_batch=25),
+        replace(read("trec, no examples", Path(settings.data)), steps=setting.steps),
         {"loreft fitted": loreft, "loreft adamw": loreft, "lora": METHODS["lora"]},
     )
-    found = worth.measure(dict(method=way, learning_rate=rate, seed=seed, steps=setting["steps"]))
+    found = worth.measure(dict(method=way, learning_rate=rate, seed=seed, steps=setting.steps))
     return {"test": found["accuracy"], "rows": 300, "parameters": found["parameters"]}
 
 
-def row_of(settings: RatesSettings, results: Results, setting: dict[str, Any], way: str) -> dict[str, Any]:
+def row_of(settings: RatesSettings, results: Results, setting: Setting, way: str) -> dict[str, Any]:
     """A row of the table: every rate's score, the best rate, and whether RECOMMENDED holds."""
 
     def run(rate: float, seed: int) -> dict[str, Any]:
-        fields = dict(setting=setting["name"], way=way, learning_rate=rate, seed=seed)
+        fields = dict(setting=setting.name, way=way, learning_rate=rate, seed=seed)
         return results.once(fields, lambda: measure(settings, setting, way, rate, seed))
 
     swept = [run(rate, settings.seeds[0]) for rate in settings.learning_rates]
@@ -130,7 +154,7 @@ def row_of(settings: RatesSettings, results: Results, setting: dict[str, Any], w
     differences = [ours - theirs for ours, theirs in zip(recommended, of_best)]
     error = math.sqrt(p * (1 - p) / rows + statistics.variance(differences) / len(differences))
     return {
-        "setting": setting["name"],
+        "setting": setting.name,
         "way": way,
         "parameters": swept[0]["parameters"],
         **{f"{found['learning_rate']:g}": found["test"] for found in swept},
@@ -141,14 +165,19 @@ def row_of(settings: RatesSettings, results: Results, setting: dict[str, Any], w
         "holds": "yes" if statistics.mean(differences) >= -error else "no",
         "seeds": len(settings.seeds),
         "cpu_minutes": sum(
-            each["cpu_minutes"] for each in results.runs if each["setting"] == setting["name"] and each["way"] == way
+            each["cpu_minutes"] for each in results.runs if each["setting"] == setting.name and each["way"] == way
         ),
     }
 
 
-def page(table: list[dict[str, Any]], settings: RatesSettings) -> str:
-    """The page of the documentation."""
-    return PAGE.format(seeds=len(settings.seeds), table=markdown(table, [*table[0]]))
+def page(table: list[dict[str, Any]], settings: RatesSettings, docs: Path) -> str:
+    """The page of the documentation, with what `widths.py` has put beside it."""
+    widths = side_by_side(Results(docs / "results" / "widths.json", {}).runs)
+    return PAGE.format(
+        seeds=len(settings.seeds),
+        table=markdown(table, [*table[0]]),
+        widths=markdown(widths, [*widths[0]]) if widths else "",
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -157,13 +186,13 @@ def main(argv: list[str] | None = None) -> None:
     table = []
     for setting in SETTINGS:
         for way in WAYS:
-            if settings.only in setting["name"] and is_trained(setting, way):
+            if settings.only in setting.name and setting.is_trained(way):
                 table.append(row_of(settings, results, setting, way))
                 print(table[-1], flush=True)
     show(table, [*table[0]])
     publish("rates", settings)
     if settings.docs:
-        (settings.docs / "one_rate.md").write_text(page(table, settings), encoding="utf-8")
+        (settings.docs / "one_rate.md").write_text(page(table, settings, settings.docs), encoding="utf-8")
 
 
 if __name__ == "__main__":

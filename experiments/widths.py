@@ -4,8 +4,8 @@
 
 Each adapter is trained on one batch for STEPS steps at RATE, with AdamW alone ("adamw") and with the rates of
 `create_loreft_optimizer` ("fitted"). `step` is |h' - h| / |h| of the last hidden state at the edited tokens after the
-first step, and `highest` the highest loss of the training as a share of the first: above 1 the training went up first.
-Random weights tell whether a rate is stable, and nothing of quality.
+first step. `last loss` and `highest loss` are shares of the first: above 1 the training went up. Random weights tell
+whether a rate is stable, and nothing of quality.
 """
 
 from dataclasses import dataclass, field
@@ -78,18 +78,30 @@ def hidden(model: nn.Module, tokens: torch.Tensor, labels: torch.Tensor) -> torc
     return model(input_ids=tokens, labels=labels, output_hidden_states=True).hidden_states[-1][:, PROMPT - 7 : PROMPT]
 
 
+def side_by_side(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each shape, with what both ways found."""
+    found: dict[tuple[int, int, int], dict[str, Any]] = {}
+    for run in runs:
+        row = found.setdefault((run["width"], run["r"], run["layers"]), {"d": run["width"], "r": run["r"]})
+        row["n"] = run["layers"]
+        row[f"step, {run['way']}"] = run["step"]
+        row[f"last loss, {run['way']}"] = run["last"] / run["first"]
+        row["highest loss"] = f"{max(run['highest'], float(row.get('highest loss', 0))):.2f}"
+    return [*found.values()]
+
+
 def main(argv: list[str] | None = None) -> None:
     settings = read_arguments(__doc__, {"cpu": WidthSettings()}, argv)
     results = Results(settings.output / "results.json", dict(steps=settings.steps, learning_rate=settings.rate))
     shapes = [(width, r, settings.layers[0]) for width in settings.widths for r in settings.ranks]
     shapes += [(settings.widths[0], settings.ranks[0], layers) for layers in settings.layers[1:]]
-    table = []
+    runs = []
     for width, r, layers in shapes:
         for way in ("adamw", "fitted"):
             fields = dict(width=width, r=r, layers=layers, way=way)
-            found = results.once(fields, partial(measure, settings, **fields))
-            table.append({**found, "step": f"{found['step']:.3f}", "highest": f"{found['highest']:.2f}"})
-    show(table, ["width", "r", "layers", "way", "step", "first", "last", "highest"])
+            runs.append(results.once(fields, partial(measure, settings, **fields)))
+    table = side_by_side(runs)
+    show(table, [*table[0]])
     publish("widths", settings)
 
 

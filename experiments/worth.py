@@ -3,12 +3,12 @@
     python experiments/worth.py --data FOLDER --model SMOLLM2_FOLDER --docs docs
     python experiments/worth.py --data FOLDER --model SMOLLM2_FOLDER --tasks trec --methods "loreft, l7" lora
 
-Every method has the same rates to choose from (`trials.search`): each for a quarter of the steps, the best two for all
-of them, three seeds at the best. What is held out is never trained on: `dev` chooses, `test` is shown. The loss is the
-mean over rows of the mean over an answer's tokens; `accuracy` is the share of rows whose likeliest choice is right.
-An error is one standard error, over held-out rows and over seeds together. Results are kept in OUTPUT/results.json; a
-run that is there is not run again, and an interrupted run goes on from its last checkpoint. Several processes, each
-with its own tasks or methods, can share OUTPUT. LoReFT is trained with the rates of `create_loreft_optimizer`.
+Every method has the same rates to choose from (`trials.search`): each for a third of the steps, the best for all of
+them with three seeds. What is held out is never trained on: `dev` chooses, `test` is shown. The loss is the mean over
+rows of the mean over an answer's tokens; `accuracy` is the share of rows whose likeliest choice is right. An error is
+one standard error, over held-out rows and over seeds together. Results are kept in OUTPUT/results.json; a run that is
+there is not run again, and an interrupted run goes on from its last checkpoint. Several processes, each with its own
+tasks or methods, can share OUTPUT. LoReFT is trained with the rates of `create_loreft_optimizer`.
 """
 
 import json
@@ -32,6 +32,8 @@ from training import adapt, train, trainable
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 from trials import search
 from worth_page import COLUMNS, page
+
+from peft_reft import DataCollatorForLoReft, LoReftConfig
 
 IN_SHORT = ["base", "lora", "loreft", "loreft, l7", "loreft, l14", "lora, r=1"]
 COMPARED = {
@@ -93,6 +95,8 @@ class Worth:
             rest = self.tokenizer(completion, add_special_tokens=False)["input_ids"]
             if not self.task.choices:
                 rest = [*rest, self.tokenizer.eos_token_id]
+            if self.task.cut and len(first) <= self.task.max_length // 2:
+                rest = rest[: self.task.max_length - len(first)]
             if len(first) + len(rest) <= self.task.max_length:
                 found.append({"input_ids": first + rest, "labels": [-100] * len(first) + rest})
         return found
@@ -101,11 +105,13 @@ class Worth:
     def score(self, model: nn.Module, rows: list[dict[str, list[int]]]) -> Found:
         """Loss and accuracy with their standard errors over rows."""
         losses, right = [], []
+        config = getattr(model, "peft_config", {}).get("default")
+        collate = DataCollatorForLoReft(self.collate, config) if isinstance(config, LoReftConfig) else self.collate
         for start in range(0, len(rows), self.settings.eval_batch):
-            batch = self.collate(rows[start : start + self.settings.eval_batch])
-            labels = batch["labels"][:, 1:]  # (batch, seq - 1)
-            logits = model(**batch).logits[:, :-1]  # (batch, seq - 1, vocabulary)
-            of_tokens = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # (batch, seq - 1)
+            batch = answers_only(collate(rows[start : start + self.settings.eval_batch]))
+            labels = batch["labels"][:, 1:]  # (batch, keep - 1)
+            logits = model(**batch).logits[:, :-1]  # (batch, keep - 1, vocabulary)
+            of_tokens = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # (batch, keep - 1)
             counted = labels != -100
             losses += (of_tokens.sum(-1) / counted.sum(-1)).tolist()
             if self.choices is not None:
@@ -151,6 +157,13 @@ class Worth:
     @property
     def steps(self) -> int:
         return round(self.task.steps * self.settings.share)
+
+
+def answers_only(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch whose positions are known, with labels and logits of its last columns: those that have answers."""
+    first = int((batch["labels"] != -100).any(0).nonzero()[0])
+    keep = batch["labels"].shape[1] - first + 1
+    return {**batch, "labels": batch["labels"][:, -keep:], "logits_to_keep": keep}
 
 
 def error(values: list[float]) -> float:

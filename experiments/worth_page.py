@@ -18,8 +18,8 @@ How to read the tables:
   have one standard error, over {rows} held-out rows and over seeds together.
 - `share` is the part of the parameters of `lora`, which has rank 8 in the five maps of each block. `within` says
   whether the method is at most one standard error of LoRA's behind it.
-- `search` is all that a method cost: each of {rates} rates for a quarter of the steps, the best two for all of them,
-  and the other seeds at the best. {dev} other rows choose. `minutes` are CPU minutes of one training.
+- `search` is all that a method cost: each of {rates} rates for a third of the steps, and three seeds at the best for
+  all of them. {dev} other rows choose. `minutes` are CPU minutes of one training.
 
 LoReFT is trained with [`create_loreft_optimizer`](one_rate.md). A name says its positions; `loreft` alone is the
 default, `f7+l7`. `experiments/methods.py` has the fields of every method.

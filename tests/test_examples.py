@@ -155,10 +155,8 @@ def test_wide_code_is_found(tmp_path):
 
 
 RATE = 1e-3
-"""The one recommendation: docs/choosing.md, "Learning rate", measured by experiments/learning_rates.py."""
+"""The one recommendation: docs/choosing.md, "Learning rate", measured by experiments/rates.py."""
 OTHER_RATES = {
-    ("docs/choosing.md", 1e-2): "the same section: for a small adapter",
-    ("examples/classifier.py", 3e-3): "an encoder: the same section",
     ("examples/quickstart.py", 4e-3): "ten rows, 30 steps",
     ("docs/serving.md", 4e-3): "one row, 20 steps",
     ("docs/server.md", 4e-3): "one row, 20 steps",

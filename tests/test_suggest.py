@@ -137,9 +137,10 @@ def test_suggest_for_prompts_and_answers(model_id, tmp_path, capsys):
     last = [line for line in said.splitlines() if line.startswith("peft-reft train")]
     words = shlex.split(last[0])[2:]
     _, args, model, _, config = parse("train", words)
-    assert (config.positions, config.r, args.learning_rate, args.max_steps) == ("f7+l7", 8, 1e-3, 300)
+    assert (config.positions, config.r, args.learning_rate, args.max_steps) == ("f7+l7", 8, 4.2e-2, 300)
+    assert "why    1e-3 fitted to 3 layers, width 32 and r=8" in said  # 1e-3 * 2000 / (3 * sqrt(8 * 32))
     assert args.warmup_steps == 30 and model.model_name_or_path == model_id
-    for setting in ("positions f7+l7", "r 8", "learning_rate 1e-3", "max_steps 300", "warmup_steps 30"):
+    for setting in ("positions f7+l7", "r 8", "learning_rate 4.2e-2", "max_steps 300", "warmup_steps 30"):
         place = said.splitlines().index(setting)
         assert [line.split()[0] for line in said.splitlines()[place + 1 : place + 3]] == ["why", "costs"]
     assert "80% of the tokens are edited" not in said and "75% of the tokens are edited" in said  # 12 of 16
@@ -165,8 +166,9 @@ def test_suggest_for_a_classifier(tmp_path, tokenizer, capsys):
     for words in (
         "an encoder, 3 blocks",
         "1,000 rows: texts of 4 tokens in 3 classes",
-        "learning_rate 3e-3",
+        "learning_rate 1e-3",
         "SEQ_CLS",
+        "optimizers=(create_loreft_optimizer(model, lr=1e-3), None)",
     ):
         assert words in said, said
     assert "max_steps 375" in said and "peft-reft train" not in said  # three times 1,000 rows, 8 in a step

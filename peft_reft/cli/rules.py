@@ -17,8 +17,8 @@ Kind = Literal["encoder", "decoder", "encoder-decoder"]
 Form = Literal["labels", "prompts", "texts"]
 """Of rows: a text with its class, a prompt with its answer, a text."""
 
-LEARNING_RATES: dict[Kind, float] = {"encoder": 3e-3, "decoder": 1e-3, "encoder-decoder": 1e-3}
-"""docs/results/glue.json (encoder: 1e-3 is behind it), docs/results/arithmetic.json and commonsense.json (decoder)."""
+LEARNING_RATE = 1e-3
+"""Of `create_loreft_optimizer`, which makes an adapter's own rate of it; docs/results/rates.json."""
 STEPS = 300
 """Fewest steps of a training."""
 EPOCHS = 3
@@ -47,7 +47,7 @@ class Rule:
     """A file of docs/results, or where else the advice comes from."""
     intervention: str = "loreft"
     rate: float | None = None
-    """Another learning rate than that of the kind of model."""
+    """A learning rate for all parameters, instead of `LEARNING_RATE` and the rule."""
     steps: int = STEPS
     trained_by: Literal["train", "python"] = "train"
     """Whether `peft-reft train` can train it."""
@@ -57,9 +57,6 @@ class Rule:
     """It fits data whose prompts have at least as many tokens, in the median."""
     least_answer: int = 0
     """The same of answers."""
-
-    def learning_rate(self, kind: Kind) -> float:
-        return LEARNING_RATES[kind] if self.rate is None else self.rate
 
     def fits(self, kind: Kind, form: Form, rows: int | None, prompt: float, answer: float) -> bool:
         """Whether the rule is for such data.
@@ -93,7 +90,7 @@ RULES = [
         positions="f7+l7",
         r=8,
         why="a classifier reads the first or the last token, and both ends of a text reach it",
-        evidence="results/glue.json, results/learning_rates.json",
+        evidence="results/rates.json",
         trained_by="python",
     ),
     Rule(
@@ -254,10 +251,10 @@ def table() -> list[str]:
     """The rows of the table on the page, in Markdown."""
     lines = []
     for rule in RULES:
-        rates = dict.fromkeys(rate_text(rule.learning_rate(kind)) for kind in rule.kinds)
+        rate = f"{rate_text(LEARNING_RATE)}, fitted" if rule.rate is None else rate_text(rule.rate)
         lines.append(
             f"| `{rule.task}` | {rule.when} | `{rule.positions}` | `{rule.intervention}`, {rule.r} "
-            f"| {' or '.join(rates)} | {training_cost(rule.positions, rule.form)} "
+            f"| {rate} | {training_cost(rule.positions, rule.form)} "
             f"| {serving_cost(rule.positions, rule.form)} | {rule.evidence} |"
         )
     return lines

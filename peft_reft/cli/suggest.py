@@ -9,10 +9,11 @@ from argparse import Namespace
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..tools.optimizer import fitted
 from ..tuner.untouched import GAIN
 from .facts import Model, model_facts, rows_facts
 from .lengths import Lengths, Shares, shares
-from .rules import EPOCHS, RULES, WARMUP, Rule, rate_text, rule_for, serving_cost
+from .rules import EPOCHS, LEARNING_RATE, RULES, WARMUP, Rule, rate_text, rule_for, serving_cost
 from .train_arguments import parse
 
 _TASK_TYPES = {"labels": "SEQ_CLS"}
@@ -83,7 +84,7 @@ def suggest(model: Model, lengths: Lengths, task: str | None, training: Any) -> 
     parameters = model.trained(rule.fields())
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     steps, why_steps = _steps(rule, lengths.rows, batch)
-    rate = rule.learning_rate(model.kind)
+    rate, why_rate = _rate(rule, model)
     warmup = round(WARMUP * steps)
     settings = [
         Setting("positions", rule.positions, rule.why, _cost_of_positions(rule, lengths, share)),
@@ -96,7 +97,7 @@ def suggest(model: Model, lengths: Lengths, task: str | None, training: Any) -> 
         Setting(
             "learning_rate",
             rate,
-            "for so few rows and steps" if rule.rate is not None else f"for an {model.kind}".replace("an d", "a d"),
+            why_rate,
             "nothing; if the loss stays where it is take three times as much, if it jumps a third",
         ),
         Setting("max_steps", steps, why_steps, f"{steps * batch:,} rows, {batch} in a step"),
@@ -104,6 +105,20 @@ def suggest(model: Model, lengths: Lengths, task: str | None, training: Any) -> 
     ]
     arguments = {"learning_rate": rate, "max_steps": steps, "warmup_steps": warmup}
     return Suggestion(rule, others, fields, arguments, settings, parameters, share)
+
+
+def _rate(rule: Rule, model: Model) -> tuple[float, str]:
+    """The learning rate of a training, and why.
+
+    A classifier's is that of `create_loreft_optimizer`, because its head has another one. An adapter alone has the rate
+    that this optimizer gives it.
+    """
+    if rule.rate is not None:
+        return rule.rate, "for so few rows and steps"
+    if rule.form == "labels":
+        return LEARNING_RATE, "of create_loreft_optimizer, which gives the adapter and the head rates of their own"
+    rate = float(f"{fitted(LEARNING_RATE, model.layers, rule.r, model.width):.1e}")
+    return rate, f"{rate_text(LEARNING_RATE)} fitted to {model.layers} layers, width {model.width} and r={rule.r}"
 
 
 def _steps(rule: Rule, rows: int | None, batch: int) -> tuple[int, str]:
@@ -160,7 +175,10 @@ def _python(found: Suggestion) -> str:
     fields = ", ".join(f"{name}={value!r}" for name, value in found.fields.items())
     values = {**found.training, "learning_rate": rate_text(found.training["learning_rate"])}
     arguments = ", ".join(f"{name}={value}" for name, value in values.items())
-    return f"LoReftConfig({fields})\nTrainingArguments(..., {arguments})"
+    lines = [f"LoReftConfig({fields})", f"TrainingArguments(..., {arguments})"]
+    if found.rule.form == "labels":
+        lines.append(f"Trainer(..., optimizers=(create_loreft_optimizer(model, lr={values['learning_rate']}), None))")
+    return "\n".join(lines)
 
 
 def _as_json(model: Model, lengths: Lengths, found: Suggestion, words: list[str]) -> dict[str, Any]:

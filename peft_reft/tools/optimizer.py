@@ -63,7 +63,7 @@ def create_loreft_optimizer(
         >>> f"{optimizer.param_groups[0]['lr']:.4f}"  # 1e-3 * 2000 / (2 * sqrt(8 * 576))
         '0.0147'
     """
-    rates = {id(parameter): lr * factor for parameter, factor in _factors(model, head_lr_ratio)}
+    rates = {id(parameter): rate for parameter, rate in _rates(model, lr, lr * head_lr_ratio)}
     groups: dict[float, list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -77,12 +77,17 @@ def create_loreft_optimizer(
     return optimizer_cls(given, lr=lr, weight_decay=weight_decay, **kwargs)  # type: ignore[call-arg]
 
 
+def fitted(lr: float, n: int, r: int, d: int) -> float:
+    """The rate of an adapter of rank r behind n modules of hidden size d, by the rule of `create_loreft_optimizer`."""
+    return lr * _STEP / (n * math.sqrt(r * d))
+
+
 def _layers(model: nn.Module) -> list[LoReftLayer]:
     return [module for module in model.modules() if isinstance(module, LoReftLayer)]
 
 
-def _factors(model: PeftModel, head_lr_ratio: float) -> Iterator[tuple[nn.Parameter, float]]:
-    """Parameters whose rate is not the optimizer's own, each with what the rate is multiplied by."""
+def _rates(model: PeftModel, lr: float, of_heads: float) -> Iterator[tuple[nn.Parameter, float]]:
+    """Parameters whose rate is not the optimizer's own, with it."""
     layers = _layers(model)
     for name, config in model.peft_config.items():
         edited = [layer.weights(name) for layer in layers if name in layer.plans]
@@ -92,9 +97,9 @@ def _factors(model: PeftModel, head_lr_ratio: float) -> Iterator[tuple[nn.Parame
             matrix = next(getattr(weights, each) for each, dimensions in weights.shapes.items() if dimensions == "rd")
             r, d = matrix.shape[-2:]
             for parameter in weights.parameters():
-                yield parameter, _STEP / (len(edited) * math.sqrt(r * d))
+                yield parameter, fitted(lr, len(edited), r, d)
         if config.task_type in _FRESH_HEADS:
             for module in model.modules():
                 if isinstance(module, ModulesToSaveWrapper):
                     for parameter in module.parameters():
-                        yield parameter, head_lr_ratio
+                        yield parameter, of_heads
