@@ -14,6 +14,8 @@ STEERING: dict[str, Any] = dict(r=4, intervention="nodireft", act_fn="silu", pos
 METHODS: dict[str, dict[str, Any]] = {
     "loreft": PAPER,
     "loreft, decoding too": {**PAPER, "positions": "f7+l7+g"},
+    # The paper's formula at every token, with a twelfth of LoRA's parameters.
+    "loreft, everywhere": dict(r=4, positions="all"),
     "loreft, shared by layers": {**PAPER, "tie": "model"},
     # arXiv 2603.00425, post-block steering: W2ᵀ silu(W1 h + b) behind every block, at every token. `init_weights=True`
     # starts W2, its W_up, at 0 and W1 as `nn.Linear` does.

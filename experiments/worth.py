@@ -36,11 +36,12 @@ from worth_page import COLUMNS, page
 from peft_reft import DataCollatorForLoReft, LoReftConfig
 
 IN_SHORT = ["base", "lora", "loreft", "loreft, l7", "loreft, l14", "lora, r=1"]
+LONG = ["base", "lora", "loreft", "loreft, l7", "loreft, l7+g", "loreft, everywhere", "lora, r=1"]
 COMPARED = {
     "trec": IN_SHORT,
     "cola": IN_SHORT,
-    "gsm8k": [*IN_SHORT, "loreft, l7+g", *(name for name in METHODS if name not in IN_SHORT)],
-    "ultrafeedback": [*IN_SHORT, "loreft, l7+g"],
+    "gsm8k": [*LONG, *(name for name in METHODS if name not in LONG)],
+    "ultrafeedback": LONG,
 }
 """What is compared if `--methods` does not say it. TREC and CoLA have answers of one token, without use for `g`."""
 
