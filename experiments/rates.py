@@ -12,6 +12,7 @@ not run again.
 
 import math
 import statistics
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ import glue
 from glue import GlueTask
 from methods import METHODS
 from prompts import read
-from runs import Found, Results, Run
+from runs import Found, OutOfTime, Results, Run
 from settings import Settings, read_arguments
 from tables import markdown, publish, show
 from widths import side_by_side
@@ -40,6 +41,8 @@ class RatesSettings(Settings):
     seeds: list[int] = field(default_factory=lambda: [42, 43, 44])
     only: str = ""
     """Settings whose names have this word; all by default."""
+    minutes: float = math.inf
+    """After so long no run begins. A setting that is not done is not shown."""
 
 
 PRESETS = {"cpu": RatesSettings(model="HuggingFaceTB/SmolLM2-135M-Instruct")}
@@ -182,13 +185,14 @@ def page(table: list[dict[str, Any]], settings: RatesSettings, docs: Path) -> st
 
 def main(argv: list[str] | None = None) -> None:
     settings = read_arguments(__doc__, PRESETS, argv)
-    results = Results(settings.output / "results.json", {})
+    results = Results(settings.output / "results.json", {}, settings.minutes)
     table = []
     for setting in SETTINGS:
         for way in WAYS:
             if settings.only in setting.name and setting.is_trained(way):
-                table.append(row_of(settings, results, setting, way))
-                print(table[-1], flush=True)
+                with suppress(OutOfTime):
+                    table.append(row_of(settings, results, setting, way))
+                    print(table[-1], flush=True)
     show(table, [*table[0]])
     publish("rates", settings)
     if settings.docs:

@@ -1,9 +1,11 @@
 """Runs of an experiment: results that are kept, and the comparison of methods over learning rates and seeds."""
 
 import json
+import math
 import os
 import re
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,24 +36,40 @@ class Run:
         return re.sub(r"[^\w.+~-]+", "_", "-".join(str(part) for part in parts if part is not None)).strip("_")
 
 
+class OutOfTime(Exception):
+    """A run is not there, and there is no time for it."""
+
+
 class Results:
     """Measurements and their settings in a JSON file. What is there is not measured again."""
 
-    def __init__(self, path: Path, common: dict[str, Any]) -> None:
-        """`common` are the settings of all runs of this call. Runs with other settings do not count as the same."""
+    def __init__(self, path: Path, common: dict[str, Any], minutes: float = math.inf) -> None:
+        """
+        Args:
+            path: of the file.
+            common: settings of all runs of this call. Runs with other settings do not count as the same.
+            minutes: after so long no run begins.
+        """
         self.path = path
         self.common = common
+        self.ends = time.monotonic() + minutes * 60
         self.runs = self.read()
 
     def read(self) -> list[dict[str, Any]]:
         return json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else []
 
     def once(self, settings: dict[str, Any], measure: Callable[[], Found]) -> dict[str, Any]:
-        """What `measure()` returns, together with the settings: from the file if it is there."""
+        """What `measure()` returns, together with the settings: from the file if it is there.
+
+        Raises:
+            OutOfTime: it is not there, and there is no time for it.
+        """
         wanted = {**self.common, **settings}
         for run in self.runs:
             if all(run.get(name) == value for name, value in wanted.items()):
                 return run
+        if time.monotonic() >= self.ends:
+            raise OutOfTime
         began = cpu_seconds()
         found = {**wanted, **measure()}
         found["cpu_minutes"] = round((cpu_seconds() - began) / 60, 2)

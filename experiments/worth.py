@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from methods import METHODS, SUFFIXES
 from prompts import Row, TextTask, read
-from runs import Found, Results
+from runs import Found, OutOfTime, Results
 from settings import Settings, read_arguments
 from tables import publish, show
 from torch import nn
@@ -172,28 +172,17 @@ def error(values: list[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
-class OutOfTime(Exception):
-    """`--minutes` are over, and a run is not there."""
-
-
 def rows_of(settings: WorthSettings, results: Results) -> list[dict[str, Any]]:
     """A row for each task and method whose runs are there, after those that the time allows."""
-    ends = time.monotonic() + settings.minutes * 60
     table = []
     for name in settings.tasks:
         worth = Worth(settings, read(name, Path(settings.data or ".")), {**METHODS, **SUFFIXES})
-
-        def measure(trial: dict[str, Any], worth: Worth = worth) -> Found:
-            if time.monotonic() >= ends:
-                raise OutOfTime
-            return worth.measure(trial)
-
         for method in COMPARED[name] if settings.methods == [EACH] else settings.methods:
             with suppress(OutOfTime):
                 table.append(
                     search(
                         results,
-                        measure,
+                        worth.measure,
                         task=name,
                         method=method,
                         learning_rates=settings.learning_rates,
@@ -229,7 +218,7 @@ def beside_lora(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> None:
     settings = read_arguments(__doc__, PRESETS, argv)
     common = dict(model=Path(settings.model).name, dev_rows=settings.dev, test_rows=settings.test)
-    results = Results(settings.output / "results.json", common)
+    results = Results(settings.output / "results.json", common, settings.minutes)
     table = beside_lora(rows_of(settings, results))
     show(table, ["task", *COLUMNS])
     publish("worth", settings)
