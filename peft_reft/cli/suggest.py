@@ -110,8 +110,8 @@ def suggest(model: Model, lengths: Lengths, task: str | None, training: Any) -> 
 def _rate(rule: Rule, model: Model) -> tuple[float, str]:
     """The learning rate of a training, and why.
 
-    A classifier's is that of `create_loreft_optimizer`, because its head has another one. An adapter alone has the rate
-    that this optimizer gives it.
+    A classifier's is that of `create_loreft_optimizer`, because its head has another one. An adapter alone has the
+    rate that this optimizer gives it.
     """
     if rule.rate is not None:
         return rule.rate, "for so few rows and steps"
