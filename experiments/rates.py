@@ -115,7 +115,8 @@ random layers add up as sqrt(n), not as n. No training went up ("highest loss", 
 Commands:
 
     python experiments/widths.py --docs docs
-    python experiments/rates.py --data FOLDER --minilm MINILM_FOLDER --model SMOLLM2_FOLDER --docs docs
+    python experiments/rates.py --data FOLDER --minilm MINILM_FOLDER \\
+        --model SMOLLM2_FOLDER --docs docs
 
 The runs are in [results/rates.json](results/rates.json) and [results/widths.json](results/widths.json).
 """
