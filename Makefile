@@ -84,8 +84,8 @@ support-table: $(BIN)/.installed $(VENV)-extras/.installed $(VENV)-vllm/.install
 	$(VENV)-axolotl/bin/python -m pytest tests/with_axolotl -W default -m cell --support-table
 
 # The paper's experiments at small scale, with their figures and results in docs/; about 20 hours on one core, most of
-# them for rates and worth. DATA is a
-# folder with trec/, cola/, alice/, gsm8k/, german/ and ultrafeedback_1k/. Run again, it goes on where it was stopped.
+# them for rates and worth. DATA is a folder with trec/, cola/, alice/, gsm8k/, german/ and ultrafeedback_1k/. Run again,
+# it goes on where it was stopped.
 RECIPES = glue memorisation sweep qlora_style preference grpo instruct arithmetic commonsense overhead composition rates widths worth
 MINILM = sentence-transformers/all-MiniLM-L6-v2
 .PHONY: recipes

@@ -8,7 +8,7 @@ from typing import Any
 from runs import Found, Results
 
 Measure = Callable[[dict[str, Any]], Found]
-"""Trains and scores one model. It is given `task`, `method`, `learning_rate`, `seed`, `steps` and `final`."""
+"""Trains and scores one model. It is given `task`, `method`, `learning_rate`, `seed` and `steps`."""
 
 
 def search(
@@ -46,6 +46,7 @@ def search(
         "task": task,
         "method": method,
         "parameters": runs[0]["parameters"],
+        "steps": steps,
         "learning_rate": runs[0]["learning_rate"],
         "searched": {str(found["learning_rate"]): found["dev"] for found in spent.values()},
         "seeds": len(runs),

@@ -45,7 +45,6 @@ COMPARED = {
 }
 """What is compared if `--methods` does not say it. TREC and CoLA have answers of one token, without use for `g`."""
 
-
 EACH = "those of the task"
 
 
@@ -159,6 +158,12 @@ class Worth:
     def steps(self) -> int:
         return round(self.task.steps * self.settings.share)
 
+    def tokens(self) -> tuple[float, float]:
+        """Tokens of a prompt and of an answer, in the median of the held-out rows."""
+        answers = [sum(label != -100 for label in row["labels"]) for row in self.test]
+        prompts = [len(row["labels"]) - answer for row, answer in zip(self.test, answers)]
+        return statistics.median(prompts), statistics.median(answers)
+
 
 def answers_only(batch: dict[str, Any]) -> dict[str, Any]:
     """A batch whose positions are known, with labels and logits of its last columns: those that have answers."""
@@ -179,17 +184,16 @@ def rows_of(settings: WorthSettings, results: Results) -> list[dict[str, Any]]:
         worth = Worth(settings, read(name, Path(settings.data or ".")), {**METHODS, **SUFFIXES})
         for method in COMPARED[name] if settings.methods == [EACH] else settings.methods:
             with suppress(OutOfTime):
-                table.append(
-                    search(
-                        results,
-                        worth.measure,
-                        task=name,
-                        method=method,
-                        learning_rates=settings.learning_rates,
-                        seeds=settings.seeds,
-                        steps=worth.steps,
-                    )
+                row = search(
+                    results,
+                    worth.measure,
+                    task=name,
+                    method=method,
+                    learning_rates=settings.learning_rates,
+                    seeds=settings.seeds,
+                    steps=worth.steps,
                 )
+                table.append({**row, "tokens": worth.tokens()})
                 print(json.dumps(table[-1]), flush=True)
     return table
 
@@ -223,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     show(table, ["task", *COLUMNS])
     publish("worth", settings)
     if settings.docs:
-        text = page(table, steps=80, rows=settings.test, dev=settings.dev, rates=len(settings.learning_rates))
+        text = page(table, rows=settings.test, dev=settings.dev, rates=len(settings.learning_rates))
         (settings.docs / "worth.md").write_text(text, encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ LoReFT beside LoRA on text: the same rows, the same rates to choose from, the sa
 fp32, and trainings are short ({steps} steps). What a 7B model does can differ.
 
 On TREC the default and `l7` are level with LoRA of rank 8, and `l7` trains in less than half the time. CoLA says
-nothing yet: no method does better than to answer always "yes" (0.705).
+nothing yet: no method does better, by more than its error, than to answer always "yes" (0.705).
 
 How to read the tables:
 
@@ -37,19 +37,18 @@ The runs are in [results/worth.json](results/worth.json).
 """
 
 TASKS = {
-    "trec": "Six types of questions, behind six examples: prompts of about 120 tokens, an answer of one.",
-    "cola": "Is a sentence acceptable? Prompts of about 100 tokens, an answer of one.",
-    "gsm8k": "Worked solutions of arithmetic problems: prompts of about 45 tokens, answers of 65.",
-    "ultrafeedback": "Instructions and a good model's answers: prompts of about 80 tokens, answers of 100.",
+    "trec": "Six types of questions, behind an instruction and three examples.",
+    "cola": "Is a sentence acceptable? Behind an instruction and two examples.",
+    "gsm8k": "Worked solutions of arithmetic problems, the short ones.",
+    "ultrafeedback": "Instructions and a good model's answers, which are cut at 160 tokens of a row.",
 }
 
 
-def page(table: list[dict[str, Any]], steps: int, rows: int, dev: int, rates: int) -> str:
+def page(table: list[dict[str, Any]], rows: int, dev: int, rates: int) -> str:
     """The text of the page.
 
     Args:
         table: rows of `worth.beside_lora`.
-        steps: of a training.
         rows: that are held out for the tables.
         dev: rows that choose the rate.
         rates: how many there are to choose from.
@@ -58,5 +57,8 @@ def page(table: list[dict[str, Any]], steps: int, rows: int, dev: int, rates: in
     for name, text in TASKS.items():
         of_task = [row for row in table if row["task"] == name]
         if of_task:
-            parts.append(f"## {name}\n\n{text}\n\n{markdown(of_task, COLUMNS)}")
+            prompt, answer = of_task[0]["tokens"]
+            tokens = f"A prompt has {prompt:g} tokens and an answer {answer:g} (medians)."
+            parts.append(f"## {name}\n\n{text} {tokens}\n\n{markdown(of_task, COLUMNS)}")
+    steps = max(row["steps"] for row in table)
     return PAGE.format(steps=steps, rows=rows, dev=dev, rates=rates, tasks="\n\n".join(parts))

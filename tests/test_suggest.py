@@ -1,6 +1,7 @@
 """`peft-reft suggest`, the table of rules, and the page that shows it."""
 
 import json
+import math
 import shlex
 from pathlib import Path
 
@@ -138,7 +139,7 @@ def test_suggest_for_prompts_and_answers(model_id, tmp_path, capsys):
     words = shlex.split(last[0])[2:]
     _, args, model, _, config = parse("train", words)
     assert (config.positions, config.r, args.learning_rate, args.max_steps) == ("f7+l7", 8, 4.2e-2, 300)
-    assert "why    1e-3 fitted to 3 layers, width 32 and r=8" in said  # 1e-3 * 2000 / (3 * sqrt(8 * 32))
+    assert "why    1e-3 fitted to the edited layers" in said  # 1e-3 * 2000 / (3 * sqrt(8 * 32))
     assert args.warmup_steps == 30 and model.model_name_or_path == model_id
     for setting in ("positions f7+l7", "r 8", "learning_rate 4.2e-2", "max_steps 300", "warmup_steps 30"):
         place = said.splitlines().index(setting)
@@ -156,6 +157,17 @@ def test_suggest_as_json_with_arguments_of_train(model_id, tmp_path, capsys):
     assert found["shares"]["training"] == pytest.approx((5 + 2 * 11) / 32) and found["shares"]["prefix"] == 5 / 12
     _, args, _, _, config = parse("train", shlex.split(found["command"])[2:])
     assert (config.positions, config.r, args.per_device_train_batch_size) == ("l7", 2, 4)  # what was given stays
+    assert args.learning_rate == float(f"{1e-3 * 2000 / (3 * math.sqrt(2 * 32)):.1e}")  # and the rate fits it
+
+
+def test_a_file_of_settings_stays(model_id, tmp_path, capsys):
+    """What it sets is not set again by the command, and the rate fits it."""
+    (tmp_path / "settings.yaml").write_text("r: 2\nlayers: 0\n")
+    words = [model_id, rows_file(tmp_path, ANSWERS), "--json", "--config", tmp_path / "settings.yaml"]
+    found = json.loads(suggestion(capsys, *words))
+    _, args, _, _, config = parse("train", shlex.split(found["command"])[2:])
+    assert (config.r, config.layers) == (2, 0) and "--r " not in found["command"]
+    assert args.learning_rate == float(f"{1e-3 * 2000 / math.sqrt(2 * 32):.1e}")
 
 
 def test_suggest_for_a_classifier(tmp_path, tokenizer, capsys):

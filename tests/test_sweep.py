@@ -14,6 +14,7 @@ from datasets import disable_progress_bars
 
 from peft_reft import LoReftConfig
 from peft_reft.cli import sweep
+from peft_reft.cli.arguments import set_by
 from peft_reft.cli.search import Found, candidates, is_better, rungs, search, standard_error
 from peft_reft.cli.train_arguments import parse
 from peft_reft_cli import main
@@ -230,6 +231,6 @@ def test_sweep_refuses(words, said, model_id, tmp_path, capsys):
 def test_fields_that_are_set_are_not_searched(tmp_path):
     (tmp_path / "settings.yaml").write_text("r: 4\nlearning_rate: 0.01\n")
     words = ["--positions", "l7", "--layers=0", "--config", str(tmp_path / "settings.yaml"), "--max-steps", "3"]
-    assert sweep._set_by(words) == {"positions", "layers", "config", "r", "learning_rate", "max_steps"}
+    assert set_by(words) == {"positions", "layers", "config", "r", "learning_rate", "max_steps"}
     assert Path(words[4]).is_file()
     assert sweep._without(["--a", "1", "2", "--b=3", "--c-d", "4"], {"a", "c_d"}) == ["--b=3"]

@@ -6,7 +6,10 @@ import json
 import os
 import re
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 _A_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|zip|gz|zst|bz2|xz)$", re.IGNORECASE)
 
@@ -43,3 +46,12 @@ def parse_positions(text: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise ValueError(f"--positions {text} is no JSON: {error}.") from None
+
+
+def set_by(words: list[str]) -> set[str]:
+    """The names of the arguments that a command line sets, or the file that its `--config` names."""
+    names = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    for place, word in enumerate(words):
+        if word == "--config":
+            names |= {*(yaml.safe_load(Path(words[place + 1]).read_text(encoding="utf-8")) or {})}
+    return names

@@ -6,7 +6,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..config import LoReftConfig
+from ..tools.optimizer import create_loreft_optimizer
 from ..tuner.architectures import find_targets, skeleton
 from .arguments import check_path
 from .data import training_data, training_split
@@ -37,10 +38,17 @@ class Model:
 
     def trained(self, fields: dict[str, Any]) -> int:
         """How many parameters an adapter with these fields of `LoReftConfig` trains, without a head."""
-        empty = skeleton(copy.deepcopy(self.config))
-        model = get_peft_model(empty, LoReftConfig(**fields), low_cpu_mem_usage=True)
-        trained: int = model.get_nb_trainable_parameters()[0]
+        trained: int = self._adapted(fields).get_nb_trainable_parameters()[0]
         return trained
+
+    def rate(self, fields: dict[str, Any], lr: float) -> float:
+        """The lowest rate that `create_loreft_optimizer` gives an adapter with these fields."""
+        groups = create_loreft_optimizer(self._adapted(fields), lr=lr).param_groups
+        return min(float(group["lr"]) for group in groups)
+
+    def _adapted(self, fields: dict[str, Any]) -> PeftModel:
+        empty = skeleton(copy.deepcopy(self.config))
+        return get_peft_model(empty, LoReftConfig(**fields), low_cpu_mem_usage=True)
 
 
 def model_facts(name: str, revision: str | None = None) -> Model:

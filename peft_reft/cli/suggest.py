@@ -9,8 +9,8 @@ from argparse import Namespace
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..tools.optimizer import fitted
 from ..tuner.untouched import GAIN
+from .arguments import set_by
 from .facts import Model, model_facts, rows_facts
 from .lengths import Lengths, Shares, shares
 from .rules import EPOCHS, LEARNING_RATE, RULES, WARMUP, Rule, rate_text, rule_for, serving_cost
@@ -18,6 +18,8 @@ from .train_arguments import parse
 
 _TASK_TYPES = {"labels": "SEQ_CLS"}
 """Of rows of a form; the others are of causal models, or of models with an encoder and a decoder."""
+_OF_RATE = {"r", "layers", "tie", "intervention"}
+"""Fields of `LoReftConfig` on which the learning rate depends."""
 
 
 @dataclass(frozen=True)
@@ -53,18 +55,19 @@ def run(args: Namespace, words: list[str]) -> None:
         words: what stands behind them: arguments of `train`.
     """
     words = ["--model_name_or_path", args.model, "--dataset_name", args.data, *words]
-    data, training, model_arguments, mixture, _ = parse("train", words)
+    data, training, model_arguments, mixture, config = parse("train", words)
     model = model_facts(args.model, model_arguments.model_revision)
     form = next((rule.form for rule in RULES if rule.task == args.task), None)
     lengths = rows_facts(model, data, mixture, training, "labels" if form == "labels" else None)
-    found = suggest(model, lengths, args.task, training)
+    own = {name: getattr(config, name) for name in _OF_RATE & set_by(words)}
+    found = suggest(model, lengths, args.task, training, own)
     if args.json:
         print(json.dumps(_as_json(model, lengths, found, words), indent=2))
     else:
         print(_as_text(model, lengths, found, words))
 
 
-def suggest(model: Model, lengths: Lengths, task: str | None, training: Any) -> Suggestion:
+def suggest(model: Model, lengths: Lengths, task: str | None, training: Any, own: dict[str, Any]) -> Suggestion:
     """What the rules say.
 
     Args:
@@ -72,6 +75,7 @@ def suggest(model: Model, lengths: Lengths, task: str | None, training: Any) -> 
         lengths: of the rows.
         task: the value of `--task`; None: the rows say it.
         training: the training's arguments, whose sizes of batches are used.
+        own: fields of `LoReftConfig` that somebody has set, to which the learning rate is fitted.
 
     Raises:
         ValueError: there is no rule for them.
@@ -84,7 +88,7 @@ def suggest(model: Model, lengths: Lengths, task: str | None, training: Any) -> 
     parameters = model.trained(rule.fields())
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     steps, why_steps = _steps(rule, lengths.rows, batch)
-    rate, why_rate = _rate(rule, model)
+    rate, why_rate = _rate(rule, model, own)
     warmup = round(WARMUP * steps)
     settings = [
         Setting("positions", rule.positions, rule.why, _cost_of_positions(rule, lengths, share)),
@@ -107,7 +111,7 @@ def suggest(model: Model, lengths: Lengths, task: str | None, training: Any) -> 
     return Suggestion(rule, others, fields, arguments, settings, parameters, share)
 
 
-def _rate(rule: Rule, model: Model) -> tuple[float, str]:
+def _rate(rule: Rule, model: Model, own: dict[str, Any]) -> tuple[float, str]:
     """The learning rate of a training, and why.
 
     A classifier's is that of `create_loreft_optimizer`, because its head has another one. An adapter alone has the
@@ -117,8 +121,8 @@ def _rate(rule: Rule, model: Model) -> tuple[float, str]:
         return rule.rate, "for so few rows and steps"
     if rule.form == "labels":
         return LEARNING_RATE, "of create_loreft_optimizer, which gives the adapter and the head rates of their own"
-    rate = float(f"{fitted(LEARNING_RATE, model.layers, rule.r, model.width):.1e}")
-    return rate, f"{rate_text(LEARNING_RATE)} fitted to {model.layers} layers, width {model.width} and r={rule.r}"
+    rate = model.rate({**rule.fields(), **own}, LEARNING_RATE)
+    return float(f"{rate:.1e}"), f"{rate_text(LEARNING_RATE)} fitted to the edited layers, their width and r"
 
 
 def _steps(rule: Rule, rows: int | None, batch: int) -> tuple[int, str]:
@@ -162,7 +166,7 @@ def command(found: Suggestion, words: list[str]) -> str | None:
     """
     if found.rule.trained_by != "train" or found.fields["task_type"] != "CAUSAL_LM":
         return None
-    given = {word.removeprefix("--").partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    given = set_by(words)
     more = {**{name: value for name, value in found.fields.items() if name != "task_type"}, **found.training}
     for name, value in more.items():
         if name not in given:

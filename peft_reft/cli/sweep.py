@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 
 from ..config import DEFAULT_R
 from ..edits.formulas import INTERVENTIONS
+from .arguments import set_by
 from .data import training_data
 from .facts import model_facts, rows_facts
 from .methods import METHODS
@@ -54,7 +54,7 @@ def run(args: Namespace, words: list[str]) -> None:
         if value is not None and value <= 0:
             raise ValueError(f"--{name} {value:g}: expected more than 0.")
     given = ["--model_name_or_path", args.model, "--dataset_name", args.data, *words]
-    set_by_user = _set_by(words)
+    set_by_user = set_by(words)
     if "test_split_size" in set_by_user:
         raise ValueError("--test_split_size: the sweep holds rows out by itself. Give --held-out ROWS.")
     evaluates = _EVALUATES if "test_file" in set_by_user else []
@@ -71,12 +71,13 @@ def run(args: Namespace, words: list[str]) -> None:
     rows = training_data(METHODS["train"], data, mixture, training)[0]
     if not isinstance(rows, Dataset):
         raise ValueError("--dataset_streaming true: rows that are streamed cannot be held out. Leave it out.")
-    found = suggest(model, rows_facts(model, data, mixture, training, None), None, training)
+    own = {name: getattr(config, name) for name in {*_FIELDS} & set_by_user - {"learning_rate"}}
+    found = suggest(model, rows_facts(model, data, mixture, training, None), None, training, own)
     start: Fields = {"layers": "all", "tie": "layer", "intervention": "loreft", **found.fields}
     del start["task_type"]
-    start["learning_rate"] = found.training["learning_rate"]
-    for name in {*_FIELDS} & set_by_user:
-        start[name] = training.learning_rate if name == "learning_rate" else getattr(config, name)
+    given_rate = "learning_rate" in set_by_user
+    start["learning_rate"] = training.learning_rate if given_rate else found.training["learning_rate"]
+    start |= own
     steps = training.max_steps if "max_steps" in set_by_user else found.training["max_steps"]
     folder = Path(training.output_dir if "output_dir" in set_by_user else "outputs/sweep")
     if not INTERVENTIONS[start["intervention"]].has_rank:
@@ -97,15 +98,6 @@ def run(args: Namespace, words: list[str]) -> None:
     table.write(best)
     trial.config_of(outcome.best, steps).save_pretrained(str(folder / "best"))
     print(json.dumps(best, indent=2) if args.json else _as_text(best, outcome, start, folder))
-
-
-def _set_by(words: list[str]) -> set[str]:
-    """The names of the arguments that a command line sets, or the file that its `--config` names."""
-    names = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
-    for place, word in enumerate(words):
-        if word == "--config":
-            names |= {*(yaml.safe_load(Path(words[place + 1]).read_text(encoding="utf-8")) or {})}
-    return names
 
 
 class Budget:
@@ -219,7 +211,7 @@ class Trials:
     def words_of(self, fields: Fields, steps: int) -> list[str]:
         """The arguments of `train` for a setting, without those that make it silent."""
         chosen = {**fields, "learning_rate": rate_text(fields["learning_rate"]), "max_steps": steps}
-        if "warmup_steps" not in _set_by(self.words):
+        if "warmup_steps" not in set_by(self.words):
             chosen["warmup_steps"] = round(WARMUP * steps)
         words = []
         for name, value in chosen.items():
@@ -304,7 +296,7 @@ def _best(outcome: Outcome, trial: Trials, given: list[str], steps: int) -> dict
     """The best setting, what it had, and the command that trains with it."""
     assert outcome.found is not None
     words = trial.words_of(outcome.best, steps)
-    kept = _without(given, {"output_dir", "test_file", *_set_by(words)})
+    kept = _without(given, {"output_dir", "test_file", *set_by(words)})
     scores = {"loss": outcome.found.loss, "error": outcome.found.error}
     return {
         "fields": outcome.best,

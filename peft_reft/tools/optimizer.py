@@ -77,11 +77,6 @@ def create_loreft_optimizer(
     return optimizer_cls(given, lr=lr, weight_decay=weight_decay, **kwargs)  # type: ignore[call-arg]
 
 
-def fitted(lr: float, n: int, r: int, d: int) -> float:
-    """The rate of an adapter of rank r behind n modules of hidden size d, by the rule of `create_loreft_optimizer`."""
-    return lr * _STEP / (n * math.sqrt(r * d))
-
-
 def _layers(model: nn.Module) -> list[LoReftLayer]:
     return [module for module in model.modules() if isinstance(module, LoReftLayer)]
 
@@ -97,7 +92,7 @@ def _rates(model: PeftModel, lr: float, of_heads: float) -> Iterator[tuple[nn.Pa
             matrix = next(getattr(weights, each) for each, dimensions in weights.shapes.items() if dimensions == "rd")
             r, d = matrix.shape[-2:]
             for parameter in weights.parameters():
-                yield parameter, fitted(lr, len(edited), r, d)
+                yield parameter, lr * _STEP / (len(edited) * math.sqrt(r * d))
         if config.task_type in _FRESH_HEADS:
             for module in model.modules():
                 if isinstance(module, ModulesToSaveWrapper):
