@@ -1,16 +1,17 @@
 """Tasks of prompt and completion that a small decoder learns in minutes: what `worth.py` compares methods on.
 
-FOLDER has gsm8k/*.jsonl, ultrafeedback_1k/*.json, trec/*.txt and cola/*.tsv. Most prompts are long enough that the
-first and the last tokens of a prompt are a part of it, not all.
+FOLDER has gsm8k/*.jsonl, ultrafeedback_1k/*.json, trec/*.txt and cola/*.tsv; word_sums.py makes its own. Most prompts
+are long enough that the first and the last tokens of a prompt are a part of it, not all.
 """
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import glue
+import word_sums
 
 Row = tuple[str, str]
 """Prompt and completion."""
@@ -21,7 +22,7 @@ TYPES = ["description", "entity", "abbreviation", "person", "place", "number"]
 
 @dataclass(frozen=True)
 class TextTask:
-    """Rows in an order of their own, with the size of a training."""
+    """Rows with the size of a training. The first of them are held out."""
 
     name: str
     rows: list[Row]
@@ -33,24 +34,26 @@ class TextTask:
     """Whether long answers are cut at `max_length`, if the prompt takes no more than half of it."""
     choices: list[str] | None = None
     """The completions of a classification, which is scored by the likeliest of them."""
+    exact: bool = False
+    """Whether an answer is right if greedy decoding writes just this: if each of its tokens is the likeliest."""
 
 
 def gsm8k(folder: Path) -> list[Row]:
     lines = (folder / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    return [(f"Question: {row['question']}\nAnswer:", f" {row['answer']}") for row in rows]
+    return shuffled((f"Question: {row['question']}\nAnswer:", f" {row['answer']}") for row in rows)
 
 
 def ultrafeedback(folder: Path) -> list[Row]:
     lines = (folder / "ultrafeedback_1k" / "ultrafeedback_1k.json").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    return [(f"### Instruction:\n{row['instruction']}\n\n### Response:\n", row["output"]) for row in rows]
+    return shuffled((f"### Instruction:\n{row['instruction']}\n\n### Response:\n", row["output"]) for row in rows)
 
 
 def trec_alone(folder: Path) -> list[Row]:
     """Questions, with nothing before them."""
     rows = glue.read_trec(folder / "trec" / "train.txt")
-    return [(f"{row['text']}\nCategory:", f" {TYPES[row['label']]}") for row in rows]
+    return shuffled((f"{row['text']}\nCategory:", f" {TYPES[row['label']]}") for row in rows)
 
 
 def trec(folder: Path) -> list[Row]:
@@ -69,21 +72,32 @@ def cola(folder: Path) -> list[Row]:
         "Is the sentence acceptable English, with no word missing or misplaced?\n\nSentence: The cat sat on the mat.\n"
         "Acceptable: yes\n\nSentence: The cat sat the mat on.\nAcceptable: no\n\nSentence: "
     )
-    return [(f"{head}{row['sentence']}\nAcceptable:", " yes" if row["label"] else " no") for row in rows]
+    return shuffled((f"{head}{row['sentence']}\nAcceptable:", " yes" if row["label"] else " no") for row in rows)
+
+
+def sums(folder: Path) -> list[Row]:
+    """Sums in words. No three numbers of the rows after the first 400 are those of a row before."""
+    rows = word_sums.rows(400, seed=1, test=True) + word_sums.rows(2000, seed=0)
+    return [(word_sums.TEMPLATE.format(row["prompt"]), row["completion"]) for row in rows]
+
+
+def shuffled(rows: Iterable[Row]) -> list[Row]:
+    """The rows in an order that is the same every time."""
+    found = list(rows)
+    random.Random(0).shuffle(found)
+    return found
 
 
 SIZES: dict[str, tuple[Callable[[Path], list[Row]], dict]] = {
-    "gsm8k": (gsm8k, dict(batch=4, steps=80, max_length=128)),
+    "gsm8k": (gsm8k, dict(batch=2, steps=60, max_length=112)),
     "ultrafeedback": (ultrafeedback, dict(batch=2, steps=80, max_length=160, cut=True)),
     "trec": (trec, dict(batch=4, steps=80, max_length=192, choices=[f" {name}" for name in TYPES])),
     "trec, no examples": (trec_alone, dict(batch=8, steps=80, max_length=96, choices=[f" {name}" for name in TYPES])),
+    "sums": (sums, dict(batch=8, steps=80, max_length=96, exact=True)),
     "cola": (cola, dict(batch=4, steps=80, max_length=160, choices=[" yes", " no"])),
 }
 
 
 def read(name: str, folder: Path) -> TextTask:
-    """A task, its rows shuffled by one seed."""
     make, sizes = SIZES[name]
-    rows = make(folder)
-    random.Random(0).shuffle(rows)
-    return TextTask(name, rows, **sizes)
+    return TextTask(name, make(folder), **sizes)

@@ -5,10 +5,11 @@
 
 Every method has the same rates to choose from (`trials.search`): each for a third of the steps, the best for all of
 them with three seeds. What is held out is never trained on: `dev` chooses, `test` is shown. The loss is the mean over
-rows of the mean over an answer's tokens; `accuracy` is the share of rows whose likeliest choice is right. An error is
-one standard error, over held-out rows and over seeds together. Results are kept in OUTPUT/results.json; a run that is
-there is not run again, and an interrupted run goes on from its last checkpoint. Several processes, each with its own
-tasks or methods, can share OUTPUT. LoReFT is trained with the rates of `create_loreft_optimizer`.
+rows of the mean over an answer's tokens; `accuracy` is the share of rows whose likeliest choice is right, or whose
+answer greedy decoding would write. An error is one standard error, over held-out rows and over seeds together.
+Results are kept in OUTPUT/results.json; a run that is there is not run again, and an interrupted run goes on from its
+last checkpoint. Several processes, each with its own tasks or methods, can share OUTPUT. LoReFT is trained with the
+rates of `create_loreft_optimizer`.
 """
 
 import json
@@ -37,10 +38,12 @@ from peft_reft import DataCollatorForLoReft, LoReftConfig
 
 IN_SHORT = ["base", "lora", "loreft", "loreft, l7", "loreft, l14", "lora, r=1"]
 LONG = ["base", "lora", "loreft", "loreft, l7", "loreft, l7+g", "loreft, everywhere", "lora, r=1"]
+REASONING = [*LONG, *(name for name in METHODS if name not in LONG)]
 COMPARED = {
     "trec": IN_SHORT,
     "cola": IN_SHORT,
-    "gsm8k": [*LONG, *(name for name in METHODS if name not in LONG)],
+    "gsm8k": REASONING,
+    "sums": REASONING,
     "ultrafeedback": LONG,
 }
 """What is compared if `--methods` does not say it. TREC and CoLA have answers of one token, without use for `g`."""
@@ -119,6 +122,8 @@ class Worth:
                 chosen = logits[torch.arange(len(at)), at][:, self.choices].argmax(-1)
                 answer = labels[torch.arange(len(at)), at]
                 right += (torch.tensor(self.choices)[chosen] == answer).float().tolist()
+            elif self.task.exact:
+                right += ((logits.argmax(-1) == labels) | ~counted).all(-1).float().tolist()
         found = {"loss": statistics.mean(losses), "loss_error": error(losses)}
         if right:
             found |= {"accuracy": statistics.mean(right), "accuracy_error": error(right)}

@@ -40,6 +40,7 @@ TASKS = {
     "trec": "Six types of questions, behind an instruction and three examples.",
     "cola": "Is a sentence acceptable? Behind an instruction and two examples.",
     "gsm8k": "Worked solutions of arithmetic problems, the short ones.",
+    "sums": "Two-step sums told in words. An answer is right if greedy decoding writes it, reasoning and all.",
     "ultrafeedback": "Instructions and a good model's answers, which are cut at 160 tokens of a row.",
 }
 

@@ -432,11 +432,64 @@ def test_rates(model, encoder, data, tmp_path):
     assert {(run["learning_rate"], run["seed"]) for run in runs} >= {(1e-3, 1), (1e-3, 2), (1e-2, 1)}
 
 
+def test_an_exact_answer_is_what_greedy_decoding_writes(model, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    from prompts import TextTask
+    from worth import Worth, WorthSettings
+
+    task = TextTask("sums", [], batch=1, steps=1, max_length=9, exact=True)
+    worth = Worth(WorthSettings(model=str(model)), task, {})
+    base = build("llama").eval()
+    rows = []
+    for prompt, wrong in [([3, 4, 5], 0), ([6, 7], 0), ([8, 9, 10, 11], 1), ([12, 13, 3], 1)]:
+        answer = base.generate(torch.tensor([prompt]), max_new_tokens=3, do_sample=False, eos_token_id=None)[0]
+        answer = answer[len(prompt) :].tolist()
+        answer[1] += wrong
+        rows.append({"input_ids": [*prompt, *answer], "labels": [-100] * len(prompt) + answer})
+    assert worth.score(base, rows[:3])["accuracy"] == pytest.approx(2 / 3)
+    assert worth.score(base, rows[2:])["accuracy"] == 0
+
+
+def test_a_search_that_ran_out_of_time_has_the_seeds_that_are_there(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    from runs import OutOfTime, Results
+    from trials import search
+
+    def measure(run):
+        measured.append(run["seed"])
+        results.ends = 0 if len(measured) >= runs else results.ends
+        return {"dev": run["learning_rate"], "loss": 1.0, "loss_error": 0.5, "parameters": 3, "minutes": 1.0}
+
+    settings = dict(task="t", method="loreft", learning_rates=[1.0, 2.0], seeds=[5, 6, 7], steps=9)
+    for runs, seeds in [(3, 1), (4, 2), (5, 3)]:
+        measured, results = [], Results(tmp_path / f"{runs}.json", {})
+        row = search(results, measure, **settings)
+        assert (row["seeds"], row["runs"], row["learning_rate"], row["loss_error"]) == (seeds, runs, 1.0, 0.5)
+    measured, runs, results = [], 2, Results(tmp_path / "2.json", {})
+    with pytest.raises(OutOfTime):
+        search(results, measure, **settings)
+
+
 @pytest.mark.slow
 def test_worth(model, data, tmp_path):
     """Rates are tried in short, seeds come at the best alone, errors stand beside the scores."""
-    arguments = ["--data", data, "--model", model, "--output", tmp_path / "out", "--tasks", "ultrafeedback", "cola"]
-    arguments += ["--dev", 3, "--test", 4, "--share", 0.05, "--methods", "base", "loreft, l7", "lora, r=1"]
+    arguments = ["--data", data, "--model", model, "--output", tmp_path / "out"]
+    arguments += [
+        "--tasks",
+        "ultrafeedback",
+        "cola",
+        "sums",
+        "--dev",
+        3,
+        "--test",
+        4,
+        "--share",
+        0.05,
+        "--methods",
+        "base",
+        "loreft, l7",
+        "lora, r=1",
+    ]
     arguments += ["--learning-rates", "1e-3", "3e-3", "1e-2", "--seeds", 1, 2]
     assert "±" not in recipe("worth", *arguments, "--minutes", 0), "nothing is there, and no time to train"
     out = recipe("worth", *arguments, "--docs", tmp_path / "docs")
@@ -447,8 +500,8 @@ def test_worth(model, data, tmp_path):
     best = min(of_one[:3], key=lambda run: run["dev"])["learning_rate"]
     assert {run["learning_rate"] for run in of_one[3:]} == {best}
     assert all(run["loss_error"] > 0 for run in runs if run["steps"] in (0, 4))
-    rows = [line for line in out.splitlines() if line.startswith(("| ultrafeedback", "| cola"))]
-    assert len(rows) == 6 and all(" ± " in row for row in rows)
+    rows = [line for line in out.splitlines() if line.startswith(("| ultrafeedback", "| cola", "| sums"))]
+    assert len(rows) == 9 and all(" ± " in row for row in rows)
     page = (tmp_path / "docs" / "worth.md").read_text()
     assert page.count(" ± ") == sum(row.count(" ± ") for row in rows) and "## cola" in page
-    assert recipe("worth", *arguments).splitlines()[-8:] == out.splitlines()[-8:], "what is there is not run again"
+    assert recipe("worth", *arguments).splitlines()[-11:] == out.splitlines()[-11:], "what is there is not run again"
