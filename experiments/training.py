@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from joint import JointTrainer, is_joint, joint_model, load_joint
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -53,6 +53,21 @@ def trainable(model: nn.Module) -> int:
         if parameter.requires_grad and not any(head in name for head in HEADS):
             count += parameter.numel()
     return count
+
+
+def kept_mib(model: nn.Module, batch: dict[str, Any]) -> float:
+    """MiB that autograd keeps for the backward of one training step, without the model's own tensors."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, Tensor] = {}  # one tensor for each storage: as long as it lives, no other gets its address
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**batch)
+    return sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in own) / 2**20
 
 
 def resume(trainer: Trainer) -> None:

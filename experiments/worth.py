@@ -16,8 +16,10 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,13 @@ from settings import Settings, read_arguments
 from tables import publish, show
 from torch import nn
 from torch.nn import functional as F
-from training import adapt, train, trainable
+from training import adapt, kept_mib, train, trainable
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 from trials import search
 from worth_page import COLUMNS, page
 
 from peft_reft import DataCollatorForLoReft, LoReftConfig
+from peft_reft.positions.spec import Positions
 
 IN_SHORT = ["base", "lora", "loreft", "loreft, l7", "loreft, l14", "lora, r=1"]
 LONG = ["base", "lora", "loreft", "loreft, l7", "loreft, l7+g", "loreft, everywhere", "lora, r=1"]
@@ -108,8 +111,7 @@ class Worth:
     def score(self, model: nn.Module, rows: list[dict[str, list[int]]]) -> Found:
         """Loss and accuracy with their standard errors over rows."""
         losses, right = [], []
-        config = getattr(model, "peft_config", {}).get("default")
-        collate = DataCollatorForLoReft(self.collate, config) if isinstance(config, LoReftConfig) else self.collate
+        collate = self.collator(model)
         for start in range(0, len(rows), self.settings.eval_batch):
             batch = answers_only(collate(rows[start : start + self.settings.eval_batch]))
             labels = batch["labels"][:, 1:]  # (batch, keep - 1)
@@ -136,9 +138,7 @@ class Worth:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(self.settings.model)
         parameters, minutes = 0, 0.0
         if method != "base":
-            fields = self.methods[method]
-            loreft, lora = fields.get("loreft", fields), fields.get("lora", fields)
-            model = adapt(model, method, "CAUSAL_LM", loreft=loreft, lora=lora)
+            model = self.adapted(model, method)
             parameters = trainable(model)
             began = time.process_time()
             train(
@@ -159,15 +159,34 @@ class Worth:
             found |= self.score(model, self.test)
         return found
 
+    def memory(self, method: str) -> Found:
+        """What a step keeps for its backward: the first rows to train on, as many as a batch has."""
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(self.settings.model)
+        model = self.adapted(model, method)
+        return {"mib": kept_mib(model, self.collator(model)(self.rows[: self.task.batch]))}
+
+    def adapted(self, model: nn.Module, method: str) -> nn.Module:
+        fields = self.methods[method]
+        loreft, lora = fields.get("loreft", fields), fields.get("lora", fields)
+        return adapt(model, method, "CAUSAL_LM", loreft=loreft, lora=lora)
+
+    def collator(self, model: nn.Module) -> Callable[..., dict[str, Any]]:
+        config = getattr(model, "peft_config", {}).get("default")
+        return DataCollatorForLoReft(self.collate, config) if isinstance(config, LoReftConfig) else self.collate
+
     @property
     def steps(self) -> int:
         return round(self.task.steps * self.settings.share)
 
-    def tokens(self) -> tuple[float, float]:
-        """Tokens of a prompt and of an answer, in the median of the held-out rows."""
+    def facts(self) -> dict[str, Any]:
+        """What the page says of the task: of a training, and of the held-out rows in the median."""
         answers = [sum(label != -100 for label in row["labels"]) for row in self.test]
         prompts = [len(row["labels"]) - answer for row, answer in zip(self.test, answers)]
-        return statistics.median(prompts), statistics.median(answers)
+        facts = {"batch": self.task.batch, "prompt": statistics.median(prompts), "answer": statistics.median(answers)}
+        if self.choices is not None:
+            last = [row["labels"][-1] for row in self.test]
+            facts["majority"] = max(last.count(choice) for choice in self.choices) / len(last)
+        return facts
 
 
 def answers_only(batch: dict[str, Any]) -> dict[str, Any]:
@@ -198,28 +217,48 @@ def rows_of(settings: WorthSettings, results: Results) -> list[dict[str, Any]]:
                     seeds=settings.seeds,
                     steps=worth.steps,
                 )
-                table.append({**row, "tokens": worth.tokens()})
+                table.append(row | {"facts": worth.facts()} | own_parts(worth.methods.get(method)))
                 print(json.dumps(table[-1]), flush=True)
+                if method != "base":
+                    asked = dict(task=name, method=method, measured="memory")
+                    table[-1]["MiB"] = results.once(asked, partial(worth.memory, method))["mib"]
     return table
+
+
+def own_parts(fields: dict[str, Any] | None) -> dict[str, str]:
+    """Which parts of serving are the base model's and which the adapter's own, from the fields of its config.
+
+    `prefix` is the prefix cache, up to the first edited token if it is the base's; `decoding` computes answer tokens.
+    """
+    if fields is None:
+        return {"prefix": "base", "decoding": "base"}
+    if "positions" not in fields:  # weights change
+        return {"prefix": "own", "decoding": "own"}
+    groups = Positions.parse(fields["positions"]).groups
+    starts = any(not group.decodes and group.letter != "l" for group in groups)
+    decodes = any(group.decodes for group in groups)
+    return {"prefix": "own" if starts else "base", "decoding": "own" if decodes else "base"}
 
 
 def beside_lora(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows as they are shown: `share`, of LoRA's parameters, and `within`, whether one standard error parts them.
 
-    The error is LoRA's own. Of tasks with an accuracy that is compared, of others the loss.
+    The error is LoRA's own. Of tasks with an accuracy that is compared, of others the loss: `score` names it.
     """
     of_lora = {row["task"]: row for row in table if row["method"] == "lora"}
     shown = []
     for row in table:
-        lora, cells = of_lora.get(row["task"]), {**row, "share": "", "within": ""}
+        score, sign = ("accuracy", 1) if "accuracy" in row else ("loss", -1)
+        lora, cells = of_lora.get(row["task"]), {**row, "share": "", "within": "", "score": score}
         if lora is not None and row["method"] not in ("lora", "base"):
             cells["share"] = f"1/{lora['parameters'] / row['parameters']:.0f}"
-            score, sign = ("accuracy", 1) if "accuracy" in row else ("loss", -1)
-            cells["within"] = "yes" if sign * (row[score] - lora[score]) >= -lora[f"{score}_error"] else "no"
-        for score in ("loss", "accuracy"):
-            cells[score] = f"{row[score]:.3f} ± {row[f'{score}_error']:.3f}" if score in row else ""
+            cells["behind"] = sign * (lora[score] - row[score])
+            cells["within"] = "yes" if cells["behind"] <= lora[f"{score}_error"] else "no"
+        for name in ("loss", "accuracy"):
+            cells[name] = f"{row[name]:.3f} ± {row[f'{name}_error']:.3f}" if name in row else ""
         cells["search"] = f"{row['runs']} runs, {row['search_minutes']:.0f} min"
         cells["minutes"] = f"{row['minutes']:.1f}"
+        cells["MiB"] = f"{row['MiB']:.0f}" if "MiB" in row else ""
         shown.append(cells)
     return shown
 

@@ -1,19 +1,18 @@
 """The page of the documentation that `worth.py` writes."""
 
+from textwrap import fill
 from typing import Any
 
 from tables import markdown
 
 SCORES = ["loss", "accuracy", "within", "seeds"]
-COLUMNS = ["method", "parameters", "share", "learning_rate", *SCORES, "minutes", "search"]
+COSTS = ["minutes", "MiB", "prefix", "decoding", "search"]
+COLUMNS = ["method", "parameters", "share", "learning_rate", *SCORES, *COSTS]
 
 PAGE = """# What it is worth
 
 LoReFT beside LoRA on text: the same rows, the same rates to choose from, the same seeds. The model is SmolLM2-135M in
-fp32, and trainings are short ({steps} steps). What a 7B model does can differ.
-
-On TREC the default and `l7` are level with LoRA of rank 8, and `l7` trains in less than half the time. CoLA says
-nothing yet: no method does better, by more than its error, than to answer always "yes" (0.705).
+fp32, and trainings are short. What a 7B model does can differ.
 
 How to read the tables:
 
@@ -21,8 +20,11 @@ How to read the tables:
   have one standard error, over {rows} held-out rows and over seeds together.
 - `share` is the part of the parameters of `lora`, which has rank 8 in the five maps of each block. `within` says
   whether the method is at most one standard error of LoRA's behind it.
-- `search` is all that a method cost: each of {rates} rates for a third of the steps, and three seeds at the best for
-  all of them. {dev} other rows choose. `minutes` are CPU minutes of one training.
+- `search` is all that a method cost: each of {rates} rates for a third of the steps, and `seeds` runs at the best for
+  all of them. {dev} other rows choose.
+- `minutes` are CPU minutes of one training, `MiB` what one of its steps keeps for its backward. In serving, `prefix`
+  says whose prefix cache can be used up to the first edited token, `decoding` whose answer tokens are computed.
+- "Small" means a tenth of LoRA's parameters or less.
 
 LoReFT is trained with [`create_loreft_optimizer`](one_rate.md). A name says its positions; `loreft` alone is the
 default, `f7+l7`. `experiments/methods.py` has the fields of every method.
@@ -58,8 +60,35 @@ def page(table: list[dict[str, Any]], rows: int, dev: int, rates: int) -> str:
     for name, text in TASKS.items():
         of_task = [row for row in table if row["task"] == name]
         if of_task:
-            prompt, answer = of_task[0]["tokens"]
-            tokens = f"A prompt has {prompt:g} tokens and an answer {answer:g} (medians)."
-            parts.append(f"## {name}\n\n{text} {tokens}\n\n{markdown(of_task, COLUMNS)}")
-    steps = max(row["steps"] for row in table)
-    return PAGE.format(steps=steps, rows=rows, dev=dev, rates=rates, tasks="\n\n".join(parts))
+            facts = of_task[0]["facts"]
+            text += (
+                f" A prompt has {facts['prompt']:g} tokens and an answer {facts['answer']:g} (medians). A training "
+                f"has {max(row['steps'] for row in of_task)} steps of {facts['batch']} rows."
+            )
+            if "majority" in facts:
+                text += f" The most frequent answer is right in {facts['majority']:.3f} of the rows."
+            said = [f"## {name}", fill(text, 119), fill(verdict(of_task), 119), markdown(of_task, COLUMNS)]
+            parts.append("\n\n".join(part for part in said if part))
+    return PAGE.format(rows=rows, dev=dev, rates=rates, tasks="\n\n".join(parts))
+
+
+def verdict(of_task: list[dict[str, Any]]) -> str:
+    """Which methods of a task are level with LoRA; of the small ones, how near the nearest comes if none is."""
+    lora = next((row for row in of_task if row["method"] == "lora"), None)
+    others = [row for row in of_task if row["within"]]
+    if lora is None or not others:
+        return ""
+    level = [row["method"] for row in others if row["within"] == "yes"]
+    small = [row for row in others if row["parameters"] <= lora["parameters"] / 10]
+    said = [f"At most one standard error behind LoRA: {names(level) or 'none'}."]
+    if small:
+        nearest, score = min(small, key=lambda row: row["behind"]), lora["score"]
+        said.append(
+            f"The best of {len(small)} small ones is {names([nearest['method']])}, with {score} {nearest[score]}; "
+            f"LoRA has {lora[score]}."
+        )
+    return " ".join(said)
+
+
+def names(methods: list[str]) -> str:
+    return ", ".join(f"`{method}`" for method in methods)

@@ -470,6 +470,28 @@ def test_a_search_that_ran_out_of_time_has_the_seeds_that_are_there(tmp_path, mo
         search(results, measure, **settings)
 
 
+def test_the_page_says_who_is_level_with_lora(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    from methods import METHODS, SUFFIXES
+    from worth import beside_lora, own_parts
+    from worth_page import verdict
+
+    common = dict(task="gsm8k", learning_rate=1e-3, seeds=3, runs=6, search_minutes=9.0, minutes=1.0, loss_error=0.1)
+    rows = {"base": (0, 2.0), "lora": (1000, 1.0), "loreft": (200, 1.09), "far": (100, 1.5), "near": (50, 1.2)}
+    table = [dict(method=method, parameters=n, loss=loss, **common) for method, (n, loss) in rows.items()]
+    shown = beside_lora(table)
+    assert [row["within"] for row in shown] == ["", "", "yes", "no", "no"]
+    assert [row["share"] for row in shown] == ["", "", "1/5", "1/10", "1/20"]
+    assert "behind LoRA: `loreft`." in verdict(shown)
+    assert "of 2 small ones is `near`, with loss 1.200 ± 0.100; LoRA has 1.000 ± 0.100" in verdict(shown)
+    better = [{**row, "accuracy": -row["loss"], "accuracy_error": 0.3} for row in table]
+    assert [row["within"] for row in beside_lora(better)] == ["", "", "yes", "no", "yes"], "accuracy is compared"
+    own = [list(own_parts(METHODS.get(name)).values()) for name in ("base", "lora", "loreft", "loreft, decoding too")]
+    assert own == [["base"] * 2, ["own"] * 2, ["own", "base"], ["own"] * 2]
+    assert [*own_parts(SUFFIXES["loreft, l7+g"]).values()] == ["base", "own"]
+    assert verdict(beside_lora(table[:2])) == verdict(beside_lora(table[2:])) == ""
+
+
 @pytest.mark.slow
 def test_worth(model, data, tmp_path):
     """Rates are tried in short, seeds come at the best alone, errors stand beside the scores."""
@@ -494,14 +516,17 @@ def test_worth(model, data, tmp_path):
     assert "±" not in recipe("worth", *arguments, "--minutes", 0), "nothing is there, and no time to train"
     out = recipe("worth", *arguments, "--docs", tmp_path / "docs")
     runs = json.loads((tmp_path / "out" / "results.json").read_text())
-    of_one = [run for run in runs if (run["task"], run["method"]) == ("ultrafeedback", "loreft, l7")]
+    trained = [run for run in runs if "steps" in run]
+    of_one = [run for run in trained if (run["task"], run["method"]) == ("ultrafeedback", "loreft, l7")]
     assert [run["steps"] for run in of_one] == [1, 1, 1, 4, 4]
     assert [run["seed"] for run in of_one] == [1, 1, 1, 1, 2]
     best = min(of_one[:3], key=lambda run: run["dev"])["learning_rate"]
     assert {run["learning_rate"] for run in of_one[3:]} == {best}
-    assert all(run["loss_error"] > 0 for run in runs if run["steps"] in (0, 4))
+    assert all(run["loss_error"] > 0 for run in trained if run["steps"] in (0, 4))
     rows = [line for line in out.splitlines() if line.startswith(("| ultrafeedback", "| cola", "| sums"))]
     assert len(rows) == 9 and all(" ± " in row for row in rows)
     page = (tmp_path / "docs" / "worth.md").read_text()
+    kept = {run["method"]: run["mib"] for run in runs if run["task"] == "sums" and "mib" in run}
+    assert 0 < kept["loreft, l7"] < kept["lora, r=1"], "what stands before l7 needs no backward"
     assert page.count(" ± ") == sum(row.count(" ± ") for row in rows) and "## cola" in page
     assert recipe("worth", *arguments).splitlines()[-11:] == out.splitlines()[-11:], "what is there is not run again"
