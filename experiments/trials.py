@@ -24,7 +24,8 @@ def search(
 ) -> dict[str, Any]:
     """Train a method with every rate for a third of the steps, then with the best for all of them, with every seed.
 
-    The loss on the rows `dev` decides. A method without a learning rate is scored as it is.
+    If the best rate is the lowest or the highest, the next one is tried, as long as that is better. The loss on the
+    rows `dev` decides. A method without a learning rate is scored as it is.
 
     Returns:
         One row of a table: the means over seeds, errors, and what the search cost.
@@ -43,12 +44,21 @@ def search(
     if method == "base":
         runs = [run(0.0, seeds[0], 0)]
     else:
-        short = [run(rate, seeds[0], max(steps // 3, 1)) for rate in learning_rates]
-        best = min(short, key=by_dev)["learning_rate"]
-        runs = [run(best, seeds[0], steps)]
+        short = [run(rate, seeds[0], max(steps // 3, 1)) for rate in sorted(learning_rates)]
+        best = min(short, key=by_dev)
+        with suppress(OutOfTime):
+            while best in (short[0], short[-1]):
+                upwards = best is short[-1]
+                tried = run(next_rate(best["learning_rate"], upwards), seeds[0], max(steps // 3, 1))
+                if by_dev(tried) >= by_dev(best):
+                    break
+                short.insert(len(short) if upwards else 0, tried)
+                best = tried
+        rate = best["learning_rate"]
+        runs = [run(rate, seeds[0], steps)]
         with suppress(OutOfTime):
             for seed in seeds[1:]:
-                runs.append(run(best, seed, steps))
+                runs.append(run(rate, seed, steps))
     row = {
         "task": task,
         "method": method,
@@ -65,6 +75,12 @@ def search(
         if name in runs[0]:
             row[name], row[f"{name}_error"] = with_error(runs, name)
     return row
+
+
+def next_rate(rate: float, upwards: bool) -> float:
+    """The rate above or below, in steps of about three: 1e-3, 3e-3, 1e-2."""
+    half_decades = round(2 * math.log10(rate)) + (1 if upwards else -1)
+    return float(f"{3 if half_decades % 2 else 1}e{half_decades // 2}")
 
 
 def by_dev(found: dict[str, Any]) -> float:

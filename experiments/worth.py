@@ -3,13 +3,13 @@
     python experiments/worth.py --data FOLDER --model SMOLLM2_FOLDER --docs docs
     python experiments/worth.py --data FOLDER --model SMOLLM2_FOLDER --tasks trec --methods "loreft, l7" lora
 
-Every method has the same rates to choose from (`trials.search`): each for a third of the steps, the best for all of
-them with three seeds. What is held out is never trained on: `dev` chooses, `test` is shown. The loss is the mean over
-rows of the mean over an answer's tokens; `accuracy` is the share of rows whose likeliest choice is right, or whose
-answer greedy decoding would write. An error is one standard error, over held-out rows and over seeds together.
-Results are kept in OUTPUT/results.json; a run that is there is not run again, and an interrupted run goes on from its
-last checkpoint. Several processes, each with its own tasks or methods, can share OUTPUT. LoReFT is trained with the
-rates of `create_loreft_optimizer`.
+Every method has the same rates to choose from (`trials.search`): each for a third of the steps, more of them where the
+best is the lowest or the highest, and three seeds at the best for all steps. What is held out is never trained on:
+`dev` chooses, `test` is shown. The loss is the mean over rows of the mean over an answer's tokens; `accuracy` is the
+share of rows whose likeliest choice is right, or whose answer greedy decoding would write. An error is one standard
+error, over held-out rows and over seeds together. Results are kept in OUTPUT/results.json; a run that is there is not
+run again, and an interrupted run goes on from its last checkpoint. Several processes, each with its own tasks or
+methods, can share OUTPUT. LoReFT is trained with the rates of `create_loreft_optimizer`.
 """
 
 import json

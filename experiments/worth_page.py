@@ -20,8 +20,8 @@ How to read the tables:
   have one standard error, over {rows} held-out rows and over seeds together.
 - `share` is the part of the parameters of `lora`, which has rank 8 in the five maps of each block. `within` says
   whether the method is at most one standard error of LoRA's behind it.
-- `search` is all that a method cost: each of {rates} rates for a third of the steps, and `seeds` runs at the best for
-  all of them. {dev} other rows choose.
+- `search` is all that a method cost: each of {rates} rates for a third of the steps, more of them where the best is
+  the lowest or the highest, and `seeds` runs at the best for all steps. {dev} other rows choose.
 - `minutes` are CPU minutes of one training, `MiB` what one of its steps keeps for its backward. In serving, `prefix`
   says whose prefix cache can be used up to the first edited token, `decoding` whose answer tokens are computed.
 - "Small" means a tenth of LoRA's parameters or less.

@@ -450,24 +450,42 @@ def test_an_exact_answer_is_what_greedy_decoding_writes(model, monkeypatch):
     assert worth.score(base, rows[2:])["accuracy"] == 0
 
 
+def searched(results, best, runs=99, **settings):
+    """A row of `trials.search` for a method that is best at the rate `best`, with time for so many runs."""
+    from trials import search
+
+    measured = []
+
+    def measure(run):
+        measured.append((run["learning_rate"], run["seed"]))
+        results.ends = 0 if len(measured) >= runs else results.ends
+        dev = abs(run["learning_rate"] - best)
+        return {"dev": dev, "loss": 1.0, "loss_error": 0.5, "parameters": 3, "minutes": 1.0}
+
+    return search(results, measure, task="t", method="loreft", steps=9, **settings), measured
+
+
 def test_a_search_that_ran_out_of_time_has_the_seeds_that_are_there(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "experiments")
     from runs import OutOfTime, Results
-    from trials import search
 
-    def measure(run):
-        measured.append(run["seed"])
-        results.ends = 0 if len(measured) >= runs else results.ends
-        return {"dev": run["learning_rate"], "loss": 1.0, "loss_error": 0.5, "parameters": 3, "minutes": 1.0}
-
-    settings = dict(task="t", method="loreft", learning_rates=[1.0, 2.0], seeds=[5, 6, 7], steps=9)
-    for runs, seeds in [(3, 1), (4, 2), (5, 3)]:
-        measured, results = [], Results(tmp_path / f"{runs}.json", {})
-        row = search(results, measure, **settings)
-        assert (row["seeds"], row["runs"], row["learning_rate"], row["loss_error"]) == (seeds, runs, 1.0, 0.5)
-    measured, runs, results = [], 2, Results(tmp_path / "2.json", {})
+    settings = dict(best=2.0, learning_rates=[1.0, 2.0, 3.0], seeds=[5, 6, 7])
+    for runs, seeds in [(4, 1), (5, 2), (6, 3)]:
+        row, _ = searched(Results(tmp_path / f"{runs}.json", {}), runs=runs, **settings)
+        assert (row["seeds"], row["runs"], row["learning_rate"], row["loss_error"]) == (seeds, runs, 2.0, 0.5)
     with pytest.raises(OutOfTime):
-        search(results, measure, **settings)
+        searched(Results(tmp_path / "3.json", {}), runs=3, **settings)
+
+
+def test_a_search_goes_on_where_the_best_rate_is_the_last(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    from runs import Results
+
+    begun = dict(learning_rates=[3e-4, 1e-3, 3e-3], seeds=[5])
+    for best, more in [(1e-3, []), (3e-2, [1e-2, 3e-2, 1e-1]), (4e-3, [1e-2]), (1e-4, [1e-4, 3e-5])]:
+        row, measured = searched(Results(tmp_path / f"{best}.json", {}), best, **begun)
+        assert [rate for rate, _ in measured] == [3e-4, 1e-3, 3e-3, *more, row["learning_rate"]]
+        assert row["learning_rate"] == {4e-3: 3e-3}.get(best, best)
 
 
 def test_the_page_says_who_is_level_with_lora(monkeypatch):
@@ -518,10 +536,11 @@ def test_worth(model, data, tmp_path):
     runs = json.loads((tmp_path / "out" / "results.json").read_text())
     trained = [run for run in runs if "steps" in run]
     of_one = [run for run in trained if (run["task"], run["method"]) == ("ultrafeedback", "loreft, l7")]
-    assert [run["steps"] for run in of_one] == [1, 1, 1, 4, 4]
-    assert [run["seed"] for run in of_one] == [1, 1, 1, 1, 2]
-    best = min(of_one[:3], key=lambda run: run["dev"])["learning_rate"]
-    assert {run["learning_rate"] for run in of_one[3:]} == {best}
+    *short, one, other = of_one
+    assert len(short) >= 3 and {run["steps"] for run in short} == {1} and one["steps"] == other["steps"] == 4
+    assert {run["seed"] for run in short} == {one["seed"]} == {1} and other["seed"] == 2
+    best = min(short, key=lambda run: run["dev"])["learning_rate"]
+    assert one["learning_rate"] == other["learning_rate"] == best
     assert all(run["loss_error"] > 0 for run in trained if run["steps"] in (0, 4))
     rows = [line for line in out.splitlines() if line.startswith(("| ultrafeedback", "| cola", "| sums"))]
     assert len(rows) == 9 and all(" ± " in row for row in rows)
