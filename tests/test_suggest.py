@@ -160,6 +160,18 @@ def test_suggest_as_json_with_arguments_of_train(model_id, tmp_path, capsys):
     assert args.learning_rate == float(f"{1e-3 * 2000 / (3 * math.sqrt(2 * 32)):.1e}")  # and the rate fits it
 
 
+def test_suggest_for_long_answers(model_id, tmp_path, capsys):
+    """Another formula, with a rate of its own; a formula that somebody gives has its own rate as well."""
+    words = [model_id, rows_file(tmp_path, ANSWERS), "--task", "reasoning"]
+    said = suggestion(capsys, *words)
+    assert "\nintervention nodireft\n" in said and "3e-3 fitted" in said
+    for more, intervention, lr in [([], "nodireft", 3e-3), (["--intervention", "loreft"], "loreft", 1e-3)]:
+        found = json.loads(suggestion(capsys, *words, *more, "--json"))
+        _, args, _, _, config = parse("train", shlex.split(found["command"])[2:])
+        assert (config.intervention, config.positions, config.r) == (intervention, "all", 4)
+        assert args.learning_rate == float(f"{lr * 2000 / (3 * math.sqrt(4 * 32)):.1e}")
+
+
 def test_a_file_of_settings_stays(model_id, tmp_path, capsys):
     """What it sets is not set again by the command, and the rate fits it."""
     (tmp_path / "settings.yaml").write_text("r: 2\nlayers: 0\n")

@@ -19,6 +19,8 @@ Form = Literal["labels", "prompts", "texts"]
 
 LEARNING_RATE = 1e-3
 """Of `create_loreft_optimizer`, which makes an adapter's own rate of it; docs/results/rates.json."""
+OTHER_RATES = {"nodireft": 3e-3}
+"""The same of formulas that want another; docs/results/worth.json."""
 STEPS = 300
 """Fewest steps of a training."""
 EPOCHS = 3
@@ -47,7 +49,7 @@ class Rule:
     """A file of docs/results, or where else the advice comes from."""
     intervention: str = "loreft"
     rate: float | None = None
-    """A learning rate for all parameters, instead of `LEARNING_RATE` and the rule."""
+    """A learning rate for all parameters, instead of `rate_of` and `create_loreft_optimizer`."""
     steps: int = STEPS
     trained_by: Literal["train", "python"] = "train"
     """Whether `peft-reft train` can train it."""
@@ -125,10 +127,11 @@ RULES = [
         kinds=("decoder",),
         form="prompts",
         chosen="offered",
-        positions="f7+l7+g",
-        r=8,
+        positions="all",
+        r=4,
         why="edits of the prompt alone fade in a long answer",
-        evidence="results/arithmetic.json",
+        evidence="results/worth.json",
+        intervention="nodireft",
         least_answer=64,
     ),
     Rule(
@@ -241,6 +244,11 @@ def _groups(positions: str) -> list[Group]:
     return list(Positions.parse(positions).groups)
 
 
+def rate_of(intervention: str) -> float:
+    """What to give `create_loreft_optimizer` for a formula."""
+    return OTHER_RATES.get(intervention, LEARNING_RATE)
+
+
 def rate_text(rate: float) -> str:
     """A learning rate as people write it: 1e-3."""
     digits, exponent = f"{rate:.1e}".split("e")
@@ -251,7 +259,7 @@ def table() -> list[str]:
     """The rows of the table on the page, in Markdown."""
     lines = []
     for rule in RULES:
-        rate = f"{rate_text(LEARNING_RATE)}, fitted" if rule.rate is None else rate_text(rule.rate)
+        rate = f"{rate_text(rate_of(rule.intervention))}, fitted" if rule.rate is None else rate_text(rule.rate)
         lines.append(
             f"| `{rule.task}` | {rule.when} | `{rule.positions}` | `{rule.intervention}`, {rule.r} "
             f"| {rate} | {training_cost(rule.positions, rule.form)} "

@@ -13,7 +13,7 @@ from ..tuner.untouched import GAIN
 from .arguments import set_by
 from .facts import Model, model_facts, rows_facts
 from .lengths import Lengths, Shares, shares
-from .rules import EPOCHS, LEARNING_RATE, RULES, WARMUP, Rule, rate_text, rule_for, serving_cost
+from .rules import EPOCHS, RULES, WARMUP, Rule, rate_of, rate_text, rule_for, serving_cost
 from .train_arguments import parse
 
 _TASK_TYPES = {"labels": "SEQ_CLS"}
@@ -107,6 +107,9 @@ def suggest(model: Model, lengths: Lengths, task: str | None, training: Any, own
         Setting("max_steps", steps, why_steps, f"{steps * batch:,} rows, {batch} in a step"),
         Setting("warmup_steps", warmup, f"{WARMUP:.0%} of the steps, as `make quickstart` has it", "nothing"),
     ]
+    if rule.intervention != "loreft":
+        why = f"of the rule `{rule.task}`; it learns more than the default in as many steps (docs/worth.md)"
+        settings.insert(1, Setting("intervention", rule.intervention, why, "nothing more"))
     arguments = {"learning_rate": rate, "max_steps": steps, "warmup_steps": warmup}
     return Suggestion(rule, others, fields, arguments, settings, parameters, share)
 
@@ -119,10 +122,12 @@ def _rate(rule: Rule, model: Model, own: dict[str, Any]) -> tuple[float, str]:
     """
     if rule.rate is not None:
         return rule.rate, "for so few rows and steps"
+    fields = {**rule.fields(), **own}
+    lr = rate_of(fields.get("intervention", "loreft"))
     if rule.form == "labels":
-        return LEARNING_RATE, "of create_loreft_optimizer, which gives the adapter and the head rates of their own"
-    rate = model.rate({**rule.fields(), **own}, LEARNING_RATE)
-    return float(f"{rate:.1e}"), f"{rate_text(LEARNING_RATE)} fitted to the edited layers, their width and r"
+        return lr, "of create_loreft_optimizer, which gives the adapter and the head rates of their own"
+    rate = model.rate(fields, lr)
+    return float(f"{rate:.1e}"), f"{rate_text(lr)} fitted to the edited layers, their width and r"
 
 
 def _steps(rule: Rule, rows: int | None, batch: int) -> tuple[int, str]:

@@ -40,7 +40,7 @@ def create_loreft_optimizer(
     Args:
         model: a model with a LoReFT adapter.
         optimizer_cls: Adam, or one of its kin.
-        lr: the learning rate; begin with 1e-3.
+        lr: the learning rate; begin with 1e-3, or 3e-3 for `nodireft` (docs/worth.md, gsm8k).
         head_lr_ratio: what lr is multiplied by for `modules_to_save`, to which PEFT adds the head, if the task type is
             one with a new head (SEQ_CLS, TOKEN_CLS, QUESTION_ANS).
         weight_decay: as in the optimizer.
