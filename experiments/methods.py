@@ -20,7 +20,7 @@ METHODS: dict[str, dict[str, Any]] = {
     # arXiv 2603.00425, post-block steering: W2ᵀ silu(W1 h + b) behind every block, at every token. `init_weights=True`
     # starts W2, its W_up, at 0 and W1 as `nn.Linear` does.
     "loreft, post-block": STEERING,
-    # The same without the nonlinearity: W2ᵀ (W1 h + b).
+    # The same without the nonlinearity: W2ᵀ (W1 h + b), which starts with W1 at 0 instead.
     "loreft, post-block, linear": {**STEERING, "act_fn": None},
     # arXiv 2511.10707, BREP: scale and shift the prompt and the first tokens of the answer. Its limit on the shift's
     # size and its training on the beginnings of answers are not here.
