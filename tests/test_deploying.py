@@ -158,7 +158,7 @@ def assert_same(got, inputs, model):
 QUIET = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 
 
-QUICK = ["classifier", "writer, all", "writer, positions given"]
+QUICK = ["writer, positions given"]
 
 
 @QUIET

@@ -45,15 +45,12 @@ def test_a_swapped_in_adapter_computes_as_a_loaded_one(tmp_path, fields, swap):
     assert [p.data_ptr() for p in model.parameters()] == storages
 
 
+@pytest.mark.slow
 @pytest.mark.cell("torch.compile", "adapters exchanged without compiling again, by `hotswap_adapter` and by PEFT's")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize(
     ("swap", "warm"),
-    [
-        (hotswap_adapter, True),
-        pytest.param(hotswap_adapter, False, marks=pytest.mark.slow),
-        pytest.param(pefts_hotswap_adapter, True, marks=pytest.mark.slow),
-    ],
+    [(hotswap_adapter, True), (hotswap_adapter, False), (pefts_hotswap_adapter, True)],
     ids=["ours", "ours, cold", "PEFT's"],
 )
 def test_hotswap_under_compile(tmp_path, swap, warm):

@@ -263,7 +263,7 @@ def test_a_state_dict_beyond_what_the_config_says_of_layers():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-@pytest.mark.parametrize("with_keys", [True, False])
+@pytest.mark.parametrize("with_keys", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_injection_into_a_compiled_model(with_keys):
     expected = inject_adapter_in_model(config(), build("llama"))
     randomise(expected)

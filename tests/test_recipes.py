@@ -70,6 +70,7 @@ def test_glue(encoder, data, tmp_path):
     assert "cola and trec" in recipe("glue", *arguments, "--tasks", "sst2", succeeds=False)
 
 
+@pytest.mark.slow
 def test_memorisation(model, data, tmp_path):
     arguments = ["--data", data, "--model", model, "--output", tmp_path / "out", "--steps", 60, "--lengths", 1, 2]
     recipe("memorisation", *arguments, "--layers", 1, 2, "--texts", "Alice", "random", "--learning-rate", 0.3)
@@ -286,6 +287,7 @@ def test_commonsense(model, tmp_path):
     assert all([*run["scores"]] == sets for run in runs)
 
 
+@pytest.mark.slow
 def test_commonsense_without_a_clone(model, data, tmp_path):
     """TREC and CoLA in the same format."""
     arguments = ["--data", data, "--model", model, "--output", tmp_path / "out", "--steps", 2, "--rows", 3]
