@@ -65,7 +65,6 @@ def search(
         "parameters": runs[0]["parameters"],
         "steps": steps,
         "learning_rate": runs[0]["learning_rate"],
-        "searched": {str(found["learning_rate"]): found["dev"] for found in spent.values()},
         "seeds": len(runs),
         "runs": len(spent),
         "search_minutes": sum(found["cpu_minutes"] for found in spent.values()),

@@ -37,7 +37,7 @@ from trials import search
 from worth_page import COLUMNS, page
 
 from peft_reft import DataCollatorForLoReft, LoReftConfig
-from peft_reft.positions.spec import Positions
+from peft_reft.cli.rules import edits_answers, edits_start
 
 IN_SHORT = ["base", "lora", "loreft", "loreft, l7", "loreft, l14", "lora, r=1"]
 LONG = ["base", "lora", "loreft", "loreft, l7", "loreft, l7+g", "loreft, everywhere", "lora, r=1"]
@@ -234,10 +234,11 @@ def own_parts(fields: dict[str, Any] | None) -> dict[str, str]:
         return {"prefix": "base", "decoding": "base"}
     if "positions" not in fields:  # weights change
         return {"prefix": "own", "decoding": "own"}
-    groups = Positions.parse(fields["positions"]).groups
-    starts = any(not group.decodes and group.letter != "l" for group in groups)
-    decodes = any(group.decodes for group in groups)
-    return {"prefix": "own" if starts else "base", "decoding": "own" if decodes else "base"}
+    positions = fields["positions"]
+    return {
+        "prefix": "own" if edits_start(positions) else "base",
+        "decoding": "own" if edits_answers(positions) else "base",
+    }
 
 
 def beside_lora(table: list[dict[str, Any]]) -> list[dict[str, Any]]:

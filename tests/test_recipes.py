@@ -516,22 +516,8 @@ def test_the_page_says_who_is_level_with_lora(monkeypatch):
 def test_worth(model, data, tmp_path):
     """Rates are tried in short, seeds come at the best alone, errors stand beside the scores."""
     arguments = ["--data", data, "--model", model, "--output", tmp_path / "out"]
-    arguments += [
-        "--tasks",
-        "ultrafeedback",
-        "cola",
-        "sums",
-        "--dev",
-        3,
-        "--test",
-        4,
-        "--share",
-        0.05,
-        "--methods",
-        "base",
-        "loreft, l7",
-        "lora, r=1",
-    ]
+    arguments += ["--tasks", "ultrafeedback", "cola", "sums", "--dev", 3, "--test", 4]
+    arguments += ["--share", 0.05, "--methods", "base", "loreft, l7", "lora, r=1"]
     arguments += ["--learning-rates", "1e-3", "3e-3", "1e-2", "--seeds", 1, 2]
     assert "±" not in recipe("worth", *arguments, "--minutes", 0), "nothing is there, and no time to train"
     out = recipe("worth", *arguments, "--docs", tmp_path / "docs")

@@ -233,4 +233,5 @@ def test_fields_that_are_set_are_not_searched(tmp_path):
     words = ["--positions", "l7", "--layers=0", "--config", str(tmp_path / "settings.yaml"), "--max-steps", "3"]
     assert set_by(words) == {"positions", "layers", "config", "r", "learning_rate", "max_steps"}
     assert Path(words[4]).is_file()
+    assert set_by([f"--config={words[4]}"]) == {"config", "r", "learning_rate"}
     assert sweep._without(["--a", "1", "2", "--b=3", "--c-d", "4"], {"a", "c_d"}) == ["--b=3"]

@@ -51,7 +51,8 @@ def parse_positions(text: str) -> Any:
 def set_by(words: list[str]) -> set[str]:
     """The names of the arguments that a command line sets, or the file that its `--config` names."""
     names = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
-    for place, word in enumerate(words):
-        if word == "--config":
-            names |= {*(yaml.safe_load(Path(words[place + 1]).read_text(encoding="utf-8")) or {})}
+    for word, following in zip(words, [*words[1:], ""]):
+        option, _, value = word.partition("=")
+        if option == "--config":
+            names |= {*(yaml.safe_load(Path(value or following).read_text(encoding="utf-8")) or {})}
     return names

@@ -48,6 +48,8 @@ class Rule:
     evidence: str
     """A file of docs/results, or where else the advice comes from."""
     intervention: str = "loreft"
+    why_intervention: str = ""
+    """Why this formula, if it is not the default."""
     rate: float | None = None
     """A learning rate for all parameters, instead of `rate_of` and `create_loreft_optimizer`."""
     steps: int = STEPS
@@ -132,6 +134,7 @@ RULES = [
         why="edits of the prompt alone fade in a long answer",
         evidence="results/worth.json",
         intervention="nodireft",
+        why_intervention="with half the parameters it learned more than the default (docs/worth.md, gsm8k)",
         least_answer=64,
     ),
     Rule(
@@ -220,7 +223,7 @@ _ROWS: dict[Form, str] = {
 
 def training_cost(positions: str, form: Form) -> str:
     """What a spec costs in training, in words."""
-    if form == "prompts" and not _edits_start(positions):
+    if form == "prompts" and not edits_start(positions):
         return "no gradient before the end of the prompt"
     return "a whole step"
 
@@ -229,14 +232,18 @@ def serving_cost(positions: str, form: Form) -> str:
     """What a spec costs in serving, in words."""
     if form == "labels":
         return "one forward"
-    decoding = (
-        "edits each answer token" if any(group.decodes for group in _groups(positions)) else "decodes as the base"
-    )
-    cache = "prefix cache of its own" if _edits_start(positions) else "the base's prefix cache up to the edit"
+    decoding = "edits each answer token" if edits_answers(positions) else "decodes as the base"
+    cache = "prefix cache of its own" if edits_start(positions) else "the base's prefix cache up to the edit"
     return f"{decoding}; {cache}"
 
 
-def _edits_start(positions: str) -> bool:
+def edits_answers(positions: str) -> bool:
+    """Whether generated tokens are edited."""
+    return any(group.decodes for group in _groups(positions))
+
+
+def edits_start(positions: str) -> bool:
+    """Whether a prompt is edited from its start, as by `f7` or `all`, not at its end alone."""
     return any(not group.decodes and group.letter != "l" for group in _groups(positions))
 
 

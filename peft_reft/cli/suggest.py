@@ -108,8 +108,7 @@ def suggest(model: Model, lengths: Lengths, task: str | None, training: Any, own
         Setting("warmup_steps", warmup, f"{WARMUP:.0%} of the steps, as `make quickstart` has it", "nothing"),
     ]
     if rule.intervention != "loreft":
-        why = f"of the rule `{rule.task}`; it learns more than the default in as many steps (docs/worth.md)"
-        settings.insert(1, Setting("intervention", rule.intervention, why, "nothing more"))
+        settings.insert(1, Setting("intervention", rule.intervention, rule.why_intervention, "nothing more"))
     arguments = {"learning_rate": rate, "max_steps": steps, "warmup_steps": warmup}
     return Suggestion(rule, others, fields, arguments, settings, parameters, share)
 
