@@ -62,7 +62,7 @@ def overlap(model: nn.Module) -> Tensor:
     """Mean squared cosine between what LoReFT adds to a block's output and what LoRA adds within that block.
 
     0 if all directions are orthogonal, 1 if all are the same. The directions are the rows of the formula's basis, and
-    the columns of LoRA's B in the maps that write into the residual stream.
+    the columns of LoRA's B in the maps that write into the residual stream. It is 0 if LoRA has none of those maps.
     """
     found = []
     for block in model.modules():
@@ -76,7 +76,7 @@ def overlap(model: nn.Module) -> Tensor:
                 squares = (basis @ columns).square()  # (r, rank)
                 sizes = basis.square().sum(1, keepdim=True) * columns.square().sum(0)  # (r, rank)
                 found.append((squares / (sizes + 1e-8)).mean())  # both start at 0
-    return torch.stack(found).mean()
+    return torch.stack(found).mean() if found else torch.zeros(())
 
 
 class JointTrainer(Trainer):

@@ -90,10 +90,10 @@ def shuffled(rows: Iterable[Row]) -> list[Row]:
 
 SIZES: dict[str, tuple[Callable[[Path], list[Row]], dict]] = {
     "gsm8k": (gsm8k, dict(batch=2, steps=60, max_length=112)),
-    "ultrafeedback": (ultrafeedback, dict(batch=2, steps=80, max_length=160, cut=True)),
+    "ultrafeedback": (ultrafeedback, dict(batch=2, steps=60, max_length=128, cut=True)),
     "trec": (trec, dict(batch=4, steps=80, max_length=192, choices=[f" {name}" for name in TYPES])),
     "trec, no examples": (trec_alone, dict(batch=8, steps=80, max_length=96, choices=[f" {name}" for name in TYPES])),
-    "sums": (sums, dict(batch=8, steps=80, max_length=96, exact=True)),
+    "sums": (sums, dict(batch=4, steps=60, max_length=96, exact=True)),
     "cola": (cola, dict(batch=4, steps=80, max_length=160, choices=[" yes", " no"])),
 }
 

@@ -182,7 +182,12 @@ class Worth:
         """What the page says of the task: of a training, and of the held-out rows in the median."""
         answers = [sum(label != -100 for label in row["labels"]) for row in self.test]
         prompts = [len(row["labels"]) - answer for row, answer in zip(self.test, answers)]
-        facts = {"batch": self.task.batch, "prompt": statistics.median(prompts), "answer": statistics.median(answers)}
+        facts = {
+            "batch": self.task.batch,
+            "longest": self.task.max_length,
+            "prompt": statistics.median(prompts),
+            "answer": statistics.median(answers),
+        }
         if self.choices is not None:
             last = [row["labels"][-1] for row in self.test]
             facts["majority"] = max(last.count(choice) for choice in self.choices) / len(last)

@@ -43,7 +43,7 @@ TASKS = {
     "cola": "Is a sentence acceptable? Behind an instruction and two examples.",
     "gsm8k": "Worked solutions of arithmetic problems, the short ones.",
     "sums": "Two-step sums told in words. An answer is right if greedy decoding writes it, reasoning and all.",
-    "ultrafeedback": "Instructions and a good model's answers, which are cut at 160 tokens of a row.",
+    "ultrafeedback": "Instructions and a good model's answers. Long answers are cut.",
 }
 
 
@@ -62,8 +62,9 @@ def page(table: list[dict[str, Any]], rows: int, dev: int, rates: int) -> str:
         if of_task:
             facts = of_task[0]["facts"]
             text += (
-                f" A prompt has {facts['prompt']:g} tokens and an answer {facts['answer']:g} (medians). A training "
-                f"has {max(row['steps'] for row in of_task)} steps of {facts['batch']} rows."
+                f" A prompt has {facts['prompt']:g} tokens and an answer {facts['answer']:g} (medians), both together "
+                f"{facts['longest']} at most. A training has {max(row['steps'] for row in of_task)} steps of "
+                f"{facts['batch']} rows."
             )
             if "majority" in facts:
                 text += f" The most frequent answer is right in {facts['majority']:.3f} of the rows."

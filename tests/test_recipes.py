@@ -222,7 +222,7 @@ def test_methods(monkeypatch):
         kinds = {part for key, p in model.named_parameters() if p.requires_grad for part in key.split(".")}
         assert ("loreft_weights" in kinds) is name.startswith(("loreft", "joint"))
         assert ("lora_A" in kinds) is name.startswith(("lora", "dora", "joint"))
-        if name in ("loreft, post-block", "joint"):
+        if name.startswith(("loreft, post-block", "joint")) and "linear" not in name:
             for key, parameter in model.named_parameters():
                 if "loreft_weights" in key:
                     assert parameter.any() != key.endswith("W2"), "W_up is 0, all else is not"
@@ -245,6 +245,8 @@ def test_overlap(monkeypatch):
                     parameter.copy_(direction.T)
         assert joint.overlap(model).item() == pytest.approx(expected, abs=1e-6)
     joint.overlap(model).backward()
+    apart = joint.joint_model(build("llama"), "CAUSAL_LM", loreft, dict(r=1, target_modules=["q_proj"]))
+    assert joint.overlap(apart) == 0, "LoRA writes nothing into the residual stream by itself"
 
 
 def test_word_sums(monkeypatch):
