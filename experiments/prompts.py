@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import glue
 import word_sums
@@ -17,7 +18,9 @@ Row = tuple[str, str]
 """Prompt and completion."""
 
 TYPES = ["description", "entity", "abbreviation", "person", "place", "number"]
-"""TREC's classes by number. Each is one token of SmolLM2's behind a space."""
+"""TREC's classes by number."""
+CHOICES = [f" {name}" for name in TYPES]
+"""What an answer is. Each is one token, of SmolLM2's and of Gemma's."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class TextTask:
     """The completions of a classification, which is scored by the likeliest of them."""
     exact: bool = False
     """Whether an answer is right if greedy decoding writes just this: if each of its tokens is the likeliest."""
+    model: Literal["SmolLM2", "Gemma"] = "SmolLM2"
 
 
 def gsm8k(folder: Path) -> list[Row]:
@@ -91,8 +95,12 @@ def shuffled(rows: Iterable[Row]) -> list[Row]:
 SIZES: dict[str, tuple[Callable[[Path], list[Row]], dict]] = {
     "gsm8k": (gsm8k, dict(batch=2, steps=60, max_length=112)),
     "ultrafeedback": (ultrafeedback, dict(batch=2, steps=60, max_length=128, cut=True)),
-    "trec": (trec, dict(batch=4, steps=80, max_length=192, choices=[f" {name}" for name in TYPES])),
-    "trec, no examples": (trec_alone, dict(batch=8, steps=80, max_length=96, choices=[f" {name}" for name in TYPES])),
+    "trec": (trec, dict(batch=4, steps=80, max_length=192, choices=CHOICES)),
+    "trec, Gemma": (
+        trec,
+        dict(batch=4, steps=40, max_length=192, choices=CHOICES, model="Gemma"),
+    ),
+    "trec, no examples": (trec_alone, dict(batch=8, steps=80, max_length=96, choices=CHOICES)),
     "sums": (sums, dict(batch=4, steps=60, max_length=96, exact=True)),
     "cola": (cola, dict(batch=4, steps=80, max_length=160, choices=[" yes", " no"])),
 }

@@ -1,6 +1,6 @@
 """What LoReFT is worth beside LoRA: the same rows, the same search for a learning rate, errors beside every number.
 
-    python experiments/worth.py --data FOLDER --model SMOLLM2_FOLDER --docs docs
+    python experiments/worth.py --data FOLDER --model SMOLLM2_FOLDER --gemma GEMMA_FOLDER --docs docs
     python experiments/worth.py --data FOLDER --model SMOLLM2_FOLDER --tasks trec --methods "loreft, l7" lora
 
 Every method has the same rates to choose from (`trials.search`): each for a third of the steps, more of them where the
@@ -40,10 +40,12 @@ from peft_reft import DataCollatorForLoReft, LoReftConfig
 from peft_reft.cli.rules import edits_answers, edits_start
 
 IN_SHORT = ["base", "lora", "loreft", "loreft, l7", "loreft, l14", "lora, r=1"]
+SHORTEST = ["base", "lora", "loreft", "loreft, l7"]
 LONG = ["base", "lora", "loreft", "loreft, l7", "loreft, l7+g", "loreft, everywhere", "lora, r=1"]
 REASONING = [*LONG, *(name for name in METHODS if name not in LONG)]
 COMPARED = {
     "trec": IN_SHORT,
+    "trec, Gemma": SHORTEST,
     "cola": IN_SHORT,
     "gsm8k": REASONING,
     "sums": REASONING,
@@ -57,6 +59,7 @@ EACH = "those of the task"
 @dataclass(kw_only=True)
 class WorthSettings(Settings):
     output: Path = Path("outputs/worth")
+    gemma: str = "google/gemma-3-270m"
     tasks: list[str] = field(default_factory=lambda: [*COMPARED])
     methods: list[str] = field(default_factory=lambda: [EACH])
     learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])
@@ -83,7 +86,8 @@ class Worth:
         self.settings = settings
         self.methods = methods
         self.task = task
-        self.tokenizer = AutoTokenizer.from_pretrained(settings.model)
+        self.model = {"SmolLM2": settings.model, "Gemma": settings.gemma}[task.model]
+        self.tokenizer = AutoTokenizer.from_pretrained(self.model)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.collate = DataCollatorForSeq2Seq(self.tokenizer)
         rows, held = self.encode(task.rows), settings.dev + settings.test
@@ -135,7 +139,7 @@ class Worth:
         """Train one model and score it. A run of fewer steps than the task's is scored on `dev` alone."""
         method, steps, seed = trial["method"], trial["steps"], trial["seed"]
         torch.manual_seed(seed)
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(self.settings.model)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(self.model)
         parameters, minutes = 0, 0.0
         if method != "base":
             model = self.adapted(model, method)
@@ -161,7 +165,7 @@ class Worth:
 
     def memory(self, method: str) -> Found:
         """What a step keeps for its backward: the first rows to train on, as many as a batch has."""
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(self.settings.model)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(self.model)
         model = self.adapted(model, method)
         return {"mib": kept_mib(model, self.collator(model)(self.rows[: self.task.batch]))}
 
@@ -206,11 +210,13 @@ def error(values: list[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
-def rows_of(settings: WorthSettings, results: Results) -> list[dict[str, Any]]:
+def rows_of(settings: WorthSettings) -> list[dict[str, Any]]:
     """A row for each task and method whose runs are there, after those that the time allows."""
-    table = []
+    table, ends = [], time.monotonic() + 60 * settings.minutes
     for name in settings.tasks:
         worth = Worth(settings, read(name, Path(settings.data or ".")), {**METHODS, **SUFFIXES})
+        common = dict(model=Path(worth.model).name, dev_rows=settings.dev, test_rows=settings.test)
+        results = Results(settings.output / "results.json", common, (ends - time.monotonic()) / 60)
         for method in COMPARED[name] if settings.methods == [EACH] else settings.methods:
             with suppress(OutOfTime):
                 row = search(
@@ -271,9 +277,7 @@ def beside_lora(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> None:
     settings = read_arguments(__doc__, PRESETS, argv)
-    common = dict(model=Path(settings.model).name, dev_rows=settings.dev, test_rows=settings.test)
-    results = Results(settings.output / "results.json", common, settings.minutes)
-    table = beside_lora(rows_of(settings, results))
+    table = beside_lora(rows_of(settings))
     show(table, ["task", *COLUMNS])
     publish("worth", settings)
     if settings.docs:

@@ -12,7 +12,7 @@ COLUMNS = ["method", "parameters", "share", "learning_rate", *SCORES, *COSTS]
 PAGE = """# What it is worth
 
 LoReFT beside LoRA on text: the same rows, the same rates to choose from, the same seeds. The model is SmolLM2-135M in
-fp32, and trainings are short. What a 7B model does can differ.
+fp32, but for the table with Gemma's name, and trainings are short. What a 7B model does can differ.
 
 How to read the tables:
 
@@ -33,13 +33,15 @@ default, `f7+l7`. `experiments/methods.py` has the fields of every method.
 
 Command:
 
-    python experiments/worth.py --data FOLDER --model SMOLLM2_FOLDER --docs docs
+    python experiments/worth.py --data FOLDER --model SMOLLM2_FOLDER \\
+        --gemma GEMMA_FOLDER --docs docs
 
 The runs are in [results/worth.json](results/worth.json).
 """
 
 TASKS = {
     "trec": "Six types of questions, behind an instruction and three examples.",
+    "trec, Gemma": "The same with Gemma 3 270M, in half the steps.",
     "cola": "Is a sentence acceptable? Behind an instruction and two examples.",
     "gsm8k": "Worked solutions of arithmetic problems, the short ones.",
     "sums": "Two-step sums told in words. An answer is right if greedy decoding writes it, reasoning and all.",
