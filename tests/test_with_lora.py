@@ -3,8 +3,11 @@
 import pytest
 import torch
 from conftest import VOCAB, build, randomise
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
+from trl import SFTConfig, SFTTrainer
 
 from peft_reft import LoReftConfig
 
@@ -140,3 +143,27 @@ def test_loreft_is_trained_on_a_frozen_lora_and_each_is_saved_alone(lora_folder,
         torch.testing.assert_close(found, wanted, atol=6e-5, rtol=0)
     lora_alone = results(PeftModel.from_pretrained(build("llama"), lora_folder))
     assert (again[0] - lora_alone[0]).abs().max() > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_both_are_trained_at_once_and_loaded_again(tokenizer, tmp_path):
+    """As the page does it: with TRL, whose trainer takes the model as it is."""
+    lora = LoraConfig(task_type="CAUSAL_LM", r=1, lora_alpha=2, target_modules=["up_proj", "down_proj"])
+    first = get_peft_model(build("llama"), lora, adapter_name="beside")
+    steering = LoReftConfig(task_type="CAUSAL_LM", r=1, intervention="nodireft", act_fn="silu", positions="all")
+    model = get_peft_model(first.base_model.model, steering)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.set_adapter(["beside"])
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    rows = Dataset.from_list([{"input_ids": ids, "labels": LABELS[n].tolist()} for n, ids in enumerate(IDS.tolist())])
+    args = SFTConfig(str(tmp_path / "run"), learning_rate=1e-2, max_steps=3, bf16=False, report_to="none", seed=1)
+    SFTTrainer(model=model, train_dataset=rows, args=args, processing_class=tokenizer).train()
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {name for name in before if ".loreft." in name or ".lora_" in name}
+
+    model.save_pretrained(tmp_path / "both")
+    again = PeftModel.from_pretrained(build("llama"), str(tmp_path / "both" / "beside"), adapter_name="beside")
+    again = PeftModel.from_pretrained(again.base_model.model, str(tmp_path / "both"))
+    for found, wanted in zip(results(again), results(model)):
+        torch.testing.assert_close(found, wanted, atol=6e-5, rtol=0)
