@@ -70,7 +70,7 @@ def page(table: list[dict[str, Any]], rows: int, dev: int, rates: int) -> str:
             )
             if "majority" in facts:
                 text += f" The most frequent answer is right in {facts['majority']:.3f} of the rows."
-            said = [f"## {name}", fill(text, 119), fill(verdict(of_task), 119), markdown(of_task, COLUMNS)]
+            said = [f"## {name}", lines(text), lines(verdict(of_task)), markdown(of_task, COLUMNS)]
             parts.append("\n\n".join(part for part in said if part))
     return PAGE.format(rows=rows, dev=dev, rates=rates, tasks="\n\n".join(parts))
 
@@ -91,6 +91,11 @@ def verdict(of_task: list[dict[str, Any]]) -> str:
             f"LoRA has {lora[score]}."
         )
     return " ".join(said)
+
+
+def lines(text: str) -> str:
+    """The text in lines. A name with a hyphen stays whole."""
+    return fill(text, 119, break_on_hyphens=False)
 
 
 def names(methods: list[str]) -> str:
