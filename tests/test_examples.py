@@ -163,6 +163,7 @@ OTHER_RATES = {
     ("examples/das_equality.py", 2e-3): "trains a whole network",
     ("examples/das_equality.py", 5e-3): "distributed alignment search: trains R alone",
     ("docs/interchange.md", 1e-2): "the same",
+    ("docs/with_lora.md", 1e-2): "LoRA of rank 1 beside it: the best of the search in docs/worth.md",
 }
 """Where another rate stands, and why."""
 MEASURED = {"docs/init_weights.md", "docs/recipes.md"}
