@@ -33,12 +33,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "loreft, heads, red": dict(intervention="red", component="heads", positions="all"),
     "lora": dict(r=8, lora_alpha=16, target_modules=MAPS),
     "lora, r=1": dict(r=1, lora_alpha=2, target_modules=MAPS),
-    # LoRA with less than a tenth of its parameters.
+    # LoRA with less than a tenth of the parameters that "lora" has.
     "lora, r=1, three maps": dict(r=1, lora_alpha=2, target_modules=["v_proj", "up_proj", "down_proj"]),
     "dora": dict(r=8, lora_alpha=16, target_modules=MAPS, use_dora=True),
     # arXiv 2603.00425, joint: steering and LoRA in one training, kept apart in the residual stream (`joint.py`).
     "joint": {"loreft": STEERING, "lora": dict(r=1, lora_alpha=2, target_modules=MAPS)},
-    # The same with less than a tenth of LoRA's parameters.
+    # The same with less than a tenth of the parameters that "lora" has.
     "joint, r=1, two maps": {
         "loreft": {**STEERING, "r": 1},
         "lora": dict(r=1, lora_alpha=2, target_modules=["up_proj", "down_proj"]),

@@ -40,6 +40,7 @@ class TextTask:
     exact: bool = False
     """Whether an answer is right if greedy decoding writes just this: if each of its tokens is the likeliest."""
     model: Literal["SmolLM2", "Gemma"] = "SmolLM2"
+    """Which model `worth.py` trains: that of `--model`, or of `--gemma`."""
 
 
 def gsm8k(folder: Path) -> list[Row]:
@@ -96,10 +97,7 @@ SIZES: dict[str, tuple[Callable[[Path], list[Row]], dict]] = {
     "gsm8k": (gsm8k, dict(batch=2, steps=60, max_length=112)),
     "ultrafeedback": (ultrafeedback, dict(batch=2, steps=60, max_length=128, cut=True)),
     "trec": (trec, dict(batch=4, steps=80, max_length=192, choices=CHOICES)),
-    "trec, Gemma": (
-        trec,
-        dict(batch=4, steps=40, max_length=192, choices=CHOICES, model="Gemma"),
-    ),
+    "trec, Gemma": (trec, dict(batch=4, steps=40, max_length=192, choices=CHOICES, model="Gemma")),
     "trec, no examples": (trec_alone, dict(batch=8, steps=80, max_length=96, choices=CHOICES)),
     "sums": (sums, dict(batch=4, steps=60, max_length=96, exact=True)),
     "cola": (cola, dict(batch=4, steps=80, max_length=160, choices=[" yes", " no"])),

@@ -105,8 +105,7 @@ is within one standard error of the mean at the best rate.
 {table}
 
 It does not hold for Gemma 3 270M: on TREC behind three examples `l7` was best at 1e-4, and far from it at 1e-3 (one
-seed, 13 steps; [runs](results/worth.json)). Gemma's norms weigh some coordinates of a hidden state much more than
-others, and the rule does not know the norms. Try a tenth to a third of the rate there.
+seed, 13 steps; [runs](results/worth.json)). Why is not known yet. Try a tenth to a third of the rate there.
 
 ## Stable at other widths
 

@@ -172,6 +172,14 @@ def test_suggest_for_long_answers(model_id, tmp_path, capsys):
         assert args.learning_rate == float(f"{lr * 2000 / (3 * math.sqrt(4 * 32)):.1e}")
 
 
+def test_suggest_warns_of_a_rate_that_does_not_hold(model_id, tokenizer, tmp_path, capsys):
+    build("gemma3").save_pretrained(tmp_path / "gemma3")
+    tokenizer.save_pretrained(tmp_path / "gemma3")
+    rows = rows_file(tmp_path, ANSWERS)
+    assert "too high for this model: try a tenth" in suggestion(capsys, str(tmp_path / "gemma3"), rows)
+    assert "too high" not in suggestion(capsys, model_id, rows)
+
+
 def test_a_file_of_settings_stays(model_id, tmp_path, capsys):
     """What it sets is not set again by the command, and the rate fits it."""
     (tmp_path / "settings.yaml").write_text("r: 2\nlayers: 0\n")

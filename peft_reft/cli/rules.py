@@ -21,6 +21,8 @@ LEARNING_RATE = 1e-3
 """Of `create_loreft_optimizer`, which makes an adapter's own rate of it; docs/results/rates.json."""
 OTHER_RATES = {"nodireft": 3e-3}
 """The same of formulas that want another; docs/results/worth.json."""
+RATE_TOO_HIGH = ("gemma3",)
+"""Beginnings of the model types for which a fitted rate is 3 to 10 times too high; docs/results/worth.json."""
 STEPS = 300
 """Fewest steps of a training."""
 EPOCHS = 3
