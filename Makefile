@@ -86,7 +86,7 @@ support-table: $(BIN)/.installed $(VENV)-extras/.installed $(VENV)-vllm/.install
 # The paper's experiments at small scale, with their figures and results in docs/; about 20 hours on one core, most of
 # them for rates and worth. DATA is a folder with trec/, cola/, alice/, gsm8k/, german/ and ultrafeedback_1k/. Run again,
 # it goes on where it was stopped.
-RECIPES = glue memorisation sweep qlora_style preference grpo instruct arithmetic commonsense overhead composition rates widths worth
+RECIPES = glue memorisation sweep qlora_style preference grpo instruct arithmetic commonsense overhead composition widths gains rates worth
 MINILM = sentence-transformers/all-MiniLM-L6-v2
 .PHONY: recipes
 recipes: $(RECIPES:%=recipe-%)

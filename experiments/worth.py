@@ -40,12 +40,12 @@ from peft_reft import DataCollatorForLoReft, LoReftConfig
 from peft_reft.cli.rules import edits_answers, edits_start
 
 IN_SHORT = ["base", "lora", "loreft", "loreft, l7", "loreft, l14", "lora, r=1"]
-SHORTEST = ["base", "lora", "loreft", "loreft, l7"]
+WITH_GEMMA = ["base", "lora", "loreft", "loreft, l7", "loreft, l7, no gains"]
 LONG = ["base", "lora", "loreft", "loreft, l7", "loreft, l7+g", "loreft, everywhere", "lora, r=1"]
 REASONING = [*LONG, *(name for name in METHODS if name not in LONG)]
 COMPARED = {
     "trec": IN_SHORT,
-    "trec, Gemma": SHORTEST,
+    "trec, Gemma": WITH_GEMMA,
     "cola": IN_SHORT,
     "gsm8k": REASONING,
     "sums": REASONING,
@@ -82,7 +82,11 @@ class Worth:
     """One task: its rows as tokens, and models that are trained and scored on them."""
 
     def __init__(self, settings: WorthSettings, task: TextTask, methods: dict[str, dict[str, Any]]) -> None:
-        """`methods` has the fields of the config of each method; with "adamw" in its name all has one rate."""
+        """
+        Args:
+            methods: the fields of the config of each method. "adamw" in its name gives all parameters one rate, "no
+                gains" leaves out of LoReFT's rates what norms make of edits.
+        """
         self.settings = settings
         self.methods = methods
         self.task = task
@@ -155,6 +159,7 @@ class Worth:
                 batch=self.task.batch,
                 steps=steps,
                 fitted=method.startswith("loreft") and "adamw" not in method,
+                norm_gains="no gains" not in method,
             )
             minutes = (time.process_time() - began) / 60
         model.eval()

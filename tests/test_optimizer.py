@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from peft_reft import LoReftConfig, create_loreft_optimizer
+from peft_reft.tools.norm_gains import norm_gains
 
 
 def rates(model, optimizer):
@@ -118,3 +119,85 @@ def test_a_model_without_a_trained_adapter_is_refused():
     model = get_peft_model(build("llama"), LoraConfig(task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="PeftModelForCausalLM has no LoReFT adapter that is trained"):
         create_loreft_optimizer(model, lr=1e-3)
+
+
+def with_few_large_dimensions(name):
+    """A model whose hidden states are nearly all in one dimension, which the norms make small again, as Gemma 3's."""
+    base = build(name)
+    with torch.no_grad():
+        base.get_input_embeddings().weight[:, 0] = 20.0  # the others are about 0.02
+        for module in base.modules():
+            if type(module).__name__.endswith("RMSNorm") and module.weight.shape == (HIDDEN,):
+                module.weight[0] = 0.01 - ("gemma" in name)  # Gemma's norms multiply by 1 + weight
+    return base
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_gains_are_those_of_the_formula(name):
+    """A norm gives out w ∘ h / |h|, so that a random direction counts for rms(w) · |h| / |w ∘ h| times as much."""
+    base = with_few_large_dimensions(name)
+    model = get_peft_model(base, LoReftConfig(task_type="CAUSAL_LM"))
+    ids = torch.arange(3, 19)[None]
+    found = [*norm_gains(model, ids).values()]
+    h = []  # of each block: (1, 16, d)
+    for block in base.model.layers:
+        block.register_forward_hook(lambda _, args, out: h.append(out[0] if isinstance(out, tuple) else out))
+    model.disable_adapter_layers()
+    model(input_ids=ids)
+    norms = [*(block.input_layernorm for block in base.model.layers), base.model.norm][1:]
+    expected = []
+    for hidden, norm in zip(h, norms):
+        w = norm.weight + ("gemma" in name)
+        ratio = w.square().mean().sqrt() * hidden.norm(dim=-1) / (w * hidden).norm(dim=-1)  # (1, 16)
+        expected.append(ratio.median().item())
+    assert len(found) == LAYERS and min(expected) > 3
+    assert found == pytest.approx(expected, rel=0.15), "the direction is one of many"
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_norm_that_makes_edits_large_gets_a_lower_rate(name):
+    model = get_peft_model(with_few_large_dimensions(name), LoReftConfig(task_type="CAUSAL_LM"))
+    rule = 1e-3 * 2000 / (LAYERS * math.sqrt(8 * HIDDEN))
+    found = rates(model, create_loreft_optimizer(model, lr=1e-3))
+    for layer, gain in norm_gains(model).items():
+        own = {found[key] for key, each in model.named_parameters() if any(each is one for one in layer.parameters())}
+        assert gain > 3 and [*own] == pytest.approx([rule / gain])
+    left_out = rates(model, create_loreft_optimizer(model, lr=1e-3, norm_gains=False))
+    assert [*left_out.values()] == pytest.approx([rule] * len(left_out))
+
+
+def test_weights_that_layers_share_have_the_lowest_of_their_rates():
+    model = get_peft_model(with_few_large_dimensions("llama"), LoReftConfig(task_type="CAUSAL_LM", tie="model"))
+    found = {*rates(model, create_loreft_optimizer(model, lr=1e-3)).values()}
+    lowest = 1e-3 * 2000 / (LAYERS * math.sqrt(8 * HIDDEN)) / max(norm_gains(model).values())
+    assert [*found] == pytest.approx([lowest])
+
+
+def test_looking_at_norms_leaves_the_model_as_it_was():
+    model = get_peft_model(build("llama"), LoReftConfig(task_type="CAUSAL_LM", init_weights=False)).train()
+    model.base_model.model.model.norm.eval()
+    modes = [module.training for module in model.modules()]
+    needed = [parameter.requires_grad for parameter in model.parameters()]
+    batch = {"input_ids": torch.arange(3, 9)[None], "labels": torch.tensor([[-100] * 4 + [7, 8]])}
+    torch.manual_seed(0)
+    before = model(**batch).logits
+    torch.manual_seed(0)
+    create_loreft_optimizer(model, lr=1e-3)
+    assert torch.equal(model(**batch).logits, before), "edits and the random state are as before"
+    assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == needed
+    assert not any(module._forward_hooks for name, module in model.named_modules() if name.endswith("norm"))
+
+
+def test_an_encoder_whose_norms_stand_before_the_edit_has_no_gains():
+    model = get_peft_model(build("bert"), LoReftConfig(task_type="SEQ_CLS", positions="f1"))
+    assert norm_gains(model) == {}
+
+
+def test_a_model_that_cannot_run_here_is_refused():
+    with torch.device("meta"):
+        base = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, vocab_size=50))
+    model = get_peft_model(base, LoReftConfig(task_type="CAUSAL_LM"), low_cpu_mem_usage=True)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM does not run on tokens alone.* Give norm_gains=False"):
+        create_loreft_optimizer(model, lr=1e-3)
+    assert create_loreft_optimizer(model, lr=1e-3, norm_gains=False).param_groups

@@ -42,8 +42,8 @@ class Model:
         return trained
 
     def rate(self, fields: dict[str, Any], lr: float) -> float:
-        """The lowest rate that `create_loreft_optimizer` gives an adapter with these fields."""
-        groups = create_loreft_optimizer(self._adapted(fields), lr=lr).param_groups
+        """The lowest rate that `create_loreft_optimizer` gives an adapter with these fields, without norms' gains."""
+        groups = create_loreft_optimizer(self._adapted(fields), lr=lr, norm_gains=False).param_groups
         return min(float(group["lr"]) for group in groups)
 
     def _adapted(self, fields: dict[str, Any]) -> PeftModel:

@@ -21,8 +21,11 @@ LEARNING_RATE = 1e-3
 """Of `create_loreft_optimizer`, which makes an adapter's own rate of it; docs/results/rates.json."""
 OTHER_RATES = {"nodireft": 3e-3}
 """The same of formulas that want another; docs/results/worth.json."""
-RATE_TOO_HIGH = ("gemma3",)
-"""Beginnings of the model types for which a fitted rate is 3 to 10 times too high; docs/results/worth.json."""
+GAINS = {"gemma3": 10}
+"""By the beginning of a model type: how many times larger its norms make an edit; docs/results/gains.json.
+
+A config does not say it. `create_loreft_optimizer` measures it on the model, layer by layer.
+"""
 STEPS = 300
 """Fewest steps of a training."""
 EPOCHS = 3
@@ -256,6 +259,11 @@ def _groups(positions: str) -> list[Group]:
 def rate_of(intervention: str) -> float:
     """What to give `create_loreft_optimizer` for a formula."""
     return OTHER_RATES.get(intervention, LEARNING_RATE)
+
+
+def gain_of(model_type: str) -> int:
+    """How many times larger the norms of such models make an edit."""
+    return next((gain for beginning, gain in GAINS.items() if model_type.startswith(beginning)), 1)
 
 
 def rate_text(rate: float) -> str:

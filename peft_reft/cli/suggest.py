@@ -13,7 +13,7 @@ from ..tuner.untouched import GAIN
 from .arguments import set_by
 from .facts import Model, model_facts, rows_facts
 from .lengths import Lengths, Shares, shares
-from .rules import EPOCHS, RATE_TOO_HIGH, RULES, WARMUP, Rule, rate_of, rate_text, rule_for, serving_cost
+from .rules import EPOCHS, RULES, WARMUP, Rule, gain_of, rate_of, rate_text, rule_for, serving_cost
 from .train_arguments import parse
 
 _TASK_TYPES = {"labels": "SEQ_CLS"}
@@ -123,13 +123,16 @@ def _rate(rule: Rule, model: Model, own: dict[str, Any]) -> tuple[float, str]:
         return rule.rate, "for so few rows and steps"
     fields = {**rule.fields(), **own}
     lr = rate_of(fields.get("intervention", "loreft"))
-    caution = ""
-    if model.config.model_type.startswith(RATE_TOO_HIGH):
-        caution = "; too high for this model: try a tenth to a third of it (docs/one_rate.md)"
     if rule.form == "labels":
-        return lr, f"of create_loreft_optimizer, which gives the adapter and the head rates of their own{caution}"
-    rate = model.rate(fields, lr)
-    return float(f"{rate:.1e}"), f"{rate_text(lr)} fitted to the edited layers, their width and r{caution}"
+        return lr, "of create_loreft_optimizer, which gives the adapter and the head rates of their own"
+    gain, of_gain = gain_of(model.config.model_type), ""
+    if gain > 1:
+        of_gain = (
+            f"; 1/{gain} of it, because this model's norms make an edit about {gain} times larger "
+            "(docs/one_rate.md; create_loreft_optimizer measures it layer by layer)"
+        )
+    rate = model.rate(fields, lr) / gain
+    return float(f"{rate:.1e}"), f"{rate_text(lr)} fitted to the edited layers, their width and r{of_gain}"
 
 
 def _steps(rule: Rule, rows: int | None, batch: int) -> tuple[int, str]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
+from ..tools.looking import without_edits
 from ..tuner.layer import LoReftLayer
 from .first_forwards import attachment_of
 from .learning import Verdict, judge, judge_classes, judge_finite
@@ -151,7 +150,7 @@ class WarnIfNotLearning(TrainerCallback):
         try:
             with torch.no_grad():
                 after = sum(float(model(**given).loss) for given in self.kept)
-                with _without_edits(model):
+                with without_edits(model):
                     before = sum(float(model(**given).loss) for given in self.kept)
         except Exception:  # the run has ended and is perhaps not saved yet: a look at it must not break it
             return False
@@ -174,19 +173,6 @@ class WarnIfNotLearning(TrainerCallback):
             if abs(mean * scale - logged[-1]) <= _SAME * abs(logged[-1]):
                 return scale
         return None
-
-
-@contextmanager
-def _without_edits(model: nn.Module) -> Iterator[None]:
-    """Inside, the adapters of LoReFT edit nothing. Other adapters and trained modules stay as they are."""
-    layers = [module for module in model.modules() if isinstance(module, LoReftLayer) and not module.disable_adapters]
-    for layer in layers:
-        layer.__dict__["_disable_adapters"] = True  # PEFT's `enable_adapters` would change what is trained
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.__dict__["_disable_adapters"] = False
 
 
 def _warn(verdict: Verdict, rate: float) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ..positions.index import PositionIndex
 from ..tuner.forward import current
 from ..tuner.layer import LoReftLayer
+from .looking import evaluating
 from .show import token_texts
 
 
@@ -54,7 +54,7 @@ def edit_norms(model: nn.Module, batch: Mapping[str, Any]) -> np.ndarray:
 
     handles = watch_norms(layers, take)
     try:
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), evaluating(model):
             model(**batch)
     finally:
         for handle in handles:
@@ -64,18 +64,6 @@ def edit_norms(model: nn.Module, batch: Mapping[str, Any]) -> np.ndarray:
     shape = next(iter(norms.values())).shape  # (batch, seq)
     unedited = np.full(shape, np.nan, np.float32)
     return np.stack([norms.get(layer, unedited) for layer in layers])
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put all modules into eval mode, and back into the mode of each."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def watch_norms(layers: list[LoReftLayer], take: Callable[[LoReftLayer, Tensor], None]) -> list[RemovableHandle]:
