@@ -3,8 +3,7 @@
     python experiments/rates.py --data FOLDER --minilm FOLDER --model SMOLLM2_FOLDER
 
 The task is TREC, questions of six types: an encoder gets a new head, a decoder writes a word behind the question. Each
-adapter is trained with AdamW alone ("adamw") and with the rates of `create_loreft_optimizer` ("fitted"; "no gains"
-leaves out what it measures of norms), beside LoRA.
+adapter is trained with AdamW alone ("adamw") and with the rates of `create_loreft_optimizer` ("fitted"), beside LoRA.
 Every setting is trained with every rate and one seed; then with three seeds at the best rate and at RECOMMENDED. A
 setting holds if the score at RECOMMENDED is within one standard error of the best: that of the difference over
 seeds, and of the score over the test questions. Results are kept in OUTPUT/results.json, and a run that is there is
@@ -51,7 +50,6 @@ PRESETS = {"cpu": RatesSettings(model="HuggingFaceTB/SmolLM2-135M-Instruct")}
 
 
 WAYS = ("loreft fitted", "loreft adamw", "lora")
-OF_NORMS = ("loreft fitted", "loreft no gains")
 ONE_RATE, BY_THE_RULE = WAYS[:2], WAYS[:1]
 ENCODERS = ("MiniLM", "MPNet")
 OTHERS = ("MiniLM", "MPNet", "Gemma")
@@ -82,7 +80,7 @@ SETTINGS = [
     Setting("SmolLM2", 1, 80, ONE_RATE),
     Setting("SmolLM2", 32, 80, ONE_RATE),
     Setting("SmolLM2", 8, 240, BY_THE_RULE),
-    Setting("Gemma", 8, 80, OF_NORMS),
+    Setting("Gemma", 8, 80, BY_THE_RULE),
 ]
 
 
@@ -110,7 +108,8 @@ this gain at each block; text gives nearly the same. The rule divides by a gain 
 
 TREC, six types of questions: 500 test questions for an encoder, 300 held-out ones for a decoder. "fitted" has the
 rule, "adamw" one rate for all. Columns of rates have one seed. "holds" says whether the mean of {seeds} seeds at 1e-3
-is within one standard error of the mean at the best rate. "no gains" is "fitted" without what is measured of norms.
+is within one standard error of the mean at the best rate. What Gemma 3 does without the division by gains is in
+[What it is worth](worth.md#trec-gemma).
 
 {table}
 
@@ -154,7 +153,7 @@ def measure(settings: RatesSettings, setting: Setting, way: str, rate: float, se
     worth = Worth(
         WorthSettings(model=model, output=output, dev=2, test=300, eval_batch=25),
         replace(read("trec, no examples", Path(settings.data)), steps=setting.steps),
-        {"loreft fitted": loreft, "loreft no gains": loreft, "loreft adamw": loreft, "lora": METHODS["lora"]},
+        {"loreft fitted": loreft, "loreft adamw": loreft, "lora": METHODS["lora"]},
     )
     found = worth.measure(dict(method=way, learning_rate=rate, seed=seed, steps=setting.steps))
     return {"test": found["accuracy"], "rows": 300, "parameters": found["parameters"]}

@@ -25,8 +25,8 @@ def norm_gains(model: PeftModel, tokens: Tensor | None = None) -> dict[LoReftLay
     small there and large elsewhere, an edit along a random direction counts for much more behind the norm than
     before it: 10 times and more in Gemma 3, 0.8 to 1.3 times in SmolLM2.
 
-    One forward of the base model shows it, on 32 tokens out of the whole vocabulary. Other tokens give nearly the same
-    (docs/one_rate.md). A norm is a module whose class has "Norm" in its name and which is given the very tensor that
+    One forward of the base model shows it, on 32 tokens out of the whole vocabulary. A text gives nearly the same
+    (docs/one_rate.md); its first token, whose gain can be several times as high, does not count. A norm is a module whose class has "Norm" in its name and which is given the very tensor that
     an edited module gives out.
 
     Args:
@@ -56,7 +56,7 @@ def norm_gains(model: PeftModel, tokens: Tensor | None = None) -> dict[LoReftLay
         random = torch.Generator().manual_seed(0)
         direction = torch.randn(hidden.shape, generator=random).to(hidden)  # (..., tokens, d)
         direction *= _SHARE * hidden.norm(dim=-1, keepdim=True) / direction.norm(dim=-1, keepdim=True)
-        moved = (norm.forward(hidden + direction) - output).float().norm(dim=-1)  # (..., tokens)
+        moved = (norm.forward(hidden + direction, *args[1:]) - output).float().norm(dim=-1)  # (..., tokens)
         gains[layer] = (moved / output.float().norm(dim=-1) / _SHARE).nanmedian()  # NaN: a padding token is 0
 
     handles = [layer.register_forward_hook(note) for layer in model.modules() if isinstance(layer, LoReftLayer)]
