@@ -42,8 +42,8 @@ The runs are in [results/worth.json](results/worth.json).
 TASKS = {
     "trec": "Six types of questions, behind an instruction and three examples.",
     "trec, Gemma": (
-        "The same with Gemma 3 270M, in half the steps. `no gains` leaves out what `create_loreft_optimizer` measures of "
-        "the model's norms."
+        "The same with Gemma 3 270M, in half the steps. `no gains` leaves out what `create_loreft_optimizer` measures "
+        "of the model's norms."
     ),
     "cola": "Is a sentence acceptable? Behind an instruction and two examples.",
     "gsm8k": "Worked solutions of arithmetic problems, the short ones.",

@@ -26,8 +26,8 @@ def norm_gains(model: PeftModel, tokens: Tensor | None = None) -> dict[LoReftLay
     before it: 10 times and more in Gemma 3, 0.8 to 1.3 times in SmolLM2.
 
     One forward of the base model shows it, on 32 tokens out of the whole vocabulary. A text gives nearly the same
-    (docs/one_rate.md); its first token, whose gain can be several times as high, does not count. A norm is a module whose class has "Norm" in its name and which is given the very tensor that
-    an edited module gives out.
+    (docs/one_rate.md); its first token, whose gain can be several times as high, does not count. A norm is a module
+    whose class has "Norm" in its name and which is given the very tensor that an edited module gives out.
 
     Args:
         model: with LoReFT adapters. It runs in eval mode, without gradients, and is left as it was.
