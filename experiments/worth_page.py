@@ -29,6 +29,13 @@ How to read the tables:
 LoReFT is trained with [`create_loreft_optimizer`](one_rate.md). A name says its positions; `loreft` alone is the
 default, `f7+l7`. `experiments/methods.py` has the fields of every method.
 
+## All tasks
+
+The score of each method that two tasks or more have. **Bold** is level with LoRA: at most one standard error of LoRA's
+behind it. The tables below have the errors and the numbers of seeds.
+
+{overview}
+
 {tasks}
 
 Command:
@@ -75,7 +82,28 @@ def page(table: list[dict[str, Any]], rows: int, dev: int, rates: int) -> str:
                 text += f" The most frequent answer is right in {facts['majority']:.3f} of the rows."
             said = [f"## {name}", lines(text), lines(verdict(of_task)), markdown(of_task, COLUMNS)]
             parts.append("\n\n".join(part for part in said if part))
-    return PAGE.format(rows=rows, dev=dev, rates=rates, tasks="\n\n".join(parts))
+    return PAGE.format(rows=rows, dev=dev, rates=rates, overview=overview(table), tasks="\n\n".join(parts))
+
+
+def overview(table: list[dict[str, Any]]) -> str:
+    """A Markdown table of methods by tasks."""
+    tasks = [name for name in TASKS if any(row["task"] == name for row in table)]
+    of_methods: dict[str, dict[str, dict[str, Any]]] = {}  # by method, by task
+    for row in table:
+        of_methods.setdefault(row["method"], {})[row["task"]] = row
+    scores = {row["task"]: row["score"] for row in table}
+    shown = []
+    for method, of_tasks in of_methods.items():
+        if len(of_tasks) < 2:
+            continue
+        cells = {"method": method, "share": next((row["share"] for row in of_tasks.values() if row["share"]), "")}
+        for task in tasks:
+            row = of_tasks.get(task)
+            value = "" if row is None else row[row["score"]].split()[0]
+            bold = row is not None and row["within"] == "yes"
+            cells[f"{task}: {scores[task]}"] = f"**{value}**" if bold else value
+        shown.append(cells)
+    return markdown(shown, [*shown[0]]) if shown else ""
 
 
 def verdict(of_task: list[dict[str, Any]]) -> str:

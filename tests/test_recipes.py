@@ -496,7 +496,7 @@ def test_the_page_says_who_is_level_with_lora(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "experiments")
     from methods import METHODS, SUFFIXES
     from worth import beside_lora, own_parts
-    from worth_page import verdict
+    from worth_page import overview, verdict
 
     common = dict(task="gsm8k", learning_rate=1e-3, seeds=3, runs=6, search_minutes=9.0, minutes=1.0, loss_error=0.1)
     rows = {"base": (0, 2.0), "lora": (1000, 1.0), "loreft": (200, 1.09), "far": (100, 1.5), "near": (50, 1.2)}
@@ -511,6 +511,14 @@ def test_the_page_says_who_is_level_with_lora(monkeypatch):
     own = [list(own_parts(METHODS.get(name)).values()) for name in ("base", "lora", "loreft", "loreft, decoding too")]
     assert own == [["base"] * 2, ["own"] * 2, ["own", "base"], ["own"] * 2]
     assert [*own_parts(SUFFIXES["loreft, l7+g"]).values()] == ["base", "own"]
+    both = beside_lora([*table, *({**row, "task": "trec"} for row in better[:3])])
+    head, _, *lines = overview(both).splitlines()
+    assert head == "| method | share | trec: accuracy | gsm8k: loss |"
+    assert lines == [
+        "| base |  | -2.000 | 2.000 |",
+        "| lora |  | -1.000 | 1.000 |",
+        "| loreft | 1/5 | **-1.090** | **1.090** |",
+    ]
     assert verdict(beside_lora(table[:2])) == verdict(beside_lora(table[2:])) == ""
 
 
