@@ -124,7 +124,7 @@ RULES = [
         chosen="offered",
         positions="l7",
         r=8,
-        why="all before the end of the prompt stays the base's; on TREC it is as good as f7+l7",
+        why="all before the end of the prompt stays the base's; as good as f7+l7 on TREC, behind it on worked sums",
         evidence="results/worth.json, [untouched](untouched.md#figures) for the cost",
         least_prompt=256,
     ),
