@@ -100,7 +100,8 @@ LoRA as under LoReFT. The rule gives it ten times the rate.
 Most decoders read a hidden state h through a norm, which gives out w ∘ h / |h| with weights w. If h is nearly all in
 a few dimensions and w is small there, an edit, which lies in all dimensions, counts for more behind the norm than
 before it. In Gemma 3 it does, in SmolLM2 it does not. One forward on 32 tokens, spread over the vocabulary, measures
-this gain at each block; text gives nearly the same. The rule divides by a gain of 2 or more.
+this gain at each block; text gives nearly the same. The rule divides the rate by half of a gain
+of more than 2.
 
 {gains}
 

@@ -172,14 +172,14 @@ def test_suggest_for_long_answers(model_id, tmp_path, capsys):
         assert args.learning_rate == float(f"{lr * 2000 / (3 * math.sqrt(4 * 32)):.1e}")
 
 
-def test_a_model_whose_norms_amplify_edits_gets_a_tenth_of_the_rate(model_id, tokenizer, tmp_path, capsys):
+def test_a_model_whose_norms_amplify_edits_gets_a_fifth_of_the_rate(model_id, tokenizer, tmp_path, capsys):
     build("gemma3").save_pretrained(tmp_path / "gemma3")
     tokenizer.save_pretrained(tmp_path / "gemma3")
     rows, rates = rows_file(tmp_path, ANSWERS), []
     for name in (str(tmp_path / "gemma3"), model_id):
         rates.append(json.loads(suggestion(capsys, name, rows, "--json"))["training"]["learning_rate"])
-        assert ("1/10 of it" in suggestion(capsys, name, rows)) == (len(rates) == 1)
-    assert rates[0] == pytest.approx(rates[1] / 10, rel=0.05), "the models are of equal size"
+        assert ("1/5 of it" in suggestion(capsys, name, rows)) == (len(rates) == 1)
+    assert rates[0] == pytest.approx(rates[1] / 5, rel=0.05), "the models are of equal size"
 
 
 def test_a_file_of_settings_stays(model_id, tmp_path, capsys):

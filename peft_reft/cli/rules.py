@@ -21,10 +21,10 @@ LEARNING_RATE = 1e-3
 """Of `create_loreft_optimizer`, which makes an adapter's own rate of it; docs/results/rates.json."""
 OTHER_RATES = {"nodireft": 3e-3}
 """The same of formulas that want another; docs/results/worth.json."""
-GAINS = {"gemma3": 10}
-"""By the beginning of a model type: how many times larger its norms make an edit; docs/results/gains.json.
+LOWERED = {"gemma3": 5}
+"""By the beginning of a model type: what the rate is divided by, because its norms make an edit many times larger.
 
-A config does not say it. `create_loreft_optimizer` measures it on the model, layer by layer.
+A config does not say it. `create_loreft_optimizer` measures it on the model, layer by layer; docs/results/gains.json.
 """
 STEPS = 300
 """Fewest steps of a training."""
@@ -261,9 +261,9 @@ def rate_of(intervention: str) -> float:
     return OTHER_RATES.get(intervention, LEARNING_RATE)
 
 
-def gain_of(model_type: str) -> int:
-    """How many times larger the norms of such models make an edit."""
-    return next((gain for beginning, gain in GAINS.items() if model_type.startswith(beginning)), 1)
+def lowered_by(model_type: str) -> int:
+    """What the rate of such models is divided by."""
+    return next((number for beginning, number in LOWERED.items() if model_type.startswith(beginning)), 1)
 
 
 def rate_text(rate: float) -> str:

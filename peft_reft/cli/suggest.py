@@ -13,7 +13,7 @@ from ..tuner.untouched import GAIN
 from .arguments import set_by
 from .facts import Model, model_facts, rows_facts
 from .lengths import Lengths, Shares, shares
-from .rules import EPOCHS, RULES, WARMUP, Rule, gain_of, rate_of, rate_text, rule_for, serving_cost
+from .rules import EPOCHS, RULES, WARMUP, Rule, lowered_by, rate_of, rate_text, rule_for, serving_cost
 from .train_arguments import parse
 
 _TASK_TYPES = {"labels": "SEQ_CLS"}
@@ -125,14 +125,14 @@ def _rate(rule: Rule, model: Model, own: dict[str, Any]) -> tuple[float, str]:
     lr = rate_of(fields.get("intervention", "loreft"))
     if rule.form == "labels":
         return lr, "of create_loreft_optimizer, which gives the adapter and the head rates of their own"
-    gain, of_gain = gain_of(model.config.model_type), ""
-    if gain > 1:
-        of_gain = (
-            f"; 1/{gain} of it, because this model's norms make an edit about {gain} times larger "
+    lowered, why_lowered = lowered_by(model.config.model_type), ""
+    if lowered > 1:
+        why_lowered = (
+            f"; 1/{lowered} of it, because this model's norms make an edit many times larger "
             "(docs/one_rate.md; create_loreft_optimizer measures it layer by layer)"
         )
-    rate = model.rate(fields, lr) / gain
-    return float(f"{rate:.1e}"), f"{rate_text(lr)} fitted to the edited layers, their width and r{of_gain}"
+    rate = model.rate(fields, lr) / lowered
+    return float(f"{rate:.1e}"), f"{rate_text(lr)} fitted to the edited layers, their width and r{why_lowered}"
 
 
 def _steps(rule: Rule, rows: int | None, batch: int) -> tuple[int, str]:

@@ -17,8 +17,8 @@ from .norm_gains import norm_gains as measure_gains
 _STEP = 2000.0
 """About 30 · sqrt(8 · 576): with it, r=8 behind all 30 blocks of size 576 takes the rate as it is."""
 
-_LEAST_GAIN = 2.0
-"""A norm's gain that is less is none: 0.8 to 1.3 were measured where the rule holds without gains."""
+_COMMON_GAIN = 2.0
+"""A norm's gain up to this needs no other rate: it is 0.8 to 1.3 where the rule holds without gains."""
 
 _FRESH_HEADS = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 """Tasks whose models get a head that begins at random numbers."""
@@ -44,7 +44,7 @@ def create_loreft_optimizer(
 
     What reads a hidden state often is a norm, and a few norms make an edit many times larger, beside the rest of the
     hidden state: those of Gemma 3 by 10 times and more. One forward on 32 tokens of the vocabulary measures that. The
-    rate of an edit whose norm makes it at least twice as large is divided by that number.
+    rate of an edit whose norm makes it more than twice as large is divided by half of that number.
 
     Args:
         model: a model with a LoReFT adapter.
@@ -110,7 +110,7 @@ def _rates(
             r, d = matrix.shape[-2:]
             rate = lr * _STEP / (len(edited) * math.sqrt(r * d))
             for parameter in weights.parameters():
-                yield parameter, rate / gain if gain >= _LEAST_GAIN else rate
+                yield parameter, rate / max(1.0, gain / _COMMON_GAIN)
         if config.task_type in _FRESH_HEADS:
             for module in model.modules():
                 if isinstance(module, ModulesToSaveWrapper):
