@@ -100,8 +100,7 @@ LoRA as under LoReFT. The rule gives it ten times the rate.
 Most decoders read a hidden state h through a norm, which gives out w ∘ h / |h| with weights w. If h is nearly all in
 a few dimensions and w is small there, an edit, which lies in all dimensions, counts for more behind the norm than
 before it. In Gemma 3 it does, in SmolLM2 it does not. One forward on 32 tokens, spread over the vocabulary, measures
-this gain at each block; text gives nearly the same. The rule divides the rate by half of a gain
-of more than 2.
+this gain at each block; text gives nearly the same. If a gain is more than 2, the rule divides the rate by half of it.
 
 {gains}
 
@@ -114,8 +113,7 @@ is within one standard error of the mean at the best rate.
 {table}
 
 Gemma 3 is the one model here whose gains count, so "half of a gain" is fitted to it, and its seeds lie far apart.
-Short trainings of it say little: behind three examples, 13 steps chose 3e-4 for `l7`, and 1e-4 without gains
-([trec, Gemma](worth.md#trec-gemma)).
+[What it is worth](worth.md#trec-gemma) has a shorter training of it, with gains and without.
 
 ## Stable at other widths
 

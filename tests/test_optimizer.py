@@ -198,6 +198,7 @@ def test_a_model_that_cannot_run_here_is_refused():
     with torch.device("meta"):
         base = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, vocab_size=50))
     model = get_peft_model(base, LoReftConfig(task_type="CAUSAL_LM"), low_cpu_mem_usage=True)
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM does not run on tokens alone.* Give norm_gains=False"):
+    with pytest.raises(ValueError, match=r"norm_gains=True runs .* LlamaForCausalLM fails: .* Give norm_gains=False"):
         create_loreft_optimizer(model, lr=1e-3)
+    assert not any(module._forward_hooks for name, module in model.named_modules() if name.endswith("norm"))
     assert create_loreft_optimizer(model, lr=1e-3, norm_gains=False).param_groups

@@ -6,7 +6,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from conftest import build
+from conftest import LAYERS, build
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parent.parent
@@ -419,6 +419,15 @@ def test_widths(tmp_path):
     for run in json.loads((tmp_path / "out" / "results.json").read_text()):
         steps[run["way"]].append(run["step"])
     assert max(steps["fitted"]) < 2 * min(steps["fitted"]) and max(steps["adamw"]) > 4 * min(steps["adamw"])
+
+
+def test_gains(model, data, tmp_path):
+    """A gain for each block of each model, on tokens of the vocabulary and on a text."""
+    out = recipe("gains", "--data", data, "--model", model, "--gemma", model, "--output", tmp_path / "out")
+    (run,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(run["vocabulary"]) == len(run["text"]) == LAYERS
+    assert all(0.5 < gain < 2 for gain in run["vocabulary"] + run["text"]), "norms of random weights do nothing"
+    assert f"| {model.name} | {LAYERS} |" in out
 
 
 @pytest.mark.slow

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..tuner.layer import LoReftLayer
 
@@ -33,3 +34,9 @@ def without_edits(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.__dict__["_disable_adapters"] = False
+
+
+def hidden_of(output: Any) -> Tensor:
+    """Return the hidden states of a block's output, which is a tensor or a tuple that begins with one."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden

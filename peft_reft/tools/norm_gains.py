@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..tuner.layer import LoReftLayer
-from .looking import evaluating, without_edits
+from .looking import evaluating, hidden_of, without_edits
 
 _TOKENS = 32
 _SHARE = 0.1
@@ -45,8 +45,8 @@ def norm_gains(model: PeftModel, tokens: Tensor | None = None) -> dict[LoReftLay
     gains: dict[LoReftLayer, Tensor] = {}
 
     def note(layer: nn.Module, args: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        if isinstance(layer, LoReftLayer) and isinstance(hidden, Tensor):
+        if isinstance(layer, LoReftLayer):
+            hidden = hidden_of(output)
             given_out[id(hidden)] = hidden, layer
 
     def compare(norm: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -67,9 +67,9 @@ def norm_gains(model: PeftModel, tokens: Tensor | None = None) -> dict[LoReftLay
         return {layer: gain.item() for layer, gain in gains.items()}
     except Exception as error:
         raise ValueError(
-            f"{type(model.get_base_model()).__name__} does not run on tokens alone in this process, which would show "
-            f"how its norms amplify an edit ({type(error).__name__}: {error}). Give norm_gains=False, and try a third "
-            "and a tenth of the learning rate too."
+            f"norm_gains=True runs the model once, on tokens alone. {type(model.get_base_model()).__name__} fails: "
+            f"{type(error).__name__}: {error}. Give norm_gains=False, and try a third and a tenth of the learning rate "
+            "too."
         ) from error
     finally:
         for handle in handles:

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ..positions.index import PositionIndex
 from ..tuner.forward import current
 from ..tuner.layer import LoReftLayer
-from .looking import evaluating
+from .looking import evaluating, hidden_of
 from .show import token_texts
 
 
@@ -80,12 +80,12 @@ def watch_norms(layers: list[LoReftLayer], take: Callable[[LoReftLayer, Tensor],
     before: dict[nn.Module, Tensor] = {}
 
     def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        before[layer] = _hidden_of(args[0]).detach().clone()  # the layer may edit it in place
+        before[layer] = hidden_of(args[0]).detach().clone()  # the layer may edit it in place
 
     @torch.no_grad()
     def compare(layer: Any, args: tuple[Any, ...], output: Any) -> None:
         h = before.pop(layer).float()  # (batch, seq, d) or (tokens, d)
-        edited = _hidden_of(output).float()
+        edited = hidden_of(output).float()
         indices = _indices(layer, h)
         if not indices:
             return
@@ -97,12 +97,6 @@ def watch_norms(layers: list[LoReftLayer], take: Callable[[LoReftLayer, Tensor],
 
     handles = [layer.register_forward_pre_hook(note) for layer in layers]
     return handles + [layer.register_forward_hook(compare) for layer in layers]
-
-
-def _hidden_of(output: Any) -> Tensor:
-    """Return the hidden states of a block's output, which is a tensor or a tuple that begins with one."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
 
 
 def _indices(layer: LoReftLayer, hidden: Tensor) -> list[PositionIndex]:

@@ -42,9 +42,9 @@ def create_loreft_optimizer(
     384. `red` and `bias` have no r and take lr itself. A new head of a classifier begins at small random numbers and
     needs a higher rate than what stands before it.
 
-    What reads a hidden state often is a norm, and a few norms make an edit many times larger, beside the rest of the
-    hidden state: those of Gemma 3 by 10 times and more. One forward on 32 tokens of the vocabulary measures that. The
-    rate of an edit whose norm makes it more than twice as large is divided by half of that number.
+    In most decoders a norm reads the edited hidden state. Some norms make the edit many times larger, compared with
+    the rest of the hidden state: those of Gemma 3 about 10 times. One forward on 32 tokens of the vocabulary measures
+    this gain. If it is more than 2, half of it divides the rate.
 
     Args:
         model: a model with a LoReFT adapter.
