@@ -68,8 +68,8 @@ def norm_gains(model: PeftModel, tokens: Tensor | None = None) -> dict[LoReftLay
     except Exception as error:
         raise ValueError(
             f"norm_gains=True runs the model once, on tokens alone. {type(model.get_base_model()).__name__} fails: "
-            f"{type(error).__name__}: {error}. Give norm_gains=False, and try a third and a tenth of the learning rate "
-            "too."
+            f"{type(error).__name__}: {error}. Give norm_gains=False, and try a third and a tenth of the learning "
+            "rate too."
         ) from error
     finally:
         for handle in handles:
