@@ -12,7 +12,7 @@ COLUMNS = ["method", "parameters", "share", "learning_rate", *SCORES, *COSTS]
 PAGE = """# What it is worth
 
 LoReFT beside LoRA on text: the same rows, the same rates to choose from, the same seeds. The model is SmolLM2-135M in
-fp32, but for the table with Gemma's name, and trainings are short. What a 7B model does can differ.
+fp32 where a table names no other, and trainings are short. What a 7B model does can differ.
 
 How to read the tables:
 
@@ -32,7 +32,7 @@ default, `f7+l7`. `experiments/methods.py` has the fields of every method.
 ## All tasks
 
 The score of each method that two tasks or more have. **Bold** is level with LoRA: at most one standard error of LoRA's
-behind it. The tables below have the errors and the numbers of seeds.
+behind it. The tables below have the errors and the numbers of seeds. Shares are those of the first task.
 
 {overview}
 
@@ -41,7 +41,7 @@ behind it. The tables below have the errors and the numbers of seeds.
 Command:
 
     python experiments/worth.py --data FOLDER --model SMOLLM2_FOLDER \\
-        --gemma GEMMA_FOLDER --docs docs
+        --gemma GEMMA_FOLDER --mpnet MPNET_FOLDER --docs docs
 
 The runs are in [results/worth.json](results/worth.json).
 """
@@ -49,10 +49,12 @@ The runs are in [results/worth.json](results/worth.json).
 TASKS = {
     "trec": "Six types of questions, behind an instruction and three examples.",
     "trec, Gemma": (
-        "The same with Gemma 3 270M, in half the steps. `no gains` leaves out what `create_loreft_optimizer` measures "
-        "of the model's norms."
+        "The same with Gemma 3 270M. `no gains` leaves out what `create_loreft_optimizer` measures of the model's "
+        "norms."
     ),
+    "trec, MPNet": "The questions alone, with a new head on MPNet-base, an encoder.",
     "cola": "Is a sentence acceptable? Behind an instruction and two examples.",
+    "cola, MPNet": "The sentences alone, with a new head on MPNet-base.",
     "gsm8k": "Worked solutions of arithmetic problems, the short ones.",
     "sums": "Two-step sums told in words. An answer is right if greedy decoding writes it, reasoning and all.",
     "ultrafeedback": "Instructions and a good model's answers. Long answers are cut.",
@@ -73,11 +75,13 @@ def page(table: list[dict[str, Any]], rows: int, dev: int, rates: int) -> str:
         of_task = [row for row in table if row["task"] == name]
         if of_task:
             facts = of_task[0]["facts"]
-            text += (
-                f" A prompt has {facts['prompt']:g} tokens and an answer {facts['answer']:g} (medians), both together "
-                f"{facts['longest']} at most. A training has {max(row['steps'] for row in of_task)} steps of "
-                f"{facts['batch']} rows."
-            )
+            if "answer" in facts:
+                text += f" A prompt has {facts['prompt']:g} tokens and an answer {facts['answer']:g} (medians), both"
+                text += " together"
+            else:
+                text += f" A text has {facts['prompt']:g} tokens (median),"
+            steps = max(row["steps"] for row in of_task)
+            text += f" {facts['longest']} at most. A training has {steps} steps of {facts['batch']} rows."
             if "majority" in facts:
                 text += f" The most frequent answer is right in {facts['majority']:.3f} of the rows."
             said = [f"## {name}", lines(text), lines(verdict(of_task)), markdown(of_task, COLUMNS)]

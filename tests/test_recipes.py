@@ -448,10 +448,10 @@ def test_rates(model, encoder, data, tmp_path):
 def test_an_exact_answer_is_what_greedy_decoding_writes(model, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "experiments")
     from prompts import TextTask
-    from worth import Worth, WorthSettings
+    from tasks import DecoderTask, TaskSettings
 
     task = TextTask("sums", [], batch=1, steps=1, max_length=9, exact=True)
-    worth = Worth(WorthSettings(model=str(model)), task, {})
+    worth = DecoderTask(TaskSettings(model=str(model), output=model), task, {})
     base = build("llama").eval()
     rows = []
     for prompt, wrong in [([3, 4, 5], 0), ([6, 7], 0), ([8, 9, 10, 11], 1), ([12, 13, 3], 1)]:
@@ -461,6 +461,38 @@ def test_an_exact_answer_is_what_greedy_decoding_writes(model, monkeypatch):
         rows.append({"input_ids": [*prompt, *answer], "labels": [-100] * len(prompt) + answer})
     assert worth.score(base, rows[:3])["accuracy"] == pytest.approx(2 / 3)
     assert worth.score(base, rows[2:])["accuracy"] == 0
+
+
+def test_texts_are_classified_by_an_encoder(tokenizer, tmp_path, monkeypatch):
+    """Rows get their class as label; the score is that of the head; LoRA goes into the five maps of a block."""
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    from methods import METHODS
+    from prompts import TextTask
+    from tasks import EncoderTask, TaskSettings
+    from training import trainable
+    from transformers import MPNetConfig, MPNetModel
+
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+    MPNetModel(MPNetConfig(**sizes)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    rows = [(text, " yes" if n % 3 else " no") for n, text in enumerate(SENTENCES)]
+    task = TextTask("t", rows, batch=2, steps=3, max_length=9, choices=[" yes", " no"], model="MPNet")
+    settings = TaskSettings(model="", mpnet=str(tmp_path), output=tmp_path / "out", dev=2, test=3, eval_batch=2)
+    worth = EncoderTask(settings, task, METHODS)
+    assert [row["labels"] for row in worth.dev + worth.test + worth.rows] == [1, 0, 0, 1, 0, 0]
+    assert worth.facts()["majority"] == pytest.approx(2 / 3)
+    model = worth.base().eval()
+    with torch.no_grad():
+        model.classifier.out_proj.weight.zero_()
+        model.classifier.out_proj.bias.copy_(torch.tensor([1.0, 0.0]))
+    found = worth.score(model, worth.test)
+    assert found["accuracy"] == pytest.approx(2 / 3), "always yes"
+    low, high = (torch.tensor([a, 1 - a]).log_softmax(0)[0].item() for a in (0.0, 1.0))
+    assert found["loss"] == pytest.approx(-(2 * high + low) / 3, rel=1e-5)
+    assert trainable(worth.adapted(worth.base(), "lora, r=1")) == 2 * (3 * (32 + 32) + 2 * (32 + 64))
+    assert trainable(worth.adapted(worth.base(), "loreft")) == 2 * (2 * 8 * 32 + 8)
+    scored = worth.measure(dict(method="loreft", learning_rate=1e-3, seed=1, steps=worth.steps))
+    assert scored["accuracy_error"] >= 0 and worth.memory("lora")["mib"] > 0
 
 
 def searched(results, best, runs=99, **settings):
