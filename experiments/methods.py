@@ -47,8 +47,6 @@ METHODS: dict[str, dict[str, Any]] = {
 
 SUFFIXES: dict[str, dict[str, Any]] = {
     "loreft, l7": {**PAPER, "positions": "l7"},
-    # Without what `create_loreft_optimizer` measures of the model's norms.
-    "loreft, l7, no gains": {**PAPER, "positions": "l7"},
     "loreft, l14": {**PAPER, "positions": "l14"},
     "loreft, l7+g": {**PAPER, "positions": "l7+g"},
 }

@@ -117,7 +117,7 @@ standard error of the mean at the best rate.
 {table}
 
 Gemma 3 is the one model here whose gains count, so "half of a gain" is fitted to it, and its seeds lie far apart.
-[What it is worth](worth.md#trec-gemma) has a training of it behind three examples, with gains and without.
+[What it is worth](worth.md#trec-gemma) has another training of it, beside LoRA.
 
 ## Stable at other widths
 

@@ -55,8 +55,7 @@ class DecoderTask:
     def __init__(self, settings: TaskSettings, task: TextTask, methods: dict[str, dict[str, Any]]) -> None:
         """
         Args:
-            methods: the fields of the config of each method. "adamw" in its name gives all parameters one rate, "no
-                gains" leaves out of LoReFT's rates what norms make of edits.
+            methods: the fields of the config of each method. "adamw" in its name gives all parameters one rate.
         """
         self.settings = settings
         self.methods = methods
@@ -139,7 +138,6 @@ class DecoderTask:
                 batch=self.task.batch,
                 steps=steps,
                 fitted=method.startswith("loreft") and "adamw" not in method,
-                norm_gains="no gains" not in method,
             )
             minutes = (time.process_time() - began) / 60
         model.eval()

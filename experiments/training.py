@@ -89,7 +89,6 @@ def train(
     steps: int,
     epochs: float = 1.0,
     fitted: bool = False,
-    norm_gains: bool = True,
 ) -> None:
     """Train with transformers' Trainer: linear decay, a tenth of the steps to warm up, AdamW without weight decay.
 
@@ -99,7 +98,6 @@ def train(
         batch: rows in a batch.
         steps: number of steps; -1 trains for `epochs`.
         fitted: whether `create_loreft_optimizer` makes the optimizer; every parameter has the same rate otherwise.
-        norm_gains: as of `create_loreft_optimizer`.
     """
     set_seed(seed)
     if isinstance(model, PeftModel) and isinstance(config := model.peft_config["default"], LoReftConfig):
@@ -120,7 +118,7 @@ def train(
         **(dict(save_strategy="no") if is_joint(model) else CHECKPOINTS),
     )
     trainer = JointTrainer if is_joint(model) else Trainer
-    optimizer = create_loreft_optimizer(model, lr=learning_rate, norm_gains=norm_gains) if fitted else None
+    optimizer = create_loreft_optimizer(model, lr=learning_rate) if fitted else None
     resume(trainer(model, settings, train_dataset=rows, data_collator=collate, optimizers=(optimizer, None)))
     shutil.rmtree(folder, ignore_errors=True)
     model.eval()

@@ -48,10 +48,7 @@ The runs are in [results/worth.json](results/worth.json).
 
 TASKS = {
     "trec": "Six types of questions, behind an instruction and three examples.",
-    "trec, Gemma": (
-        "The same with Gemma 3 270M. `no gains` leaves out what `create_loreft_optimizer` measures of the model's "
-        "norms."
-    ),
+    "trec, Gemma": "The same with Gemma 3 270M.",
     "trec, MPNet": "The questions alone, with a new head on MPNet-base, an encoder.",
     "cola": "Is a sentence acceptable? Behind an instruction and two examples.",
     "cola, MPNet": "The sentences alone, with a new head on MPNet-base.",
