@@ -36,7 +36,7 @@ from peft_reft.cli.rules import edits_answers, edits_start
 IN_SHORT = ["base", "lora", "loreft", "loreft, l7", "loreft, l14", "lora, r=1"]
 CLASSES = ["base", "lora", "loreft", "lora, r=1"]
 WITH_GEMMA = ["base", "lora", "loreft", "loreft, l7"]
-LONG = ["base", "lora", "loreft", "loreft, l7", "loreft, l7+g", "loreft, everywhere", "lora, r=1"]
+LONG = ["base", "lora", "loreft", "loreft, l7", "loreft, l14", "loreft, l7+g", "loreft, everywhere", "lora, r=1"]
 REASONING = [*LONG, *(name for name in METHODS if name not in LONG)]
 COMPARED = {
     "trec": IN_SHORT,
