@@ -157,12 +157,12 @@ def measure(settings: RatesSettings, setting: Setting, way: str, rate: float, se
         score = (found["dev"] * len(task.dev) + found["test"] * len(task.test)) / (len(task.dev) + len(task.test))
         return {"test": score, "rows": len(task.dev) + len(task.test), "parameters": found["parameters"]}
     rows, data = 398 if setting.sums else 300, Path(settings.data)
-    worth = DecoderTask(
+    scored = DecoderTask(
         TaskSettings(model=model, output=output, dev=2, test=rows, eval_batch=25),
         replace(read("sums" if setting.sums else "trec, no examples", data), steps=setting.steps),
         {"loreft fitted": loreft, "loreft adamw": loreft, "lora": METHODS["lora"]},
     )
-    found = worth.measure(dict(method=way, learning_rate=rate, seed=seed, steps=setting.steps))
+    found = scored.measure(dict(method=way, learning_rate=rate, seed=seed, steps=setting.steps))
     return {"test": found["accuracy"], "rows": rows, "parameters": found["parameters"]}
 
 

@@ -1,10 +1,11 @@
-"""What `worth.py` trains and scores models on: the rows of a task as tokens, for a decoder or for an encoder."""
+"""Tasks that `worth.py` and `rates.py` train and score models on: rows as tokens, for a decoder or an encoder."""
 
 import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -67,18 +68,18 @@ class DecoderTask:
         self.collate = self.padding()
         rows, held = self.encode(task.rows), settings.dev + settings.test
         self.dev, self.test, self.rows = rows[: settings.dev], rows[settings.dev : held], rows[held:]
-        self.choices = self.choice_ids(task.choices) if task.choices else None
 
     def padding(self) -> Callable[..., dict[str, Any]]:
         return DataCollatorForSeq2Seq(self.tokenizer)
 
-    def choice_ids(self, choices: list[str]) -> list[int]:
-        """What stands for each choice in labels: its one token."""
-        return [self.one_token(choice) for choice in choices]
-
-    def one_token(self, text: str) -> int:
-        (token,) = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return token
+    @cached_property
+    def choices(self) -> list[int]:
+        """The token of each choice. A choice of more than one raises."""
+        tokens = []
+        for choice in self.task.choices or []:
+            (token,) = self.tokenizer(choice, add_special_tokens=False)["input_ids"]
+            tokens.append(token)
+        return tokens
 
     def encode(self, rows: list[Row]) -> list[dict[str, list[int]]]:
         found = []
@@ -109,7 +110,7 @@ class DecoderTask:
             of_tokens = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # (batch, keep - 1)
             counted = labels != -100
             losses += (of_tokens.sum(-1) / counted.sum(-1)).tolist()
-            if self.choices is not None:
+            if self.choices:
                 at = counted.int().argmax(-1)  # (batch,): where the answer is predicted
                 chosen = logits[torch.arange(len(at)), at][:, self.choices].argmax(-1)
                 answer = labels[torch.arange(len(at)), at]
@@ -148,8 +149,7 @@ class DecoderTask:
 
     def memory(self, method: str) -> Found:
         """What a step keeps for its backward: the first rows to train on, as many as a batch has."""
-        model = self.base()
-        model = self.adapted(model, method)
+        model = self.adapted(self.base(), method)
         return {"mib": kept_mib(model, self.collator(model)(self.rows[: self.task.batch]))}
 
     def adapted(self, model: nn.Module, method: str) -> nn.Module:
@@ -175,7 +175,7 @@ class DecoderTask:
             "prompt": statistics.median(prompts),
             "answer": statistics.median(answers),
         }
-        if self.choices is not None:
+        if self.choices:
             facts["majority"] = majority([row["labels"][-1] for row in self.test])
         return facts
 
@@ -187,9 +187,6 @@ class EncoderTask(DecoderTask):
 
     def padding(self) -> Callable[..., dict[str, Any]]:
         return DataCollatorWithPadding(self.tokenizer)
-
-    def choice_ids(self, choices: list[str]) -> list[int]:
-        return [*range(len(choices))]
 
     def encode(self, rows: list[Row]) -> list[dict[str, Any]]:
         choices = self.task.choices or []
